@@ -1,0 +1,127 @@
+"""What is logged, in which unit, and where does it go?
+
+metrics.jsonl has one JSON object per step (README lists the names and units). A tracker (Weights & Biases,
+TensorBoard) gets the same values; its failure is reported once and never stops a run. The terminal shows a
+progress bar, or a line every `interval` steps where it is not interactive.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def finish(self) -> None: ...
+
+
+class WandbTracker:
+    """Weights & Biases. mode: online | offline; offline runs lie in <run>/wandb (`wandb sync` uploads them)."""
+
+    def __init__(self, run_directory: Path, config: dict[str, Any], *, project: str, mode: str = "online"):
+        import wandb
+
+        self.run = wandb.init(
+            project=project,
+            name=run_directory.name,
+            id=run_directory.name,
+            resume="allow",
+            dir=run_directory,
+            config=config,
+            mode=mode,  # type: ignore[arg-type]  # wandb names the valid ones in its own error
+            settings=wandb.Settings(init_timeout=10, console="off", silent=True),
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(metrics, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class TensorboardTracker:
+    """TensorBoard event files in <run>/tensorboard."""
+
+    def __init__(self, run_directory: Path, config: dict[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(run_directory / "tensorboard")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class MetricsLog:
+    """Where rank 0 sends each step's metrics. `start_tracker`: None, or makes the tracker."""
+
+    def __init__(
+        self, path: Path, *, steps: int, interval: int, after_step: int = 0, start_tracker: Callable[[], Tracker] | None = None
+    ):
+        """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
+        kept = []
+        if after_step and path.exists():
+            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= after_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.steps, self.interval = steps, interval
+        self.tracker = self._guarded(start_tracker) if start_tracker else None
+        self.bar = _Bar(steps, after_step) if sys.stderr.isatty() else None
+
+    def write(self, metrics: dict[str, float]) -> None:
+        step = int(metrics["step"])
+        self.file.write(json.dumps(metrics) + "\n")
+        if self.tracker is not None:
+            tracker = self.tracker
+            self._guarded(lambda: tracker.log(metrics, step))
+        if self.bar is not None:
+            self.bar.update(step, summary(metrics))
+        elif step == 1 or step % self.interval == 0 or step == self.steps:
+            print(f"step {step}/{self.steps}  {summary(metrics)}", flush=True)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tracker is not None:
+            self._guarded(self.tracker.finish)
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """A tracker may be down; the run goes on without it."""
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001  # whatever a third party raises
+            log.warning("tracking stopped, metrics.jsonl goes on: %s: %s", type(error).__name__, error)
+            self.tracker = None
+            return None
+
+
+def summary(metrics: dict[str, float]) -> str:
+    text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+    if "balance/max_violation" in metrics:
+        text += f"  MaxVio {metrics['balance/max_violation']:.2f}"
+    return text
+
+
+class _Bar:
+    def __init__(self, steps: int, completed: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self.progress = Progress(*columns, refresh_per_second=4)
+        self.task = self.progress.add_task("", total=steps, completed=completed)
+        self.progress.start()
+
+    def update(self, step: int, text: str) -> None:
+        self.progress.update(self.task, completed=step, description=text)
+
+    def close(self) -> None:
+        self.progress.stop()

@@ -1,0 +1,1 @@
+"""AFMoE, the architecture of the Trinity models, on torchtitan's modules."""

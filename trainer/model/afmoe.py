@@ -1,0 +1,300 @@
+"""What is an AFMoE? One function from our configuration to torchtitan's modules (arXiv:2602.17004, section 2).
+
+    x = embedding(tokens) sqrt(D)                                                        eq. 39
+    each layer:  x += norm2(attention(norm1(x)));  x += norm2(ffn or moe(norm1(x)))      eq. 33-35
+    loss = cross_entropy(head(norm(x)), labels)                                          eq. 36
+
+Three layers of four are local (sliding window, RoPE), the fourth is global (causal, no positions).
+
+Letters: B sequences, L tokens each, T = B L, D model dim, N heads, H head dim, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_mask
+from torchtitan.models.common.attention import (
+    FlexAttention,
+    QKVLinear,
+    create_attention_mask,
+    get_causal_mask_mod,
+    get_efficient_causal_mask_mod_for_packed_document,
+    get_sliding_window_mask_mod,
+)
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.feed_forward import FeedForward
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.nn_modules import RMSNorm
+from torchtitan.models.common.embedding import Embedding
+from torchtitan.models.common.rope import CosSinRoPE
+from torchtitan.protocols.module import Module
+
+from trainer.config import ModelConfig
+from trainer.model.loss import linear_cross_entropy
+from trainer.model.moe import Experts, Float32Linear, MoE, TokenDispatcher
+
+PADDING = -1  # position of a token that is not there
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What every layer needs to know about the rows of a microbatch; made once, shared by all layers."""
+
+    local_mask: Tensor | BlockMask
+    global_mask: Tensor | BlockMask
+    rope: Tensor  # (B, L, 1, 2 H): cos, then sin
+    valid_BL: Tensor | None  # False: padding; None: no padding
+
+
+class MaskedSDPA(Module):
+    """Attention under a boolean mask (B, 1, L, L), for devices without flex attention's backward (CPU)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        pass
+
+    def __init__(self, config: Config):
+        super().__init__()
+
+    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool) -> Tensor:
+        q_BNLH, k_BNLH, v_BNLH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
+        out_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=attention_masks, enable_gqa=enable_gqa)
+        return out_BNLH.transpose(1, 2)
+
+
+class Attention(Module):
+    """Gated grouped-query attention with QK-norm (arXiv:2602.17004, eq. 3-14); RoPE only if `local`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        qkv_linear: QKVLinear.Config
+        gate: Linear.Config
+        wo: Linear.Config
+        q_norm: RMSNorm.Config
+        k_norm: RMSNorm.Config
+        inner_attention: Module.Config
+        local: bool
+        enable_gqa: bool
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.qkv_linear, self.gate, self.wo = config.qkv_linear.build(), config.gate.build(), config.wo.build()
+        self.q_norm, self.k_norm = config.q_norm.build(), config.k_norm.build()
+        self.inner_attention = config.inner_attention.build()
+        self.local, self.enable_gqa = config.local, config.enable_gqa
+
+    def forward(self, x_BLD: Tensor, rows: Rows) -> Tensor:
+        q_BLNH, k_BLNH, v_BLNH = self.qkv_linear(x_BLD)
+        q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)
+        if self.local:
+            q_BLNH, k_BLNH = CosSinRoPE.apply_rotary_emb(q_BLNH, k_BLNH, rows.rope)
+        mask = rows.local_mask if self.local else rows.global_mask
+        out_BLNH = self.inner_attention(q_BLNH, k_BLNH, v_BLNH, attention_masks=mask, enable_gqa=self.enable_gqa)
+        return self.wo(out_BLNH.flatten(2) * torch.sigmoid(self.gate(x_BLD)))  # eq. 12-14
+
+
+class Block(Module):
+    """One layer with depth-scaled sandwich norms (arXiv:2602.17004, eq. 33-35)."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        attention: Attention.Config
+        feed_forward: FeedForward.Config | None
+        moe: MoE.Config | None
+        attention_norm: RMSNorm.Config
+        post_attention_norm: RMSNorm.Config
+        ffn_norm: RMSNorm.Config
+        post_ffn_norm: RMSNorm.Config
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attention = config.attention.build()
+        self.moe_enabled = config.moe is not None  # torchtitan's FSDP looks for it
+        if self.moe_enabled:
+            self.moe = config.moe.build()
+        else:
+            self.feed_forward = config.feed_forward.build()
+        self.attention_norm, self.post_attention_norm = config.attention_norm.build(), config.post_attention_norm.build()
+        self.ffn_norm, self.post_ffn_norm = config.ffn_norm.build(), config.post_ffn_norm.build()
+
+    def forward(self, x_BLD: Tensor, rows: Rows) -> Tensor:
+        x_BLD = x_BLD + self.post_attention_norm(self.attention(self.attention_norm(x_BLD), rows))
+        h_BLD = self.ffn_norm(x_BLD)
+        h_BLD = self.moe(h_BLD, rows.valid_BL) if self.moe_enabled else self.feed_forward(h_BLD)
+        return x_BLD + self.post_ffn_norm(h_BLD)
+
+
+class Head(Linear):
+    """Logits, or with labels the summed cross entropy without ever holding all logits."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Linear.Config):
+        z_loss_weight: float = 0.0
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.z_loss_weight = config.z_loss_weight
+
+    def forward(self, x_BLD: Tensor, labels_BL: Tensor | None = None) -> Tensor:
+        if labels_BL is None:
+            return F.linear(x_BLD, self.weight)
+        return linear_cross_entropy(x_BLD.flatten(0, 1), self.weight, labels_BL.flatten(), z_loss_weight=self.z_loss_weight)
+
+
+class Afmoe(Decoder):
+    @dataclass(kw_only=True, slots=True)
+    class Config(Decoder.Config):
+        window: int
+        head_dim: int
+        rope_theta: float
+
+        def update_from_config(self, **kwargs) -> None:
+            raise NotImplementedError("built by afmoe_config, not by torchtitan's trainer")
+
+        def get_nparams_and_flops(self, model, seq_len):
+            raise NotImplementedError("see flops_per_token")
+
+    def forward(self, tokens_BL: Tensor, positions_BL: Tensor | None = None, labels_BL: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V), or with labels the cross entropy [nats] summed over all tokens.
+
+        positions_BL: of each token in its document: a 0 starts a document, PADDING (-1) marks padding; None:
+        each row is one document. Tokens attend within their document only. labels_BL: loss.IGNORE = no label.
+        """
+        if positions_BL is None:
+            positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+        rows = self.rows(positions_BL)
+        x_BLD = self.tok_embeddings(tokens_BL) * math.sqrt(self.config.dim)  # eq. 39
+        for layer in self.layers.values():
+            x_BLD = layer(x_BLD, rows)
+        x_BLD = self.norm(x_BLD)
+        return self.lm_head(x_BLD) if labels_BL is None else self.lm_head(x_BLD, labels_BL)
+
+    def rows(self, positions_BL: Tensor) -> Rows:
+        """Masks and rotary angles of a microbatch, from the positions alone."""
+        num_rows, length = positions_BL.shape
+        document = get_efficient_causal_mask_mod_for_packed_document(positions_BL)
+        global_mod = and_masks(get_causal_mask_mod(), document)
+        local_mod = and_masks(global_mod, get_sliding_window_mask_mod(self.config.window))  # eq. 8
+        flex = positions_BL.device.type == "cuda"
+        make = create_attention_mask if flex else create_mask
+        half = torch.arange(0, self.config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
+        angle_BLh = positions_BL.clamp_min(0).unsqueeze(-1) * self.config.rope_theta ** (-half / self.config.head_dim)
+        angle_BLH = torch.cat([angle_BLh, angle_BLh], dim=-1)
+        return Rows(
+            local_mask=make(local_mod, num_rows, None, length, length, device=positions_BL.device),
+            global_mask=make(global_mod, num_rows, None, length, length, device=positions_BL.device),
+            rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
+            valid_BL=positions_BL >= 0 if bool((positions_BL < 0).any()) else None,
+        )
+
+
+def afmoe_config(
+    model: ModelConfig, *, flex: bool, sequence_loss_weight: float = 0.0, z_loss_weight: float = 0.0
+) -> Afmoe.Config:
+    """Translates our configuration to the tree of torchtitan modules. flex: flex attention (GPU) or masked SDPA."""
+    m = model
+
+    def linear(inputs: int, outputs: int, kind: type = Linear, **extra) -> Linear.Config:
+        return kind.Config(in_features=inputs, out_features=outputs, **extra)
+
+    def norm(dim: int) -> RMSNorm.Config:
+        return RMSNorm.Config(normalized_shape=dim, eps=m.norm_eps)
+
+    def swiglu(hidden: int) -> FeedForward.Config:
+        return FeedForward.Config(w1=linear(m.dim, hidden), w2=linear(hidden, m.dim), w3=linear(m.dim, hidden))
+
+    def attention(layer: int) -> Attention.Config:
+        return Attention.Config(
+            qkv_linear=QKVLinear.Config(
+                head_dim=m.head_dim,
+                wq=linear(m.dim, m.num_heads * m.head_dim),
+                wkv=linear(m.dim, m.num_kv_heads * m.head_dim),
+            ),
+            gate=linear(m.dim, m.num_heads * m.head_dim),
+            wo=linear(m.num_heads * m.head_dim, m.dim),
+            q_norm=norm(m.head_dim),
+            k_norm=norm(m.head_dim),
+            inner_attention=FlexAttention.Config() if flex else MaskedSDPA.Config(),
+            local=(layer + 1) % m.global_every != 0,
+            enable_gqa=m.num_heads > m.num_kv_heads,
+        )
+
+    def moe() -> MoE.Config:
+        return MoE.Config(
+            router=TokenChoiceTopKRouter.Config(
+                num_experts=m.num_experts,
+                gate=linear(m.dim, m.num_experts, Float32Linear),
+                top_k=m.top_k,
+                score_func="sigmoid",
+                route_norm=True,
+                route_scale=m.route_scale,
+            ),
+            routed_experts=RoutedExperts.Config(
+                inner_experts=Experts.Config(
+                    dim=m.dim,
+                    hidden_dim=m.expert_dim,
+                    num_experts=m.num_experts,
+                    dtype=getattr(torch, m.expert_dtype) if m.expert_dtype else None,
+                ),
+                token_dispatcher=TokenDispatcher.Config(num_experts=m.num_experts, top_k=m.top_k),
+            ),
+            shared_experts=swiglu(m.expert_dim * m.num_shared_experts) if m.num_shared_experts else None,
+            sequence_loss_weight=sequence_loss_weight,
+        )
+
+    def block(layer: int) -> Block.Config:
+        dense = layer < m.num_dense_layers
+        return Block.Config(
+            attention=attention(layer),
+            feed_forward=swiglu(m.ffn_dim) if dense else None,
+            moe=None if dense else moe(),
+            **{n: norm(m.dim) for n in ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm")},
+        )
+
+    return Afmoe.Config(
+        dim=m.dim,
+        vocab_size=m.vocab_size,
+        window=m.window,
+        head_dim=m.head_dim,
+        rope_theta=m.rope_theta,
+        tok_embeddings=Embedding.Config(num_embeddings=m.vocab_size, embedding_dim=m.dim),
+        layers=[block(i) for i in range(m.num_layers)],
+        norm=norm(m.dim),
+        lm_head=linear(m.dim, m.vocab_size, Head, z_loss_weight=z_loss_weight),
+    )
+
+
+def moe_layers(model: Afmoe) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCount:
+    total: int
+    active: int  # used by one token: K of E experts
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Exact counts, from the model built on the meta device."""
+    with torch.device("meta"):
+        built = afmoe_config(model, flex=False).build()
+    total = sum(p.numel() for p in built.parameters())
+    experts = sum(p.numel() for name, p in built.named_parameters() if ".inner_experts." in name)
+    return ParameterCount(total=total, active=total - experts + experts * model.top_k // model.num_experts)
+
+
+def flops_per_token(model: ModelConfig, *, seq_len: int) -> float:
+    """[FLOP] of forward and backward that the model needs per token of a full row; recomputation not counted.
+
+    6 per active weight in a matmul (the input embedding is a look-up) and 12 H N per attended position.
+    """
+    embedding = model.vocab_size * model.dim
+    window = min(model.window, seq_len)
+    local = window - window * (window - 1) / (2 * seq_len)  # mean positions seen: the first rows see fewer
+    num_global = model.num_layers // model.global_every
+    attended = num_global * (seq_len + 1) / 2 + (model.num_layers - num_global) * local
+    return 6 * (count_parameters(model).active - embedding) + 12 * model.num_heads * model.head_dim * attended

@@ -1,0 +1,61 @@
+"""What does a row of hidden states cost as a prediction of its labels?
+
+Letters: T tokens, D model dim, V vocabulary. Losses are sums over tokens [nats].
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100  # label of a token that predicts nothing: the last of a document, padding
+CHUNK_LOGITS = 2**22  # logits alive at a time: 16 MiB in float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Both gradients are made in the forward pass, chunk by chunk, so the T x V logits never exist at once."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss_weight: float) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        chunk = max(1, CHUNK_LOGITS // len(weight_VD))
+        loss = x_TD.new_zeros((), dtype=torch.float32)
+        grad_x_TD = torch.empty_like(x_TD) if needs_grad else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
+        for start in range(0, len(x_TD), chunk):
+            x_tD, labels_t = x_TD[start : start + chunk], labels_T[start : start + chunk]
+            logits_tV = (x_tD @ weight_VD.T).float()
+            counts_t = labels_t != IGNORE
+            target_t1 = labels_t.clamp_min(0).unsqueeze(1)
+            lse_t = logits_tV.logsumexp(1)
+            loss += ((lse_t - logits_tV.gather(1, target_t1).squeeze(1)) * counts_t).sum()
+            if not needs_grad:
+                continue
+            grad_tV = logits_tV.sub_(lse_t.unsqueeze(1)).exp_()  # softmax: d lse / d logits
+            if z_loss_weight:
+                grad_tV *= (1 + 2 * z_loss_weight * lse_t).unsqueeze(1)  # d (lse + w lse^2) / d lse
+            grad_tV.scatter_add_(1, target_t1, grad_tV.new_full((1, 1), -1.0).expand_as(target_t1))
+            grad_tV.mul_(counts_t.unsqueeze(1))
+            grad_tV = grad_tV.to(x_TD.dtype)
+            torch.mm(grad_tV, weight_VD, out=grad_x_TD[start : start + chunk])
+            if grad_weight_VD.dtype == grad_tV.dtype:
+                grad_weight_VD.addmm_(grad_tV.T, x_tD)
+            else:
+                grad_weight_VD += grad_tV.T @ x_tD
+        if needs_grad:
+            ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        grad_x_TD, grad_weight_VD = ctx.saved_tensors
+        return grad_x_TD * grad_loss, grad_weight_VD * grad_loss, None, None
+
+
+def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, z_loss_weight: float = 0.0) -> Tensor:
+    """Cross entropy of the logits x @ weight.T, summed over the tokens whose label is not IGNORE.
+
+    The value is the cross entropy alone; the gradient is that of cross entropy + z_loss_weight * lse^2, with
+    lse = logsumexp(logits) (z-loss, arXiv:2602.17004, section 2.2). float32 inside, whatever the inputs are.
+    """
+    return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, z_loss_weight)

@@ -1,0 +1,59 @@
+"""How is the model spread over ranks? EP -> activation checkpointing -> compile -> FSDP/HSDP, stated once."""
+
+import spmd_types as spmd
+import torch
+from torch import Tensor, nn
+from torchtitan.config import CompileConfig
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.utils import clip_grad_norm_
+from torchtitan.models.common.moe_sharding import set_moe_sharding_config
+
+from trainer.device import use_plain_sum
+from trainer.model.afmoe import Afmoe
+
+EXPERT_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
+CHECKPOINTING = {"full": FullAC, "selective": SelectiveAC}
+
+
+def build_parallel(
+    config: Afmoe.Config, dims: ParallelDims, *, dtype: torch.dtype, activation_checkpoint: str = "none", compile: bool = False
+) -> Afmoe:
+    """The model on the meta device, spread over the meshes of `dims`.
+
+    dtype: of weights in forward and backward; the weights themselves and the reduced gradients are float32.
+    Gradients are summed over ranks, not averaged: the loop divides once, by the global number of tokens.
+    """
+    if dims.ep_enabled:
+        for layer in config.layers:
+            if layer.moe is not None:
+                set_moe_sharding_config(layer.moe, enable_ep=True, enable_sp=False, expert_param_layout=EXPERT_LAYOUT)
+    with torch.device("meta"):
+        model = config.build()
+    if dims.ep_enabled:
+        model.parallelize(dims)
+    if activation_checkpoint != "none":
+        CHECKPOINTING[activation_checkpoint].Config().build().apply(model)
+    if compile:
+        apply_compile(model, compile_config=CompileConfig(enable=True), parallel_dims=dims)
+    replicate = ["dp_replicate"] if dims.dp_replicate_enabled else []
+    mesh = dims.get_mesh([*replicate, "fsdp"])
+    apply_fsdp_to_decoder(
+        model,
+        mesh,
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        pp_enabled=False,
+        ep_degree=dims.ep,
+        edp_mesh=dims.get_mesh([*replicate, "efsdp"]) if dims.ep_enabled else None,
+    )
+    if mesh.device_type == "cpu":
+        use_plain_sum(model)
+    return model.train()
+
+
+def clip_gradients(model: nn.Module, *, max_norm: float, ep_enabled: bool) -> Tensor:
+    """Scales the gradients to at most max_norm over all ranks, experts counted once. Returns the norm before."""
+    return clip_grad_norm_(list(model.parameters()), max_norm, foreach=True, ep_enabled=ep_enabled)

@@ -1,0 +1,321 @@
+"""A training run: build, loop, `train_step`.
+
+    python -m trainer.train experiment=demo
+    torchrun --nproc-per-node 4 -m trainer.train experiment=demo parallel=hsdp_ep
+
+Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 130 interrupted, saved.
+"""
+
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from trainer import device, optim
+from trainer.balance import Balancer
+from trainer.checkpoint import Checkpoints, set_training_state, training_state
+from trainer.config import CONFIG_DIR, Config, ConfigError, load, resolved_yaml
+from trainer.data import Batch, TokenStream, load_tokenizer
+from trainer.metrics import MetricsLog, summary
+from trainer.model.afmoe import Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
+from trainer.model.init import initialize
+from trainer.model.loss import IGNORE
+from trainer.model.parallelize import build_parallel, clip_gradients
+
+OK, REFUSED, COLLAPSED, INTERRUPTED = 0, 2, 3, 130
+log = logging.getLogger("trainer")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that the loop touches."""
+
+    config: Config
+    device: torch.device
+    dims: device.ParallelDims
+    model: Afmoe
+    optimizer: torch.optim.Optimizer
+    schedule: optim.Schedule
+    balancer: Balancer
+    stream: TokenStream
+    group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
+    step: int = 0
+
+    @property
+    def directory(self) -> Path:
+        return run_directory(self.config)
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.run_dir) / config.name
+
+
+# -- the step ---------------------------------------------------------------------------------------------
+
+
+def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
+    """One optimizer step on this rank's microbatches of the global batch.
+
+    Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, targets
+    for batch in batches:
+        tokens_BL, labels_BL, positions_BL = (t.to(run.device, non_blocking=True) for t in batch)
+        loss = run.model(tokens_BL, positions_BL, labels_BL)
+        loss.backward()
+        sums += torch.stack([loss.detach().double(), (labels_BL != IGNORE).sum().double()])
+    if run.group is not None:
+        dist.all_reduce(sums, group=run.group)
+    loss_sum, num_targets = sums.tolist()
+    gradients = [p.grad for p in run.model.parameters()]
+    torch._foreach_mul_(gradients, 1 / max(num_targets, 1))
+    grad_norm = clip_gradients(run.model, max_norm=run.config.max_grad_norm, ep_enabled=run.dims.ep_enabled).item()
+    if not math.isfinite(grad_norm) or not math.isfinite(loss_sum):
+        raise FloatingPointError(
+            f"step {run.step + 1}: loss {loss_sum / max(num_targets, 1)}, gradient norm {grad_norm}; the weights were not touched. "
+            "Lower the learning rate or z_loss_weight, or resume from a checkpoint with another seed."
+        )
+    run.step += 1
+    lr = optim.set_learning_rate(run.optimizer, run.schedule(run.step, run.config.steps))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
+    tokens = run.step * run.config.global_batch * run.config.seq_len
+    return {"step": run.step, "tokens": tokens, "loss": loss_sum / max(num_targets, 1), "grad_norm": grad_norm, "lr": lr, **balance}
+
+
+def loop(run: Run, metrics: MetricsLog | None, stop: "StopRequest") -> None:
+    """Trains until the last step or until some rank is asked to stop; saves at intervals and at the end."""
+    config, checkpoints = run.config, checkpoints_of(run.config)
+    peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
+    flop = flops_per_token(config.model, seq_len=config.seq_len)
+    start_s = time.perf_counter()
+    while run.step < config.steps and not stop.agreed(run.group, run.device):
+        values = train_step(run, run.stream.next_step(config.micro_batch))
+        now_s = time.perf_counter()
+        tokens_per_s = config.global_batch * config.seq_len / (now_s - start_s)
+        start_s = now_s
+        values |= {"tokens_per_s": tokens_per_s, "mfu": flop * tokens_per_s / peak, "memory_gib": device.memory_gib(run.device)}
+        if metrics is not None:
+            metrics.write(values)
+        if run.step % config.checkpoint.interval == 0:
+            checkpoints.save(run.step, full_state(run))
+    if run.step:
+        checkpoints.save(run.step, full_state(run))
+
+
+# -- building and resuming --------------------------------------------------------------------------------
+
+
+def build(config: Config) -> Run:
+    """Joins the process group and builds everything on this rank. Raises: ConfigError before any training."""
+    on = device.start(timeout_s=config.timeout_s)
+    has_experts = config.model.num_dense_layers < config.model.num_layers
+    dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
+    with refusing():
+        stream = build_stream(config, dims)
+        rule = instantiate(config.balance.rule)
+        schedule = instantiate(config.schedule)
+        schedule(1, config.steps)
+        num_moe = config.model.num_layers - config.model.num_dense_layers
+        rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
+    shape = afmoe_config(
+        config.model,
+        flex=on.type == "cuda",
+        sequence_loss_weight=config.balance.sequence_loss_weight,
+        z_loss_weight=config.z_loss_weight,
+    )
+    model = build_parallel(
+        shape,
+        dims,
+        dtype=getattr(torch, config.dtype),
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+    )
+    initialize(model, device=on, seed=config.seed)
+    with refusing():
+        optimizer = instantiate(config.optim)(model)
+    mesh = dims.get_optional_mesh("loss")
+    group = mesh.get_group() if mesh is not None else None
+    balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group)
+    return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, schedule=schedule,
+               balancer=balancer, stream=stream, group=group)  # fmt: skip
+
+
+def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
+    """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
+    mesh = dims.get_optional_mesh("batch")
+    rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+    d = config.data
+    source = instantiate(d.source)
+    tokenizer = None
+    for turn in (0, 1):
+        if d.tokenizer is not None and turn == min(dist.get_rank(), 1):
+            tokenizer = load_tokenizer(d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir)
+        dist.barrier()
+    return TokenStream(
+        source=source,
+        tokenizer=tokenizer,
+        seq_len=config.seq_len,
+        global_batch=config.global_batch,
+        num_streams=d.num_streams or config.global_batch,
+        seed=config.seed,
+        rank=rank,
+        num_ranks=num_ranks,
+        shuffle=d.shuffle,
+        on_bad=d.on_bad,
+        max_document_mb=d.max_document_mb,
+        report=partial(log.warning, "skipped %s"),
+    )
+
+
+@contextmanager
+def refusing():
+    """What a constructor named in the configuration refuses is a refused configuration."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def checkpoints_of(config: Config) -> Checkpoints:
+    return Checkpoints(run_directory(config) / "checkpoints", keep=config.checkpoint.keep)
+
+
+def full_state(run: Run) -> dict[str, Any]:
+    """Everything that a resumed run needs, on any layout; collective."""
+    stream = {name: tensor.to(run.device) for name, tensor in run.stream.state_dict().items()}
+    if run.group is not None:
+        for tensor in stream.values():
+            dist.all_reduce(tensor, group=run.group)
+    state = training_state(run.model, run.optimizer, run.balancer)
+    return {**state, "stream": stream, "step": torch.tensor(run.step)}
+
+
+def resume(run: Run) -> None:
+    """Continues from the newest checkpoint of this run's directory, if there is one."""
+    checkpoints = checkpoints_of(run.config)
+    step = checkpoints.latest()
+    if step is None:
+        return
+    state = checkpoints.load(step, full_state(run))
+    set_training_state(state, run.model, run.optimizer, run.balancer)
+    run.stream.load_state_dict({k: v.cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
+    run.step = int(state["step"])
+
+
+FIXED = ("model", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle", "seed")
+
+
+def open_directory(config: Config) -> None:
+    """Writes config.yaml; refuses to continue a run whose model or token stream would be another one."""
+    directory = run_directory(config)
+    path = directory / "config.yaml"
+    new = OmegaConf.create(resolved_yaml(config))
+    if path.exists() and checkpoints_of(config).steps():
+        old = OmegaConf.load(path)
+        for key in FIXED:
+            before, now = OmegaConf.select(old, key), OmegaConf.select(new, key)
+            if before != now:
+                raise ConfigError(
+                    f"{directory} holds a run with {key}={before}, now it is {key}={now}; "
+                    f"choose another name= for a new run, or delete {directory}"
+                )
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(resolved_yaml(config))
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM: finish the step, save, leave. All ranks leave at the same step."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signalled = True
+
+    def agreed(self, group: dist.ProcessGroup | None, on: torch.device) -> bool:
+        if group is None:
+            return self.signalled
+        flag = torch.tensor(int(self.signalled), device=on)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag)
+
+
+# -- entry point ------------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> int:
+    """The whole run on this rank. Returns the exit code."""
+    run = build(config)
+    is_first = dist.get_rank() == 0
+    open_directory(config)
+    stop = StopRequest()
+    resume(run)
+    directory, resumed = run.directory, run.step
+    metrics = None
+    if is_first:
+        announce(run)
+        tracker = instantiate(config.logging.tracker)
+        start = partial(tracker, directory, asdict(config)) if tracker else None
+        metrics = MetricsLog(directory / "metrics.jsonl", steps=config.steps, interval=config.logging.interval,
+                             after_step=resumed, start_tracker=start)  # fmt: skip
+    try:
+        loop(run, metrics, stop)
+    finally:
+        if metrics is not None:
+            metrics.close()
+    return conclude(run)
+
+
+def announce(run: Run) -> None:
+    c, count = run.config, count_parameters(run.config.model)
+    print(
+        f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, on {dist.get_world_size()} x "
+        f"{run.device.type}, {c.global_batch} x {c.seq_len} = {c.global_batch * c.seq_len} tokens a step"
+    )
+    if run.step:
+        print(f"continuing at step {run.step} of {c.steps}")
+
+
+def conclude(run: Run) -> int:
+    """Prints where everything is and what became of the experts. Returns the exit code, the same on all ranks."""
+    done = run.step >= run.config.steps
+    verdict = run.balancer.verdict()
+    if dist.get_rank() == 0:
+        print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
+        if done:
+            print(verdict)
+        else:
+            print(f"stopped at step {run.step} of {run.config.steps}, saved; the same command continues")
+    return INTERRUPTED if not done else OK if verdict.ok else COLLAPSED
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return train(load(sys.argv[1:]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
