@@ -27,12 +27,12 @@ from trainer import device, optim
 from trainer.balance import Balancer
 from trainer.checkpoint import Checkpoints, set_training_state, training_state
 from trainer.config import CONFIG_DIR, Config, ConfigError, load, resolved_yaml
-from trainer.data import Batch, TokenStream, load_tokenizer
-from trainer.metrics import MetricsLog, summary
+from trainer.data import BAD_KINDS, BadDocument, Batch, TokenStream, check_split, load_tokenizer
+from trainer.metrics import MetricsLog
 from trainer.model.afmoe import Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
 from trainer.model.init import initialize
 from trainer.model.loss import IGNORE
-from trainer.model.parallelize import build_parallel, clip_gradients
+from trainer.model.parallelize import build_parallel, scale_gradients, squared_gradient_norm
 
 OK, REFUSED, COLLAPSED, INTERRUPTED = 0, 2, 3, 130
 log = logging.getLogger("trainer")
@@ -51,6 +51,7 @@ class Run:
     balancer: Balancer
     stream: TokenStream
     group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
+    stop: "StopRequest"
     step: int = 0
 
     @property
@@ -69,40 +70,45 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """One optimizer step on this rank's microbatches of the global batch.
 
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
+    One all-reduce agrees on the loss, the targets, the gradient norm and whether some rank was told to stop.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # loss, targets
+    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, targets, squared gradient norm, stop
     for batch in batches:
         tokens_BL, labels_BL, positions_BL = (t.to(run.device, non_blocking=True) for t in batch)
         loss = run.model(tokens_BL, positions_BL, labels_BL)
         loss.backward()
-        sums += torch.stack([loss.detach().double(), (labels_BL != IGNORE).sum().double()])
+        sums[0] += loss.detach()
+        sums[1] += (labels_BL != IGNORE).sum()
+    sums[2] = squared_gradient_norm(run.model)
+    sums[3] = run.stop.signalled
     if run.group is not None:
         dist.all_reduce(sums, group=run.group)
-    loss_sum, num_targets = sums.tolist()
-    gradients = [p.grad for p in run.model.parameters()]
-    torch._foreach_mul_(gradients, 1 / max(num_targets, 1))
-    grad_norm = clip_gradients(run.model, max_norm=run.config.max_grad_norm, ep_enabled=run.dims.ep_enabled).item()
-    if not math.isfinite(grad_norm) or not math.isfinite(loss_sum):
+    loss_sum, num_targets, squared_norm, stop = sums.tolist()
+    num_targets = max(num_targets, 1)
+    run.stop.agreed = stop > 0
+    loss_mean, grad_norm = loss_sum / num_targets, math.sqrt(squared_norm) / num_targets
+    if not math.isfinite(grad_norm) or not math.isfinite(loss_mean):
         raise FloatingPointError(
-            f"step {run.step + 1}: loss {loss_sum / max(num_targets, 1)}, gradient norm {grad_norm}; the weights were not touched. "
-            "Lower the learning rate or z_loss_weight, or resume from a checkpoint with another seed."
+            f"step {run.step + 1}: loss {loss_mean}, gradient norm {grad_norm}; the weights were not touched. "
+            "Lower the learning rate, or continue from the last checkpoint with other values."
         )
+    scale_gradients(run.model, min(1.0, run.config.max_grad_norm / max(grad_norm, 1e-12)) / num_targets)
     run.step += 1
     lr = optim.set_learning_rate(run.optimizer, run.schedule(run.step, run.config.steps))
     run.optimizer.step()
     run.optimizer.zero_grad()
     balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
     tokens = run.step * run.config.global_batch * run.config.seq_len
-    return {"step": run.step, "tokens": tokens, "loss": loss_sum / max(num_targets, 1), "grad_norm": grad_norm, "lr": lr, **balance}
+    return {"step": run.step, "tokens": tokens, "loss": loss_mean, "grad_norm": grad_norm, "lr": lr, **balance}
 
 
-def loop(run: Run, metrics: MetricsLog | None, stop: "StopRequest") -> None:
-    """Trains until the last step or until some rank is asked to stop; saves at intervals and at the end."""
+def loop(run: Run, metrics: MetricsLog | None) -> None:
+    """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
     config, checkpoints = run.config, checkpoints_of(run.config)
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     flop = flops_per_token(config.model, seq_len=config.seq_len)
     start_s = time.perf_counter()
-    while run.step < config.steps and not stop.agreed(run.group, run.device):
+    while run.step < config.steps and not run.stop.agreed:
         values = train_step(run, run.stream.next_step(config.micro_batch))
         now_s = time.perf_counter()
         tokens_per_s = config.global_batch * config.seq_len / (now_s - start_s)
@@ -110,10 +116,8 @@ def loop(run: Run, metrics: MetricsLog | None, stop: "StopRequest") -> None:
         values |= {"tokens_per_s": tokens_per_s, "mfu": flop * tokens_per_s / peak, "memory_gib": device.memory_gib(run.device)}
         if metrics is not None:
             metrics.write(values)
-        if run.step % config.checkpoint.interval == 0:
+        if run.step % config.checkpoint.interval == 0 or run.step == config.steps or run.stop.agreed:
             checkpoints.save(run.step, full_state(run))
-    if run.step:
-        checkpoints.save(run.step, full_state(run))
 
 
 # -- building and resuming --------------------------------------------------------------------------------
@@ -151,14 +155,20 @@ def build(config: Config) -> Run:
     group = mesh.get_group() if mesh is not None else None
     balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group)
     return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, schedule=schedule,
-               balancer=balancer, stream=stream, group=group)  # fmt: skip
+               balancer=balancer, stream=stream, group=group, stop=StopRequest())  # fmt: skip
 
 
 def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
     """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
     mesh = dims.get_optional_mesh("batch")
     rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
-    d = config.data
+    d, num_streams = config.data, config.data.num_streams or config.global_batch
+    check_split(global_batch=config.global_batch, num_streams=num_streams, num_ranks=num_ranks)
+    if (rows := config.global_batch // num_ranks) % config.micro_batch:
+        raise ConfigError(
+            f"micro_batch={config.micro_batch} does not divide the {rows} sequences of a rank "
+            f"(global_batch={config.global_batch} on {num_ranks} data-parallel ranks); use one of {device.divisors(rows)}"
+        )
     source = instantiate(d.source)
     tokenizer = None
     for turn in (0, 1):
@@ -170,15 +180,27 @@ def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
         tokenizer=tokenizer,
         seq_len=config.seq_len,
         global_batch=config.global_batch,
-        num_streams=d.num_streams or config.global_batch,
+        num_streams=num_streams,
         seed=config.seed,
         rank=rank,
         num_ranks=num_ranks,
         shuffle=d.shuffle,
         on_bad=d.on_bad,
         max_document_mb=d.max_document_mb,
-        report=partial(log.warning, "skipped %s"),
+        report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
     )
+
+
+class BadDocumentLog:
+    """One line for each document that is passed over: where it lies and what is wrong with it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, bad: BadDocument) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"{bad}\n")
 
 
 @contextmanager
@@ -196,12 +218,17 @@ def checkpoints_of(config: Config) -> Checkpoints:
 
 def full_state(run: Run) -> dict[str, Any]:
     """Everything that a resumed run needs, on any layout; collective."""
-    stream = {name: tensor.to(run.device) for name, tensor in run.stream.state_dict().items()}
-    if run.group is not None:
-        for tensor in stream.values():
-            dist.all_reduce(tensor, group=run.group)
     state = training_state(run.model, run.optimizer, run.balancer)
-    return {**state, "stream": stream, "step": torch.tensor(run.step)}
+    return {**state, "stream": global_stream_state(run), "step": torch.tensor(run.step)}
+
+
+def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
+    """Each rank knows its own streams; the sum is the state of all."""
+    state = {name: tensor.to(run.device) for name, tensor in run.stream.state_dict().items()}
+    if run.group is not None:
+        for tensor in state.values():
+            dist.all_reduce(tensor, group=run.group)
+    return state
 
 
 def resume(run: Run) -> None:
@@ -238,22 +265,17 @@ def open_directory(config: Config) -> None:
 
 
 class StopRequest:
-    """Ctrl-C or SIGTERM: finish the step, save, leave. All ranks leave at the same step."""
+    """Ctrl-C or SIGTERM: finish the step, save, leave. `agreed` once all ranks know, at the same step."""
 
     def __init__(self) -> None:
-        self.signalled = False
+        self.signalled = self.agreed = False
+
+    def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         self.signalled = True
-
-    def agreed(self, group: dist.ProcessGroup | None, on: torch.device) -> bool:
-        if group is None:
-            return self.signalled
-        flag = torch.tensor(int(self.signalled), device=on)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return bool(flag)
 
 
 # -- entry point ------------------------------------------------------------------------------------------
@@ -264,7 +286,7 @@ def train(config: Config) -> int:
     run = build(config)
     is_first = dist.get_rank() == 0
     open_directory(config)
-    stop = StopRequest()
+    run.stop.listen()
     resume(run)
     directory, resumed = run.directory, run.step
     metrics = None
@@ -275,7 +297,7 @@ def train(config: Config) -> int:
         metrics = MetricsLog(directory / "metrics.jsonl", steps=config.steps, interval=config.logging.interval,
                              after_step=resumed, start_tracker=start)  # fmt: skip
     try:
-        loop(run, metrics, stop)
+        loop(run, metrics)
     finally:
         if metrics is not None:
             metrics.close()
@@ -296,8 +318,11 @@ def conclude(run: Run) -> int:
     """Prints where everything is and what became of the experts. Returns the exit code, the same on all ranks."""
     done = run.step >= run.config.steps
     verdict = run.balancer.verdict()
+    documents, tokens, *bad = global_stream_state(run)["counts"].tolist()
     if dist.get_rank() == 0:
         print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
+        skipped = ", ".join(f"{count} {kind}" for count, kind in zip(bad, BAD_KINDS, strict=True) if count)
+        print(f"data: {documents} documents, {tokens} tokens; skipped: {skipped or 'none'}" + (f" ({run.directory}/bad_documents.*.txt)" if skipped else ""))
         if done:
             print(verdict)
         else:

@@ -1,14 +1,16 @@
 """How is the model spread over ranks? EP -> activation checkpointing -> compile -> FSDP/HSDP, stated once."""
 
+import math
+
 import spmd_types as spmd
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 
 from trainer.device import use_plain_sum
@@ -54,6 +56,27 @@ def build_parallel(
     return model.train()
 
 
-def clip_gradients(model: nn.Module, *, max_norm: float, ep_enabled: bool) -> Tensor:
-    """Scales the gradients to at most max_norm over all ranks, experts counted once. Returns the norm before."""
-    return clip_grad_norm_(list(model.parameters()), max_norm, foreach=True, ep_enabled=ep_enabled)
+def squared_gradient_norm(model: nn.Module) -> Tensor:
+    """This rank's share: summed over all ranks it is the squared norm of the whole gradient.
+
+    Each shard counts once, whatever the mesh (experts live on another one): a tensor that r ranks hold alike
+    counts 1/r on each. One scalar to reduce, so all ranks scale by the same bits.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for parameter in model.parameters():
+        total = total.to(parameter.device) + local(parameter.grad).norm().double().square() / num_replicas(parameter)
+    return total
+
+
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    torch._foreach_mul_([local(parameter.grad) for parameter in model.parameters()], factor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_replicas(tensor: Tensor) -> int:
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(size for size, place in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if place.is_replicate())

@@ -1,0 +1,56 @@
+# `make` lists what there is. Overrides: make demo ARGS="steps=50 name=short" · make test ARGS="-k balance"
+#
+# PYTHON chooses the interpreter that makes .venv. pip's own settings are respected: on Linux without a GPU,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares a new .venv about 4 GB of CUDA libraries.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv/bin/python
+INSTALLED := .venv/.installed
+LINTERS := .venv/.installed-dev
+LOG := .venv/setup.log
+
+.PHONY: help setup demo test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED)  ## make .venv and install what constraints.txt pins; again only when the pins change
+
+demo: setup  ## train a small AFMoE on the Python standard library (5 minutes on 2 cores)
+	@$(VENV) -m trainer.train experiment=demo $(ARGS)
+
+test: setup  ## run the tests
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
+
+lint: $(LINTERS)  ## ruff, pyright, shellcheck
+	@$(VENV) -m ruff check
+	@$(VENV) -m pyright
+	@.venv/bin/shellcheck .ci/run launch/*.sh launch/*.sbatch
+
+clean:  ## remove .venv and caches; runs/ stays
+	@rm -rf .venv .pytest_cache .ruff_cache build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1): the extra of pyproject.toml, $(2): what to tell. The log is shown only on failure.
+define install
+	@echo "$(2) (log: $(LOG))"
+	@$(VENV) -m pip install --no-input -c constraints.txt -e '.[$(1)]' >$(LOG) 2>&1 || { \
+	    grep -v 'is ignored: ' $(LOG) | tail -n 40 >&2; \
+	    echo "error: pip failed, see $(LOG)" >&2; exit 1; }
+	@touch $@
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "error: $(PYTHON) was not found; choose another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), Triquetra needs 3.11 or newer; choose another: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "error: $(PYTHON) has no venv module; Debian and Ubuntu have it in the package python3-venv" >&2; exit 1; }
+	@$(VENV) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	$(call install,test,Installing into .venv: one to three minutes and longer where torch brings CUDA ...)
+
+$(LINTERS): $(INSTALLED)
+	$(call install,dev,Installing pyright and shellcheck into .venv ...)

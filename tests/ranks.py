@@ -1,0 +1,95 @@
+"""Run a function on several gloo ranks, in seconds: everything is imported once, here, and then forked."""
+
+import os
+import pickle
+import random
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+import trainer.train  # noqa: F401  # and with it torchtitan: before the fork, or every rank imports it again
+
+
+def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Calls `worker(*args)` in `num_ranks` new processes that share a gloo process group. Returns each rank's result.
+
+    A result must survive torch.save: whole tensors, no DTensor. `worker` and `args` are inherited, not pickled,
+    so closures are fine. What the first failing rank raised is raised here, with its traceback as a note; a job
+    that is not done after `timeout_s` is killed and raises TimeoutError. A worker need not end the group; having
+    ended it, it cannot start another.
+    """
+    with tempfile.TemporaryDirectory(prefix="triquetra-ranks-") as directory:
+        job = (worker, args, num_ranks, _free_port(), timeout_s, Path(directory))
+        context = start_processes(_run_rank, job, nprocs=num_ranks, join=False, start_method="fork")
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while not context.join(timeout=max(0.0, deadline_s - time.monotonic()), grace_period=2.0):
+                if time.monotonic() >= deadline_s:
+                    alive = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                    raise TimeoutError(f"ranks {alive} of {num_ranks} were not done after {timeout_s} s")
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise _first_failure(Path(directory)) or error from None
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [torch.load(Path(directory, f"result-{rank}"), weights_only=False) for rank in range(num_ranks)]
+
+
+def _run_rank(
+    rank: int, worker: Callable[..., Any], args: tuple, num_ranks: int, port: int, timeout_s: float, directory: Path
+) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        torch.save(worker(*args), directory / f"result-{rank}")
+    except BaseException as error:  # SystemExit too
+        failure = pickle.dumps((time.monotonic(), _picklable(error, rank)))
+        (directory / f"failure-{rank}").write_bytes(failure)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _picklable(error: BaseException, rank: int) -> BaseException:
+    """The error itself where it can travel, with its traceback."""
+    note = f"on rank {rank}:\n{''.join(traceback.format_exception(error))}"
+    try:
+        error = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  # whatever its class does on the way
+        error = RuntimeError(repr(error))
+    error.add_note(note)
+    return error
+
+
+def _first_failure(directory: Path) -> BaseException | None:
+    """What the first rank to fail raised: the others then fail too, as it is gone. None if it left no word."""
+    failures = []
+    for path in directory.glob("failure-*"):
+        with suppress(EOFError, pickle.UnpicklingError):  # half written by a rank that was terminated meanwhile
+            failures.append(pickle.loads(path.read_bytes()))
+    return min(failures, key=lambda failure: failure[0])[1] if failures else None
+
+
+def _free_port() -> int:
+    """Below the ports that the system gives to outgoing connections, so nobody is given it before rank 0 listens."""
+    choose = random.SystemRandom()
+    while True:
+        port = choose.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -1,0 +1,136 @@
+"""The map of /docs/design.md, enforced: who may import what, read from the source without running it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TRAINER = Path(__file__).parent.parent / "trainer"
+MAX_LINES = 350
+
+# A module may import only from layers above its own. `model/` and `data` may be packages; within `data/` any
+# file may import any other.
+LAYERS = [
+    "config", "balance", "device",
+    "model.loss", "model.moe", "model.afmoe", "model.init", "model.parallelize", "model.hf",
+    "data", "optim", "checkpoint", "metrics", "train",
+]  # fmt: skip
+ENTRY_POINTS = ["simulate", "plan", "export", "report"]  # may import everything, are imported by nobody
+# These know less than their place says; the two packages' own files only gather or say nothing.
+ONLY = {"config": [], "balance": [], "device": ["config"], "": [], "model": ["model"]}
+
+# Who may import a library (a module, or a package with a dot at its end); `[]`: nobody.
+WALLS = {
+    "torchtitan": ["device", "model."],
+    "spmd_types": ["device", "model."],
+    "hydra": ["config", "train"],
+    "wandb": ["metrics"],
+    "tensorboard": ["metrics"],
+    "torch.utils.tensorboard": ["metrics"],
+    "datasets": ["data", "data."],
+    "tokenizers": ["data", "data."],
+    "pyarrow": ["data", "data."],
+    "transformers": [],
+}
+
+
+def module_name(path: Path) -> str:
+    """trainer/model/moe.py -> model.moe, trainer/data/__init__.py -> data, trainer/__init__.py -> nothing."""
+    parts = path.relative_to(TRAINER).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(module: str, source: str, *, is_package: bool = False) -> Iterator[str]:
+    """Dotted names that `source` imports anywhere in it. `from a import b` gives a.b: b may be a module."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["trainer", *module.split(".")] if module else ["trainer"]
+            base = package[: len(package) - node.level + is_package] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    layer = next((i for i, name in enumerate(LAYERS) if within(module, name)), None)
+    if layer is None and module not in (*ONLY, *ENTRY_POINTS):
+        return [f"trainer.{module} has no place in LAYERS"]
+    found = []
+    for name in imports(module, source, is_package=is_package):
+        for library, allowed in WALLS.items():
+            if within(name, library) and not any(module == a or (a.endswith(".") and module.startswith(a)) for a in allowed):
+                found.append(f"trainer.{module} imports {name}")
+        if name == "trainer" or not within(name, "trainer"):
+            continue
+        target = name.removeprefix("trainer.")
+        above = ONLY.get(module, LAYERS[:layer])  # entry points: [:None], all
+        own = ["data"] if within(module, "data") else []
+        if target != "__version__" and not any(within(target, layer) for layer in above + own):
+            found.append(f"trainer.{module} imports {name}, which is not above it")
+    return found
+
+
+SOURCES = sorted(TRAINER.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_imports_keep_to_the_walls_and_layers(path: Path) -> None:
+    assert violations(module_name(path), path.read_text(), is_package=path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_file_is_short_and_says_what_it_is_for(path: Path) -> None:
+    source = path.read_text()
+    num_lines = len(source.splitlines())
+    assert num_lines <= MAX_LINES
+    assert ast.get_docstring(ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("train", "import torchtitan.config"),
+        ("optim", "def f():\n    from torchtitan.distributed import utils"),
+        ("data.pack", "import importlib\nimportlib.import_module('spmd_types')"),
+        ("model.moe", "import hydra"),
+        ("train", "from torch.utils.tensorboard import SummaryWriter"),
+        ("train", "from torch.utils import tensorboard"),
+        ("checkpoint", "import wandb"),
+        ("config", "import tokenizers"),
+        ("model.hf", "from transformers import AfmoeForCausalLM"),
+        ("export", "import transformers"),
+        ("balance", "from trainer.config import Config"),
+        ("device", "from trainer import balance"),
+        ("model.moe", "from . import afmoe"),
+        ("model.loss", "from ..data import Batch"),
+        ("model", "from trainer.train import main"),
+        ("data", "import trainer.optim"),
+        ("metrics", "from trainer.train import Run"),
+        ("train", "from trainer.simulate import simulate"),
+        ("plan", "from trainer import report"),
+        ("helpers", ""),
+    ],
+)
+def test_broken_rule_is_found(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("train", "from trainer import device, optim\nfrom trainer.model.moe import MoE\nimport hydra, torch"),
+        ("model.afmoe", "from .moe import MoE\nfrom trainer.config import Config\nimport torchtitan"),
+        ("device", "import torchtitan\nfrom trainer.config import ConfigError"),
+        ("data.rows", "from trainer.data.sources import Source\nimport datasets"),
+        ("simulate", "from trainer.train import build\nfrom trainer import __version__"),
+    ],
+)
+def test_kept_rule_is_not_accused(module: str, source: str) -> None:
+    assert violations(module, source) == []

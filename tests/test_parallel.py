@@ -1,0 +1,182 @@
+"""One rank is the oracle: every layout takes the same global batch to the same losses, gradients and biases."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.ranks import run_ranks
+from trainer import train
+from trainer.config import load
+from trainer.data import Batch
+from trainer.model.afmoe import moe_layers
+
+SEQ_LEN, GLOBAL_BATCH, STEPS = 64, 8, 3
+STARVED = -10.0  # a bias no score can overcome: this expert gets no token on any rank
+
+BASE = [
+    "name=parallel", "model=debug", "data=synthetic", "data.source.num_topics=8", f"steps={STEPS}", f"seq_len={SEQ_LEN}",
+    f"global_batch={GLOBAL_BATCH}", "schedule.warmup=1", "balance.sequence_loss_weight=0.01", "z_loss_weight=1e-3",
+]  # fmt: skip
+
+
+def batches(step: int) -> Batch:
+    """A global batch of packed documents with labels missing unevenly over the rows."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 1024, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    cut = torch.randint(5, 60, (GLOBAL_BATCH, 1), generator=generator)
+    index = torch.arange(SEQ_LEN).expand(GLOBAL_BATCH, -1)
+    labels = tokens[:, 1:].clone()
+    labels[index == cut - 1] = -100
+    labels[0, :40] = -100
+    return Batch(tokens[:, :-1], labels, torch.where(index < cut, index, index - cut))
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def worker(overrides: list[str], starve: bool) -> dict:
+    run = train.build(load(BASE + overrides))
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    layers, micro = moe_layers(run.model), run.config.micro_batch
+    names = [name.replace("_checkpoint_wrapped_module.", "") for name, _ in run.model.named_parameters()]
+    result = {"init": dict(zip(names, map(full, run.model.parameters()), strict=True)), "metrics": []}
+    if starve:
+        for layer in layers:
+            layer.expert_bias_E[0] = STARVED
+    step_weights, balance = run.optimizer.step, run.balancer.step
+
+    def snapshot_gradients():
+        result.setdefault("gradients", dict(zip(names, (full(p.grad) for p in run.model.parameters()), strict=True)))
+        step_weights()
+
+    def snapshot_counts(step):
+        counts_ME = torch.stack([layer.tokens_per_expert_E for layer in layers])
+        torch.distributed.all_reduce(counts_ME)
+        result.setdefault("counts", []).append(counts_ME)
+        return balance(step)
+
+    run.optimizer.step, run.balancer.step = snapshot_gradients, snapshot_counts
+    per_rank = GLOBAL_BATCH // num_ranks
+    for step in range(STEPS):
+        mine = [t[rank * per_rank : (rank + 1) * per_rank] for t in batches(step)]
+        micro_batches = [Batch(*parts) for parts in zip(*(t.split(micro) for t in mine), strict=True)]
+        result["metrics"].append(train.train_step(run, micro_batches))
+    result["biases"] = [layer.expert_bias_E.clone() for layer in layers]
+    result["momentum"] = run.balancer.rule.momentum_ME.clone()
+    return result
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """Results of one rank, whole batch at once, by `starve`; computed when first asked for."""
+    known = {}
+
+    def get(starve: bool) -> dict:
+        if starve not in known:
+            known[starve] = run_ranks(worker, 1, [f"micro_batch={GLOBAL_BATCH}"], starve)[0]
+        return known[starve]
+
+    return get
+
+
+LAYOUTS = [
+    (1, ["micro_batch=2"], False),
+    (1, ["micro_batch=4", "activation_checkpoint=full"], False),
+    (1, ["micro_batch=8", "activation_checkpoint=selective"], False),
+    (2, ["parallel=fsdp", "micro_batch=4"], False),
+    (2, ["parallel=fsdp_ep", "micro_batch=2", "activation_checkpoint=full"], False),
+    (2, ["parallel=fsdp_ep", "micro_batch=4"], True),
+    (4, ["parallel=hsdp", "micro_batch=2"], False),
+    (4, ["parallel=hsdp_ep", "micro_batch=2"], False),
+    (4, ["parallel=hsdp_ep", "micro_batch=1", "activation_checkpoint=selective"], True),
+    (4, ["parallel=fsdp_ep", "parallel.ep=4", "micro_batch=1", "activation_checkpoint=full"], False),
+    # 4 ranks shard 2 local experts each of ep=... more shards than experts: cut inside the matrices
+    (4, ["parallel=fsdp_ep", "model.num_experts=2", "model.top_k=1", "micro_batch=2"], None),
+]
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides", "starve"), LAYOUTS, ids=lambda value: "-".join(value) if isinstance(value, list) else str(value))
+def test_every_layout_equals_one_rank(oracle, num_ranks, overrides, starve):
+    if starve is None:  # another model: its own oracle
+        model = [o for o in overrides if o.startswith("model.")]
+        expected = run_ranks(worker, 1, [*model, f"micro_batch={GLOBAL_BATCH}"], False)[0]
+    else:
+        expected = oracle(starve)
+    results = run_ranks(worker, num_ranks, overrides, bool(starve))
+    for got in results:
+        assert all(torch.equal(got["init"][name], weight) for name, weight in expected["init"].items())
+        assert all(torch.equal(a, b) for a, b in zip(got["counts"], expected["counts"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(got["biases"], expected["biases"], strict=True))
+        assert torch.equal(got["momentum"], expected["momentum"])
+        for ours, theirs in zip(got["metrics"], expected["metrics"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        for name, gradient in expected["gradients"].items():
+            error = (got["gradients"][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+            assert error < 1e-5, (name, error)
+    assert all(result["metrics"] == results[0]["metrics"] for result in results)  # the same bits on every rank
+
+
+def test_the_oracle_is_not_trivial(oracle):
+    """All tokens counted, the starved expert at zero, every other one in use, and its gradient finite."""
+    tokens = GLOBAL_BATCH * SEQ_LEN * 2  # K = 2
+    for counts_ME in oracle(False)["counts"]:
+        assert (counts_ME.sum(-1) == tokens).all() and counts_ME.dtype == torch.int64
+    starved = oracle(True)
+    assert all((counts_ME[:, 0] == 0).all() and (counts_ME[:, 1:] > 0).all() for counts_ME in starved["counts"])
+    for name, gradient in starved["gradients"].items():
+        assert gradient.isfinite().all()
+        if "inner_experts" in name:
+            assert (gradient[0] == 0).all() and (gradient[1] != 0).any()
+
+
+def test_clipping_scales_the_whole_gradient_to_the_limit(oracle):
+    """The applied gradient of the oracle, experts included, has norm max_grad_norm = 1 or the reported norm."""
+    result = oracle(False)
+    norm = torch.stack([g.norm() for g in result["gradients"].values()]).norm().item()
+    assert norm == pytest.approx(min(1.0, result["metrics"][0]["grad_norm"]), rel=1e-5)
+
+
+def clip_worker(overrides):
+    run = train.build(load(BASE + ["micro_batch=2", *overrides]))
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    n = GLOBAL_BATCH // num_ranks
+    seen = {}
+    step_weights = run.optimizer.step
+    run.optimizer.step = lambda: (seen.update(g={k: full(p.grad) for k, p in run.model.named_parameters()}), step_weights())
+    mine = [t[rank * n : (rank + 1) * n] for t in batches(0)]
+    train.train_step(run, [Batch(*parts) for parts in zip(*(t.split(2) for t in mine), strict=True)])
+    return torch.stack([g.norm() for g in seen["g"].values()]).norm().item()
+
+
+def test_trap_17_clipping_sees_experts_once_on_every_mesh():
+    for norm in run_ranks(clip_worker, 4, ["parallel=hsdp_ep", "max_grad_norm=0.01"]):
+        assert norm == pytest.approx(0.01, rel=1e-4)
+
+
+REFUSED = [
+    (4, ["parallel=single"], r"parallel\.dp_shard=4"),
+    (4, ["parallel.dp_replicate=3"], r"use one of \[1, 2, 4\]"),
+    (4, ["parallel=fsdp", "parallel.ep=3"], r"use one of \[1, 2, 4\]"),
+    (4, ["parallel=hsdp", "parallel.ep=4"], r"use one of \[1, 2\]"),
+    (4, ["parallel=fsdp", "micro_batch=3"], r"use one of \[1, 2\]"),
+    (4, ["parallel=fsdp", "global_batch=6"], "6"),
+    (2, ["parallel=fsdp_ep", "model.num_dense_layers=5"], "no MoE layer"),
+]
+
+
+def refused_worker(overrides):
+    try:
+        train.build(load(["name=refused", *BASE[1:], "micro_batch=1", *overrides]))
+    except train.ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides", "message"), REFUSED, ids=lambda v: "-".join(v) if isinstance(v, list) else str(v))
+def test_impossible_layouts_are_refused_with_degrees_that_work(num_ranks, overrides, message):
+    import re
+
+    for error in run_ranks(refused_worker, num_ranks, overrides):
+        assert re.search(message, error), error

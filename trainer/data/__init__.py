@@ -1,0 +1,36 @@
+"""Documents to rows of tokens: `sources` -> `tokenizer` -> `stream`."""
+
+from trainer.data.sources import (
+    BAD_KINDS,
+    BadDocument,
+    Document,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    PythonSource,
+    Source,
+    SyntheticSource,
+    TextSource,
+    permutation,
+)
+from trainer.data.stream import Batch, TokenStream, check_split
+from trainer.data.tokenizer import end_of_text_id, load_tokenizer
+
+__all__ = [
+    "BAD_KINDS",
+    "BadDocument",
+    "Batch",
+    "Document",
+    "HubSource",
+    "JsonlSource",
+    "ParquetSource",
+    "PythonSource",
+    "Source",
+    "SyntheticSource",
+    "TextSource",
+    "TokenStream",
+    "check_split",
+    "end_of_text_id",
+    "load_tokenizer",
+    "permutation",
+]

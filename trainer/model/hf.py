@@ -1,0 +1,136 @@
+"""What are our tensors called in `transformers`' AfmoeForCausalLM, on disk?
+
+One table, read in both directions. On disk each expert has its own matrices (`experts.3.up_proj.weight`); we
+hold all experts of a layer in one tensor, so to_hf gives views of it. All other tensors are only renamed.
+
+Letters: D model dim, F expert hidden dim, E experts.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from trainer.config import ModelConfig
+from trainer.model.afmoe import afmoe_config
+
+WHOLE = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+BIAS = "moe.expert_bias_E"  # always float32: rounded to bfloat16 it would move as far as the rules move it
+# of a layer: ours -> theirs
+LAYER = {
+    "attention.qkv_linear.wq.weight": "self_attn.q_proj.weight",
+    "attention.qkv_linear.wk.weight": "self_attn.k_proj.weight",
+    "attention.qkv_linear.wv.weight": "self_attn.v_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "attention.gate.weight": "self_attn.gate_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_mlp_layernorm.weight",
+    "post_ffn_norm.weight": "post_mlp_layernorm.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "moe.router.gate.weight": "mlp.router.gate.weight",
+    BIAS: "mlp.expert_bias",
+    "moe.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
+    "moe.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
+    "moe.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
+}
+EXPERTS = {
+    "moe.routed_experts.inner_experts.w1_EFD": "mlp.experts.{}.gate_proj.weight",
+    "moe.routed_experts.inner_experts.w2_EDF": "mlp.experts.{}.down_proj.weight",
+    "moe.routed_experts.inner_experts.w3_EFD": "mlp.experts.{}.up_proj.weight",
+}
+
+
+def to_hf(state_dict: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Our state dict (whole plain tensors) under the names on disk. dtypes stay: cast afterwards, all but the biases.
+
+    Raises: ValueError naming every tensor that is missing, unknown, mis-shaped, or a bias not in float32.
+    """
+    ours = _shapes(model)
+    cast = [name for name, tensor in state_dict.items() if name.endswith(BIAS) and tensor.dtype != torch.float32]
+    _refuse(_misfits(state_dict, ours) + [f"{name}: {state_dict[name].dtype}, must be torch.float32" for name in cast])
+    return {theirs: state_dict[name] if expert is None else state_dict[name][expert] for name, expert, theirs in _names(ours)}
+
+
+def from_hf(hf_state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of to_hf. dtypes stay, but the biases become float32.
+
+    Raises: ValueError naming every tensor that is missing, unknown or mis-shaped.
+    """
+    ours = _shapes(model)
+    on_disk = {theirs: ours[name] if expert is None else ours[name][1:] for name, expert, theirs in _names(ours)}
+    _refuse(_misfits(hf_state, on_disk))
+    parts: dict[str, list[Tensor]] = {}
+    for name, _, theirs in _names(ours):
+        parts.setdefault(name, []).append(hf_state[theirs].float() if name.endswith(BIAS) else hf_state[theirs])
+    return {name: torch.stack(tensors) if len(ours[name]) == 3 else tensors[0] for name, tensors in parts.items()}
+
+
+def hf_config(model: ModelConfig, *, max_position_embeddings: int) -> dict:
+    """The arguments of transformers' AfmoeConfig."""
+    m = model
+    return {
+        "architectures": ["AfmoeForCausalLM"],
+        "vocab_size": m.vocab_size,
+        "hidden_size": m.dim,
+        "intermediate_size": m.ffn_dim,
+        "moe_intermediate_size": m.expert_dim,
+        "num_hidden_layers": m.num_layers,
+        "num_dense_layers": m.num_dense_layers,
+        "num_attention_heads": m.num_heads,
+        "num_key_value_heads": m.num_kv_heads,
+        "head_dim": m.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position_embeddings,
+        "initializer_range": 0.5 / m.dim**0.5,
+        "rms_norm_eps": m.norm_eps,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+        "num_experts": m.num_experts,
+        "num_experts_per_tok": m.top_k,
+        "num_shared_experts": m.num_shared_experts,
+        "route_scale": m.route_scale,
+        "global_attn_every_n_layers": m.global_every,
+        "sliding_window": m.window,
+        "layer_types": ["sliding_attention" if (i + 1) % m.global_every else "full_attention" for i in range(m.num_layers)],
+        "mup_enabled": True,  # embedding output times sqrt(D), arXiv:2602.17004, eq. 39
+    }
+
+
+def _shapes(model: ModelConfig) -> dict[str, torch.Size]:
+    """Of our state dict, from the model built on the meta device."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in afmoe_config(model, flex=False).build().state_dict().items()}
+
+
+def _names(ours: Mapping[str, torch.Size]) -> Iterator[tuple[str, int | None, str]]:
+    """(our name, expert or None, name on disk) of every tensor on disk; a KeyError is a module without a name there."""
+    for name, shape in ours.items():
+        if name in WHOLE:
+            yield name, None, WHOLE[name]
+            continue
+        _, layer, rest = name.split(".", 2)
+        if rest in EXPERTS:
+            yield from ((name, e, f"model.layers.{layer}.{EXPERTS[rest].format(e)}") for e in range(shape[0]))
+        else:
+            yield name, None, f"model.layers.{layer}.{LAYER[rest]}"
+
+
+def _misfits(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
+    missing = [f"{name}: missing, must be {tuple(shape)}" for name, shape in expected.items() if name not in state]
+    unknown = [f"{name}: unknown, has {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected]
+    both = [(name, tuple(state[name].shape), tuple(shape)) for name, shape in expected.items() if name in state]
+    return missing + unknown + [f"{name}: has {has}, must be {must}" for name, has, must in both if has != must]
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join([f"{len(problems)} tensors do not fit the model:", *sorted(problems)]))
