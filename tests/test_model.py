@@ -72,6 +72,7 @@ def gradients(model: Afmoe, *args: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@torch.no_grad()
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float) -> None:
     """Each tensor by itself: |actual - expected| <= relative |expected|, so a zero must be a zero."""
     assert actual.keys() == expected.keys()

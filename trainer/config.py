@@ -138,6 +138,8 @@ def load(overrides: list[str]) -> Config:
         with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
             node = compose("train", overrides)
         check_targets(node)
+        if missing := sorted(OmegaConf.missing_keys(node)):
+            raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
         config = OmegaConf.to_object(node)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
@@ -250,9 +252,6 @@ def _type_name(hint: Any) -> str:
 
 def check(config: Config) -> None:
     """Limits that a type cannot express. Raises ConfigError with the value, the limit and the remedy."""
-    missing = sorted(OmegaConf.missing_keys(OmegaConf.structured(config)))
-    if missing:
-        raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
     m = config.model
     at_least = {
         "steps": (config.steps, 1), "seq_len": (config.seq_len, 2), "global_batch": (config.global_batch, 1),

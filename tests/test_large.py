@@ -1,0 +1,44 @@
+"""The full Trinity Large on a fake mesh of 2,048 ranks: every shard has the bytes that arithmetic says."""
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import _free_port  # noqa: F401  # heavy imports before the fork
+from trainer import device
+from trainer.config import ParallelConfig, load
+from trainer.model.afmoe import afmoe_config
+from trainer.model.parallelize import build_parallel, local
+
+
+def test_large_on_2048_ranks(tmp_path):
+    torch.multiprocessing.start_processes(build_large, args=(tmp_path,), nprocs=1, start_method="fork")
+    got = torch.load(tmp_path / "bytes")
+    # 54 MoE layers x 256 experts x 3 matrices of 3072 x 3072, over dp_shard 128 = efsdp 16 x ep 8: 2 experts a rank
+    assert got["experts"] == 54 * 2 * 3 * 3072 * 3072 * 4
+    # everything else is cut along rows over 128 ranks; rank 0 holds the larger part where 128 does not divide
+    dim, heads = 3072, 48 * 128
+    per_layer = [heads * dim] * 2 + [8 * 128 * dim] * 2 + [dim * heads] + [dim] * 4 + [128] * 2
+    dense = [12288 * dim] * 3
+    moe = [3072 * dim] * 3 + [256 * dim]
+    whole = 60 * per_layer + 6 * dense + 54 * moe + [200_192 * dim] * 2 + [dim]
+    assert all(size % 128 == 0 for size in whole)
+    assert got["other"] == sum(whole) // 128 * 4
+    assert got["placements"] == {"experts": "dp_replicate,efsdp,ep", "wq": "dp_replicate,fsdp"}
+    assert got["local_expert_shape"] == (2, 3072, 3072)
+
+
+def build_large(rank, directory):
+    dist.init_process_group("fake", rank=0, world_size=2048)
+    config = load(["name=large", "model=large", "steps=1", "seq_len=8192", "global_batch=12288", "micro_batch=1"])
+    dims = device.build_mesh(ParallelConfig(dp_replicate=16, dp_shard=128, ep=8), num_experts=256)
+    model = build_parallel(afmoe_config(config.model, flex=False), dims, dtype=torch.bfloat16)
+    sizes = {name: local(p).numel() * p.element_size() for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    expert = parameters["layers.10.moe.routed_experts.inner_experts.w1_EFD"]
+    query = parameters["layers.10.attention.qkv_linear.wq.weight"]
+    experts = sum(size for name, size in sizes.items() if "inner_experts" in name)
+    names = {"experts": expert, "wq": query}
+    torch.save({
+        "experts": experts, "other": sum(sizes.values()) - experts, "local_expert_shape": tuple(local(expert).shape),
+        "placements": {key: ",".join(p.device_mesh.mesh_dim_names) for key, p in names.items()},
+    }, directory / "bytes")  # fmt: skip

@@ -1,0 +1,75 @@
+"""metrics.jsonl is complete and readable whatever the trackers do."""
+
+import json
+
+import pytest
+
+from trainer.metrics import MetricsLog, TensorboardTracker, WandbTracker
+
+LINE = {"loss": 1.5, "tokens_per_s": 10.0, "balance/max_violation": 0.25}
+
+
+class Broken:
+    def __init__(self, fail_at: int):
+        self.fail_at, self.seen = fail_at, 0
+
+    def log(self, metrics, step):
+        self.seen += 1
+        if step >= self.fail_at:
+            raise ConnectionError("the service is down")
+
+    def finish(self):
+        raise ConnectionError("still down")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_tracker_that_fails_stops_neither_the_run_nor_the_file(tmp_path, caplog):
+    broken = Broken(fail_at=2)
+    log = MetricsLog(tmp_path / "metrics.jsonl", steps=4, interval=2, start_tracker=lambda: broken)
+    for step in range(1, 5):
+        log.write({"step": step, **LINE})
+    log.close()
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": step, **LINE} for step in range(1, 5)]
+    assert broken.seen == 2 and caplog.text.count("tracking stopped") == 1
+
+
+def test_a_tracker_that_cannot_start_is_reported_once(tmp_path, caplog):
+    def start():
+        raise RuntimeError("no key")
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", steps=1, interval=1, start_tracker=start)
+    log.write({"step": 1, **LINE})
+    log.close()
+    assert "no key" in caplog.text and len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_the_terminal_gets_the_first_the_last_and_every_interval(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", steps=7, interval=3)
+    for step in range(1, 8):
+        log.write({"step": step, **LINE})
+    log.close()
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in out] == ["1/7", "3/7", "6/7", "7/7"]
+    assert out[0] == "step 1/7  loss 1.500  10 tokens/s  MaxVio 0.25"
+
+
+def test_wandb_works_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    tracker = WandbTracker(tmp_path, {"steps": 1}, project="triquetra", mode="offline")
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_tensorboard_holds_what_was_logged(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = TensorboardTracker(tmp_path, {})
+    tracker.log({"loss": 1.25}, step=3)
+    tracker.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, pytest.approx(1.25))]
