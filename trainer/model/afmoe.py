@@ -38,6 +38,7 @@ from trainer.model.loss import linear_cross_entropy
 from trainer.model.moe import Experts, Float32Linear, MoE, TokenDispatcher
 
 PADDING = -1  # position of a token that is not there
+QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +52,32 @@ class Rows:
 
 
 class MaskedSDPA(Module):
-    """Attention under a boolean mask (B, 1, L, L), for devices without flex attention's backward (CPU)."""
+    """Attention under a boolean mask (B, 1, L, L), for devices without flex attention's backward (CPU).
+
+    Blocks of queries see only the keys that the causal mask and the window leave them.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        pass
+        window: int | None = None
 
     def __init__(self, config: Config):
         super().__init__()
+        self.window = config.window
 
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool) -> Tensor:
         q_BNLH, k_BNLH, v_BNLH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
-        out_BNLH = F.scaled_dot_product_attention(q_BNLH, k_BNLH, v_BNLH, attn_mask=attention_masks, enable_gqa=enable_gqa)
-        return out_BNLH.transpose(1, 2)
+        length, parts = q_BNLH.shape[2], []
+        for first in range(0, length, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, length)
+            keys = slice(max(0, first - self.window + 1) if self.window else 0, last)  # all others are masked
+            parts.append(
+                F.scaled_dot_product_attention(
+                    q_BNLH[:, :, first:last], k_BNLH[:, :, keys], v_BNLH[:, :, keys],
+                    attn_mask=attention_masks[:, :, first:last, keys], enable_gqa=enable_gqa,
+                )  # fmt: skip
+            )
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 class Attention(Module):
@@ -210,6 +224,7 @@ def afmoe_config(
         return FeedForward.Config(w1=linear(m.dim, hidden), w2=linear(hidden, m.dim), w3=linear(m.dim, hidden))
 
     def attention(layer: int) -> Attention.Config:
+        local = (layer + 1) % m.global_every != 0
         return Attention.Config(
             qkv_linear=QKVLinear.Config(
                 head_dim=m.head_dim,
@@ -220,8 +235,8 @@ def afmoe_config(
             wo=linear(m.num_heads * m.head_dim, m.dim),
             q_norm=norm(m.head_dim),
             k_norm=norm(m.head_dim),
-            inner_attention=FlexAttention.Config() if flex else MaskedSDPA.Config(),
-            local=(layer + 1) % m.global_every != 0,
+            inner_attention=FlexAttention.Config() if flex else MaskedSDPA.Config(window=m.window if local else None),
+            local=local,
             enable_gqa=m.num_heads > m.num_kv_heads,
         )
 

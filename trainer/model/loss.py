@@ -26,15 +26,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_tV = (x_tD @ weight_VD.T).float()
             counts_t = labels_t != IGNORE
             target_t1 = labels_t.clamp_min(0).unsqueeze(1)
-            lse_t = logits_tV.logsumexp(1)
-            loss += ((lse_t - logits_tV.gather(1, target_t1).squeeze(1)) * counts_t).sum()
+            target_logit_t = logits_tV.gather(1, target_t1).squeeze(1)
+            max_t1 = logits_tV.amax(1, keepdim=True)
+            exp_tV = logits_tV.sub_(max_t1).exp_()
+            sum_t1 = exp_tV.sum(1, keepdim=True)
+            lse_t = (sum_t1.log() + max_t1).squeeze(1)
+            loss += ((lse_t - target_logit_t) * counts_t).sum()
             if not needs_grad:
                 continue
-            grad_tV = logits_tV.sub_(lse_t.unsqueeze(1)).exp_()  # softmax: d lse / d logits
-            if z_loss_weight:
-                grad_tV *= (1 + 2 * z_loss_weight * lse_t).unsqueeze(1)  # d (lse + w lse^2) / d lse
-            grad_tV.scatter_add_(1, target_t1, grad_tV.new_full((1, 1), -1.0).expand_as(target_t1))
-            grad_tV.mul_(counts_t.unsqueeze(1))
+            d_lse_t1 = (counts_t * (1 + 2 * z_loss_weight * lse_t)).unsqueeze(1)  # of lse + z_loss_weight lse^2
+            grad_tV = exp_tV.mul_(d_lse_t1 / sum_t1)  # the softmax is d lse / d logits
+            grad_tV.scatter_add_(1, target_t1, -counts_t.unsqueeze(1).float())
             grad_tV = grad_tV.to(x_TD.dtype)
             torch.mm(grad_tV, weight_VD, out=grad_x_TD[start : start + chunk])
             if grad_weight_VD.dtype == grad_tV.dtype:

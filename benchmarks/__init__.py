@@ -1,0 +1,1 @@
+"""Scripts behind docs/benchmarks/: ratios, measured in one process run."""

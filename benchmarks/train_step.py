@@ -1,0 +1,149 @@
+"""How fast is a whole training step next to `transformers`, and which share of the matmul peak is it?
+
+    python -m benchmarks.train_step [rounds=7] [profile=true] [any setting of the trainer: model=small seq_len=512 ...]
+
+All train the same AFMoE from the same weights on the same packed batch, in float32, with the same threads, fused
+AdamW and clipping: our `train_step` (balancing included, reading data excluded) and `AfmoeForCausalLM` with each
+of its expert implementations, once as it is and once with our allocator setting. Each contender has a process of
+its own, because an allocator belongs to a process; the rounds are interleaved and the figures are medians.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.profiler import ProfilerActivity, profile
+from transformers import AfmoeConfig, AfmoeForCausalLM
+
+from trainer import device, train
+from trainer.config import load
+from trainer.data import Batch
+from trainer.model.afmoe import flops_per_token
+from trainer.model.hf import hf_config, to_hf
+
+SETTINGS = ["name=benchmark", "model=small", "data=synthetic", "steps=1000000", "seq_len=512", "global_batch=4",
+            "micro_batch=4", "optim.lr=1e-4", "schedule.warmup=0"]  # fmt: skip
+EXPERTS = ("grouped_mm", "eager")  # batched_mm copies the weights of an expert for each token: 24 GiB at these shapes
+
+
+def packed_batch(vocab_size: int, *, rows: int, seq_len: int) -> Batch:
+    """Random tokens; each row two documents, cut at a different place."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (rows, seq_len + 1), generator=generator)
+    cut = torch.randint(1, seq_len, (rows, 1), generator=generator)
+    index = torch.arange(seq_len).expand(rows, -1)
+    labels = tokens[:, 1:].masked_fill(index == cut - 1, -100)
+    return Batch(tokens[:, :-1].contiguous(), labels, torch.where(index < cut, index, index - cut))
+
+
+def ours(config, directory: Path) -> Callable[[], float]:
+    """Also writes the weights that the others start from."""
+    run = train.build(config)
+    weights = to_hf(run.model.state_dict(), config.model)
+    save_file({k: v.contiguous() for k, v in weights.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    AfmoeConfig(**hf_config(config.model, max_position_embeddings=config.seq_len)).save_pretrained(directory)
+    batch = packed_batch(config.model.vocab_size, rows=config.global_batch, seq_len=config.seq_len)
+    rows = run.model.rows(batch.positions_BL)
+    torch.save({"full_attention": rows.global_mask, "sliding_attention": rows.local_mask}, directory / "masks")
+    micro_batches = [Batch(*parts) for parts in zip(*(t.split(config.micro_batch) for t in batch), strict=True)]
+    return lambda: train.train_step(run, micro_batches)["loss"]
+
+
+def transformers(config, directory: Path, *, experts: str, our_allocator: bool) -> Callable[[], float]:
+    """Its masks are made beforehand, outside the clock: the model does not derive document masks from positions."""
+    if our_allocator:
+        device.keep_freed_memory()
+    model = AfmoeForCausalLM.from_pretrained(directory, attn_implementation="sdpa", experts_implementation=experts).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    batch = packed_batch(config.model.vocab_size, rows=config.global_batch, seq_len=config.seq_len)
+    masks = torch.load(directory / "masks")
+
+    def step() -> float:
+        logits = model(batch.tokens_BL, position_ids=batch.positions_BL, attention_mask=masks, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels_BL.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def matmul_peak(config, directory: Path) -> Callable[[], float]:
+    return lambda: device.peak_flops(torch.device("cpu"), torch.float32)
+
+
+def serve(build: Callable, pipe) -> None:
+    """Runs a step whenever told to. Answers with (seconds, what the step returned)."""
+    step = build()
+    pipe.send("ready")
+    while (order := pipe.recv()) != "end":
+        start_s = time.perf_counter()
+        if order == "profile":
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                value = step()
+            print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=48))
+        else:
+            value = step()
+        pipe.send((time.perf_counter() - start_s, value))
+
+
+def main() -> None:
+    own = {"rounds": "7", "profile": "false"}
+    own |= dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.split("=")[0] in own)
+    config = load([*SETTINGS, *(argument for argument in sys.argv[1:] if argument.split("=")[0] not in own)])
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        builders = {"ours": lambda: ours(config, directory), "peak": lambda: matmul_peak(config, directory)}
+        for experts in EXPERTS:
+            for allocator in (False, True):
+                label = f"transformers, {experts}{', our allocator' if allocator else ''}"
+                builders[label] = lambda e=experts, a=allocator: transformers(config, directory, experts=e, our_allocator=a)
+        context, pipes = get_context("fork"), {}
+        for label, build in builders.items():  # one after another: the first one writes the weights
+            pipes[label], child = context.Pipe()
+            context.Process(target=serve, args=(build, child), daemon=True).start()
+            assert pipes[label].recv() == "ready"
+        losses = {label: ask(pipe)[1] for label, pipe in pipes.items() if label != "peak"}
+        assert max(losses.values()) - min(losses.values()) < 1e-4, f"not the same model: {losses}"
+        for _ in range(2):  # warm
+            for pipe in pipes.values():
+                ask(pipe)
+        answers = [{label: ask(pipe) for label, pipe in pipes.items()} for _ in range(int(own["rounds"]))]
+        report(config, answers)
+        if own["profile"] == "true":
+            ask(pipes["ours"], "profile")
+        for pipe in pipes.values():
+            pipe.send("end")
+
+
+def ask(pipe, order: str = "step") -> tuple[float, float]:
+    pipe.send(order)
+    return pipe.recv()
+
+
+def report(config, answers: list[dict]) -> None:
+    tokens = config.global_batch * config.seq_len
+    flop = flops_per_token(config.model, seq_len=config.seq_len) * tokens
+    peak = statistics.median(answer["peak"][1] for answer in answers)
+    threads, version = torch.get_num_threads(), torch.__version__
+    print(f"{tokens} tokens a step, {threads} threads, torch {version}, matmul peak {peak / 1e9:.0f} GFLOP/s, {len(answers)} rounds")
+    for label in answers[0]:
+        if label == "peak":
+            continue
+        median_s = statistics.median(answer[label][0] for answer in answers)
+        ratios = sorted(answer[label][0] / answer["ours"][0] for answer in answers)
+        against = "" if label == "ours" else f"  ours is {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"{label:40s} {tokens / median_s:6.0f} tokens/s  {flop / median_s / peak:4.0%} of the peak{against}")
+
+
+if __name__ == "__main__":
+    main()
