@@ -14,7 +14,7 @@ MAX_LINES = 350
 LAYERS = [
     "config", "balance", "device",
     "model.loss", "model.moe", "model.afmoe", "model.init", "model.parallelize", "model.hf",
-    "data", "optim", "checkpoint", "metrics", "train",
+    "data", "optim", "checkpoint", "metrics", "directory", "train",
 ]  # fmt: skip
 ENTRY_POINTS = ["simulate", "plan", "export", "report"]  # may import everything, are imported by nobody
 # These know less than their place says; the two packages' own files only gather or say nothing.

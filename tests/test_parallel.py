@@ -1,5 +1,7 @@
 """One rank is the oracle: every layout takes the same global batch to the same losses, gradients and biases."""
 
+import re
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
@@ -96,7 +98,11 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("num_ranks", "overrides", "starve"), LAYOUTS, ids=lambda value: "-".join(value) if isinstance(value, list) else str(value))
+def spelled(value) -> str:
+    return "-".join(value) if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize(("num_ranks", "overrides", "starve"), LAYOUTS, ids=spelled)
 def test_every_layout_equals_one_rank(oracle, num_ranks, overrides, starve):
     if starve is None:  # another model: its own oracle
         model = [o for o in overrides if o.startswith("model.")]
@@ -174,9 +180,7 @@ def refused_worker(overrides):
     return "accepted"
 
 
-@pytest.mark.parametrize(("num_ranks", "overrides", "message"), REFUSED, ids=lambda v: "-".join(v) if isinstance(v, list) else str(v))
+@pytest.mark.parametrize(("num_ranks", "overrides", "message"), REFUSED, ids=spelled)
 def test_impossible_layouts_are_refused_with_degrees_that_work(num_ranks, overrides, message):
-    import re
-
     for error in run_ranks(refused_worker, num_ranks, overrides):
         assert re.search(message, error), error

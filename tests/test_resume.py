@@ -36,7 +36,8 @@ def tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint, whole."""
     path = directory / "checkpoints" / f"step-{step:08d}"
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+    stored = {name: m for name, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
+    state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in stored.items()}
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return state
 
@@ -80,7 +81,8 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path):
     before = metrics(tmp_path / "moving")[-1]["loss"]
     same = run_ranks(next_loss_worker, 4, ["parallel=hsdp_ep", *where])
     assert len(set(same)) == 1 and same[0] != before
-    for num_ranks, layout in [(1, []), (2, ["parallel=fsdp_ep"]), (2, ["parallel=fsdp"]), (4, ["parallel=fsdp_ep", "parallel.ep=4"])]:
+    others = [(1, []), (2, ["parallel=fsdp_ep"]), (2, ["parallel=fsdp"]), (4, ["parallel=fsdp_ep", "parallel.ep=4"])]
+    for num_ranks, layout in others:
         for loss in run_ranks(next_loss_worker, num_ranks, [*layout, *where]):
             assert loss == pytest.approx(same[0], rel=1e-6)
 
@@ -96,7 +98,9 @@ def test_only_the_newest_checkpoints_are_kept_and_a_draft_is_none(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ("model.expert_dim=16", "'expert_dim': 32.*'expert_dim': 16"), ("seed=3", "seed=0, now it is seed=3"),
-    ("data.source.num_topics=5", "num_topics"), ("data.num_streams=2", "num_streams=None, now it is data.num_streams=2"),
+    ("data.source.num_topics=5", "num_topics"), ("data.num_streams=2", "num_streams=4, now it is data.num_streams=2"),
+    ("global_batch=8", "num_streams=4, now it is data.num_streams=8; set it back"), ("balance=none", "SmebuRule.*None"),
+    ("steps=1", "steps=1, but .* is at step 2; use steps=2 or more"),
 ])  # fmt: skip
 def test_a_run_directory_refuses_another_model_or_stream(tmp_path, change, message):
     where = ["name=fixed", f"run_dir={tmp_path}", "steps=2"]
@@ -110,6 +114,38 @@ def test_harmless_changes_apply_from_the_resumed_step(tmp_path):
     run_ranks(train_worker, 1, [*where, "steps=4"], None)
     run_ranks(train_worker, 1, [*where, "steps=6", "optim.lr=1e-4"], None)
     assert [line["lr"] for line in metrics(tmp_path / "change")] == [5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4]
+
+
+def test_a_larger_batch_continues_with_the_same_streams_and_tokens_add_up(tmp_path):
+    where = ["name=grow", f"run_dir={tmp_path}"]
+    run_ranks(train_worker, 1, [*where, "steps=2"], None)
+    run_ranks(train_worker, 1, [*where, "steps=4", "global_batch=8", "data.num_streams=4"], None)
+    assert [line["tokens"] for line in metrics(tmp_path / "grow")] == [128, 256, 512, 768]
+
+
+def test_another_corpus_under_the_same_path_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("one document " * 200)
+    where = ["name=corpus", f"run_dir={tmp_path}", "steps=1", "data=txt", f"data.source.path={tmp_path}", "model.vocab_size=260"]
+    cache = [f"data.cache_dir={tmp_path / 'cache'}"]
+    base = [o for o in BASE if not o.startswith("data")]
+
+    def worker():
+        return train.train(load([*base, *where, cache[0]]))
+
+    run_ranks(worker, 1)
+    assert (tmp_path / "corpus" / "tokenizer.json").is_file()
+    (tmp_path / "b.txt").write_text("another document " * 200)
+    with pytest.raises(train.ConfigError, match="the corpus's fingerprint"):
+        run_ranks(worker, 1)
+
+
+def test_more_steps_give_the_run_another_tail(tmp_path):
+    """Counts of the old tail are dropped: the verdict of step 6 is about step 6 only."""
+    where = ["name=tail", f"run_dir={tmp_path}"]
+    run_ranks(train_worker, 1, [*where, "steps=4"], None)
+    run_ranks(train_worker, 1, [*where, "steps=6"], None)
+    state = tensors(tmp_path / "tail", 6)
+    assert state["balancer.tail_3"][0] == 1 and state["balancer.tail_counts_ME"].sum() == 4 * 4 * 32 * 2  # M B L K
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):

@@ -15,7 +15,8 @@ from trainer import train
 from trainer.config import load
 
 REPOSITORY = Path(__file__).parent.parent
-QUICK = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32", "steps=4"]
+QUICK = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32", "steps=4",
+         "model.num_experts=8"]  # fmt: skip
 METRICS = ["step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "balance/max_violation",
            "balance/max_violation_worst_layer", "balance/floor", "balance/min_load", "balance/dead_experts",
            "balance/entropy", "balance/bias_rms"]  # fmt: skip
@@ -26,26 +27,31 @@ def run_main(overrides):
     return train.main()
 
 
+def logged(directory, arm="smebu"):
+    return [json.loads(line) for line in (directory / f"synthetic-{arm}" / "metrics.jsonl").read_text().splitlines()]
+
+
 def python(*arguments, **kwargs):
-    return subprocess.Popen([sys.executable, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
     """The same run, one word changed. A check that cannot fail is no check."""
 
     def both(balance):
-        return run_main(["experiment=synthetic", f"balance={balance}", f"name={balance}", f"run_dir={tmp_path}"])
+        return run_main(["experiment=synthetic", f"balance={balance}", f"run_dir={tmp_path}"])
 
     assert run_ranks(both, 1, "smebu", timeout_s=240) == [train.OK]
     assert run_ranks(both, 1, "none", timeout_s=240) == [train.COLLAPSED]
-    last = {b: json.loads((tmp_path / b / "metrics.jsonl").read_text().splitlines()[-1]) for b in ("smebu", "none")}
+    last = {arm: logged(tmp_path, arm)[-1] for arm in ("smebu", "none")}
     assert last["smebu"]["balance/max_violation"] < last["none"]["balance/max_violation"]
     assert last["none"]["balance/bias_rms"] == 0 < last["smebu"]["balance/bias_rms"]
 
 
 def test_every_step_has_every_metric_in_its_unit(tmp_path):
     assert run_ranks(run_main, 1, [*QUICK, f"run_dir={tmp_path}"])[0] in (train.OK, train.COLLAPSED)
-    lines = [json.loads(line) for line in (tmp_path / "synthetic" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert sorted(line) == sorted(METRICS)
@@ -57,9 +63,9 @@ def test_every_step_has_every_metric_in_its_unit(tmp_path):
 def test_a_finished_run_is_left_as_it_is_and_says_the_same_again(tmp_path):
     command = [*QUICK, f"run_dir={tmp_path}"]
     first = run_ranks(run_main, 1, command)
-    before = (tmp_path / "synthetic" / "metrics.jsonl").read_text()
+    before = (tmp_path / "synthetic-smebu" / "metrics.jsonl").read_text()
     assert run_ranks(run_main, 1, command) == first
-    assert (tmp_path / "synthetic" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "synthetic-smebu" / "metrics.jsonl").read_text() == before
 
 
 def test_a_model_without_experts_trains(tmp_path):
@@ -68,17 +74,19 @@ def test_a_model_without_experts_trains(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "expert_dtype"), [("bfloat16", "null"), ("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_lower_precision_trains(tmp_path, dtype, expert_dtype):
-    run_ranks(run_main, 1, [*QUICK, f"dtype={dtype}", f"model.expert_dtype={expert_dtype}", f"run_dir={tmp_path}"])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "synthetic" / "metrics.jsonl").read_text().splitlines()]
-    assert 6 < losses[0] < 8 and losses[-1] < losses[0]
+    precision = [f"dtype={dtype}", f"model.expert_dtype={expert_dtype}", "steps=20", "schedule.warmup=1"]
+    run_ranks(run_main, 1, [*QUICK, *precision, f"run_dir={tmp_path}"])
+    losses = [line["loss"] for line in logged(tmp_path)]
+    assert 6 < losses[0] < 8 and losses[-1] < losses[0] - 1
 
 
 def test_a_refused_configuration_exits_with_2_before_anything_is_built(tmp_path, capsys):
     assert run_main([*QUICK, "stpes=4", f"run_dir={tmp_path}"]) == train.REFUSED
     assert "did you mean steps" in capsys.readouterr().err
-    assert run_ranks(run_main, 1, [*QUICK, "data=jsonl", "data.source.path=nowhere/*.jsonl", f"run_dir={tmp_path}"]) == [train.REFUSED]
-    assert run_ranks(run_main, 1, [*QUICK, "schedule.final=7", f"run_dir={tmp_path}"]) == [train.REFUSED]
-    assert run_ranks(run_main, 1, [*QUICK, "balance.rule.beta=1.0", f"run_dir={tmp_path}"]) == [train.REFUSED]
+    for wrong in (["schedule.final=7"], ["balance.rule.beta=1.0"], ["micro_batch=3"], ["data.num_streams=3"]):
+        assert run_ranks(run_main, 1, [*QUICK, *wrong, f"run_dir={tmp_path}"]) == [train.REFUSED]
+    nowhere = ["experiment=demo", "data=jsonl", "data.source.path=nowhere/*.jsonl", f"run_dir={tmp_path}"]
+    assert run_ranks(run_main, 1, nowhere) == [train.REFUSED]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,7 +105,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     command = ["-m", "trainer.train", *QUICK, "steps=100000", f"run_dir={tmp_path}"]
-    metrics = tmp_path / "synthetic" / "metrics.jsonl"
+    metrics = tmp_path / "synthetic-smebu" / "metrics.jsonl"
     process = python(*command)
     try:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
@@ -109,16 +117,17 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     stopped = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert f"stopped at step {stopped} of 100000, saved; the same command continues" in output
     assert "Traceback" not in output
-    assert [path.name for path in (tmp_path / "synthetic" / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
+    assert [path.name for path in (tmp_path / "synthetic-smebu" / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
     again = [*QUICK, f"steps={stopped + 2}", f"run_dir={tmp_path}"]
     assert run_ranks(run_main, 1, again)[0] in (train.OK, train.COLLAPSED)
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, stopped + 3))
 
 
 def test_torchrun_is_the_same_program(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    process = python(*launch, "-m", "trainer.train", *QUICK, "parallel=fsdp_ep", f"run_dir={tmp_path}",
-                     env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    settings = [*QUICK, "seq_len=64", "global_batch=8"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = python(*launch, "-m", "trainer.train", *settings, "parallel=fsdp_ep", f"run_dir={tmp_path}", env=one_thread)
     try:
         output = process.communicate(timeout=200)[0]
     finally:
@@ -126,10 +135,8 @@ def test_torchrun_is_the_same_program(tmp_path):
     assert process.returncode == 0, output
     assert "on 2 x cpu" in output and output.count("balance: ok") == 1
     (tmp_path / "one").mkdir()
-    run_ranks(run_main, 1, [*QUICK, f"run_dir={tmp_path / 'one'}"])
-    two, one = (
-        [json.loads(line)["loss"] for line in (d / "synthetic" / "metrics.jsonl").read_text().splitlines()] for d in (tmp_path, tmp_path / "one")
-    )
+    run_ranks(run_main, 1, [*settings, f"run_dir={tmp_path / 'one'}"])
+    two, one = ([line["loss"] for line in logged(directory)] for directory in (tmp_path, tmp_path / "one"))
     assert two == pytest.approx(one, rel=1e-5)
 
 

@@ -95,15 +95,27 @@ class Balancer(nn.Module):
     the run's tail, from which the verdict is spoken.
     """
 
-    def __init__(self, layers: list[nn.Module], rule: nn.Module | None, *, steps: int, group: dist.ProcessGroup | None = None):
+    def __init__(
+        self, layers: list[nn.Module], rule: nn.Module | None, *, steps: int, group: dist.ProcessGroup | None = None
+    ):
         super().__init__()
         self.layers = tuple(layers)  # not submodules: their state belongs to the model
         self.rule, self.group = rule, group
-        self.tail_start = steps - max(1, round(TAIL_SHARE * steps))  # [steps]
+        self.first_tail_step = steps - max(1, round(TAIL_SHARE * steps)) + 1
         num_experts = layers[0].expert_bias_E.numel() if layers else 0
         device = layers[0].expert_bias_E.device if layers else None
+        self.register_buffer("tail_step", torch.tensor(self.first_tail_step))  # where the counts below began
         self.register_buffer("tail_counts_ME", torch.zeros(len(layers), num_experts, dtype=torch.int64, device=device))
         self.register_buffer("tail_3", torch.zeros(3, dtype=torch.float64, device=device))  # steps, sums of MaxVio and floor
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
+        """A run that is given more steps has another tail: counts of the old one are dropped."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        if self.tail_step != self.first_tail_step:
+            self.tail_step.fill_(self.first_tail_step)
+            self.tail_counts_ME.zero_()
+            self.tail_3.zero_()
+        return result
 
     @torch.no_grad()
     def step(self, step: int) -> dict[str, float]:
@@ -121,9 +133,11 @@ class Balancer(nn.Module):
             layer.expert_bias_E.copy_(bias_E)
             layer.tokens_per_expert_E.zero_()
         metrics = routing_metrics(stats, bias_ME, top_k=self.layers[0].top_k)
-        if step > self.tail_start:
+        if step >= self.first_tail_step:
             self.tail_counts_ME += counts_ME
-            self.tail_3 += torch.stack([torch.ones_like(metrics["balance/floor"]), metrics["balance/max_violation"], metrics["balance/floor"]])
+            self.tail_3[0] += 1
+            self.tail_3[1] += metrics["balance/max_violation"]
+            self.tail_3[2] += metrics["balance/floor"]
         return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
     def verdict(self) -> "Verdict":

@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: Any = MISSING  # _target_: where documents come from (trainer/data.py)
+    source: Any = MISSING  # _target_: where documents come from (trainer/data/)
     tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
     shuffle: bool = True
@@ -73,6 +73,7 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class BalanceConfig:
+    name: str = "custom"  # of the arm: configs/balance/*.yaml
     rule: Any = None  # _target_: how counts move the biases (trainer/balance.py); null: not at all
     sequence_loss_weight: float = 0.0  # alpha of arXiv:2602.17004, eq. 29
 
@@ -144,6 +145,7 @@ def load(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
     check(config)
+    config.data.num_streams = config.data.num_streams or config.global_batch
     return config
 
 
@@ -171,7 +173,9 @@ def _nearest(key: str) -> str:
         return ""
     by_leaf = [v for v in valid if v.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     near = list(dict.fromkeys(difflib.get_close_matches(key, valid, n=4, cutoff=0.6) + by_leaf))[:4]
-    return f" (did you mean {', '.join(near)}?)" if near else f" (top-level keys: {', '.join(sorted({v.split('.')[0] for v in valid}))})"
+    if near:
+        return f" (did you mean {', '.join(near)}?)"
+    return f" (top-level keys: {', '.join(sorted({v.split('.')[0] for v in valid}))})"
 
 
 def _all_keys() -> Iterator[str]:
@@ -207,7 +211,7 @@ def check_targets(node: Any, path: str = "") -> None:
 def _check_target(node: DictConfig, path: str) -> None:
     try:
         target = get_method(node._target_) if isinstance(node._target_, str) else None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # whatever the import of a user's module raises
         raise ConfigError(f"{path}._target_={node._target_}: cannot be imported ({error})") from None
     if target is None:
         raise ConfigError(f"{path}._target_={node._target_}: not a dotted name")
@@ -225,8 +229,8 @@ def _check_target(node: DictConfig, path: str) -> None:
         if key in hints and not _fits(value, hints[key]):
             raise ConfigError(f"{path}.{key}={value!r}: {node._target_} wants {_type_name(hints[key])}")
     if not node.get("_partial_", False):
-        required = [n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        absent = [name for name in required if name not in given]
+        named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        absent = [name for name, p in named.items() if p.default is p.empty and name not in given]
         if absent:
             raise ConfigError(f"{path}: {node._target_} needs {', '.join(absent)}")
 

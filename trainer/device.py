@@ -85,7 +85,9 @@ def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDi
             f"parallel.ep={ep} must divide the {shard} ranks of a replica (dp_shard) and model.num_experts={num_experts}; "
             f"use one of {fitting}"
         )
-    dims = ParallelDims(dp_replicate=replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=ep, world_size=world, spmd_backend=SPMD_BACKEND)
+    dims = ParallelDims(
+        dp_replicate=replicate, dp_shard=shard, cp=1, tp=1, pp=1, ep=ep, world_size=world, spmd_backend=SPMD_BACKEND
+    )
     dims.build_mesh()
     return dims
 

@@ -69,7 +69,8 @@ class MetricsLog:
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
         kept = []
         if after_step and path.exists():
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= after_step]
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
+            kept = [line for line in whole if json.loads(line)["step"] <= after_step]
         path.write_text("".join(f"{line}\n" for line in kept))
         self.file = path.open("a", buffering=1)
         self.steps, self.interval = steps, interval

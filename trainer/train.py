@@ -6,7 +6,6 @@
 Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 130 interrupted, saved.
 """
 
-import json
 import logging
 import math
 import signal
@@ -20,14 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from trainer import device, optim
 from trainer.balance import Balancer
-from trainer.checkpoint import Checkpoints, set_training_state, training_state
+from trainer.checkpoint import set_training_state, training_state
 from trainer.config import CONFIG_DIR, Config, ConfigError, load, resolved_yaml
-from trainer.data import BAD_KINDS, BadDocument, Batch, TokenStream, check_split, load_tokenizer
+from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, check_split, load_tokenizer
+from trainer.directory import BadDocumentLog, checkpoints_of, open_directory, run_directory
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
 from trainer.model.init import initialize
@@ -53,14 +53,11 @@ class Run:
     group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
     stop: "StopRequest"
     step: int = 0
+    tokens: int = 0  # trained on so far, over all ranks
 
     @property
     def directory(self) -> Path:
         return run_directory(self.config)
-
-
-def run_directory(config: Config) -> Path:
-    return Path(config.run_dir) / config.name
 
 
 # -- the step ---------------------------------------------------------------------------------------------
@@ -98,8 +95,8 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.step()
     run.optimizer.zero_grad()
     balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
-    tokens = run.step * run.config.global_batch * run.config.seq_len
-    return {"step": run.step, "tokens": tokens, "loss": loss_mean, "grad_norm": grad_norm, "lr": lr, **balance}
+    run.tokens += run.config.global_batch * run.config.seq_len
+    return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, "lr": lr, **balance}
 
 
 def loop(run: Run, metrics: MetricsLog | None) -> None:
@@ -110,14 +107,13 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
     start_s = time.perf_counter()
     while run.step < config.steps and not run.stop.agreed:
         values = train_step(run, run.stream.next_step(config.micro_batch))
-        now_s = time.perf_counter()
-        tokens_per_s = config.global_batch * config.seq_len / (now_s - start_s)
-        start_s = now_s
+        tokens_per_s = config.global_batch * config.seq_len / (time.perf_counter() - start_s)
         values |= {"tokens_per_s": tokens_per_s, "mfu": flop * tokens_per_s / peak, "memory_gib": device.memory_gib(run.device)}
         if metrics is not None:
             metrics.write(values)
         if run.step % config.checkpoint.interval == 0 or run.step == config.steps or run.stop.agreed:
             checkpoints.save(run.step, full_state(run))
+        start_s = time.perf_counter()
 
 
 # -- building and resuming --------------------------------------------------------------------------------
@@ -162,8 +158,8 @@ def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
     """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
     mesh = dims.get_optional_mesh("batch")
     rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
-    d, num_streams = config.data, config.data.num_streams or config.global_batch
-    check_split(global_batch=config.global_batch, num_streams=num_streams, num_ranks=num_ranks)
+    d = config.data
+    check_split(global_batch=config.global_batch, num_streams=d.num_streams, num_ranks=num_ranks)
     if (rows := config.global_batch // num_ranks) % config.micro_batch:
         raise ConfigError(
             f"micro_batch={config.micro_batch} does not divide the {rows} sequences of a rank "
@@ -180,7 +176,7 @@ def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
         tokenizer=tokenizer,
         seq_len=config.seq_len,
         global_batch=config.global_batch,
-        num_streams=num_streams,
+        num_streams=d.num_streams,
         seed=config.seed,
         rank=rank,
         num_ranks=num_ranks,
@@ -191,35 +187,19 @@ def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
     )
 
 
-class BadDocumentLog:
-    """One line for each document that is passed over: where it lies and what is wrong with it."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self, bad: BadDocument) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(f"{bad}\n")
-
-
 @contextmanager
 def refusing():
     """What a constructor named in the configuration refuses is a refused configuration."""
     try:
         yield
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error)) from error
-
-
-def checkpoints_of(config: Config) -> Checkpoints:
-    return Checkpoints(run_directory(config) / "checkpoints", keep=config.checkpoint.keep)
+    except (ValueError, TypeError, InstantiationException) as error:
+        raise ConfigError(str(error.__cause__ or error)) from error
 
 
 def full_state(run: Run) -> dict[str, Any]:
     """Everything that a resumed run needs, on any layout; collective."""
     state = training_state(run.model, run.optimizer, run.balancer)
-    return {**state, "stream": global_stream_state(run), "step": torch.tensor(run.step)}
+    return {**state, "stream": global_stream_state(run), "step": torch.tensor(run.step), "tokens": torch.tensor(run.tokens)}
 
 
 def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
@@ -232,7 +212,7 @@ def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
 
 
 def resume(run: Run) -> None:
-    """Continues from the newest checkpoint of this run's directory, if there is one."""
+    """Continues from the newest checkpoint of this run's directory, if there is one. Raises: ConfigError."""
     checkpoints = checkpoints_of(run.config)
     step = checkpoints.latest()
     if step is None:
@@ -240,28 +220,9 @@ def resume(run: Run) -> None:
     state = checkpoints.load(step, full_state(run))
     set_training_state(state, run.model, run.optimizer, run.balancer)
     run.stream.load_state_dict({k: v.cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
-    run.step = int(state["step"])
-
-
-FIXED = ("model", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle", "seed")
-
-
-def open_directory(config: Config) -> None:
-    """Writes config.yaml; refuses to continue a run whose model or token stream would be another one."""
-    directory = run_directory(config)
-    path = directory / "config.yaml"
-    new = OmegaConf.create(resolved_yaml(config))
-    if path.exists() and checkpoints_of(config).steps():
-        old = OmegaConf.load(path)
-        for key in FIXED:
-            before, now = OmegaConf.select(old, key), OmegaConf.select(new, key)
-            if before != now:
-                raise ConfigError(
-                    f"{directory} holds a run with {key}={before}, now it is {key}={now}; "
-                    f"choose another name= for a new run, or delete {directory}"
-                )
-    directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(resolved_yaml(config))
+    run.step, run.tokens = int(state["step"]), int(state["tokens"])
+    if run.step > run.config.steps:
+        raise ConfigError(f"steps={run.config.steps}, but {run.directory} is at step {run.step}; use steps={run.step} or more")
 
 
 class StopRequest:
@@ -285,9 +246,10 @@ def train(config: Config) -> int:
     """The whole run on this rank. Returns the exit code."""
     run = build(config)
     is_first = dist.get_rank() == 0
-    open_directory(config)
+    open_directory(config, source=run.stream.source, tokenizer=run.stream.tokenizer)
     run.stop.listen()
-    resume(run)
+    with refusing():
+        resume(run)
     directory, resumed = run.directory, run.step
     metrics = None
     if is_first:
@@ -307,10 +269,13 @@ def train(config: Config) -> int:
 def announce(run: Run) -> None:
     c, count = run.config, count_parameters(run.config.model)
     print(
-        f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, on {dist.get_world_size()} x "
-        f"{run.device.type}, {c.global_batch} x {c.seq_len} = {c.global_batch * c.seq_len} tokens a step"
+        f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
+        f"on {dist.get_world_size()} x {run.device.type}, "
+        f"{c.global_batch} x {c.seq_len} = {c.global_batch * c.seq_len} tokens a step"
     )
-    if run.step:
+    if run.step == c.steps:
+        print(f"{run.directory} is complete at step {run.step}; steps= trains on, name= starts a new run")
+    elif run.step:
         print(f"continuing at step {run.step} of {c.steps}")
 
 
@@ -318,11 +283,12 @@ def conclude(run: Run) -> int:
     """Prints where everything is and what became of the experts. Returns the exit code, the same on all ranks."""
     done = run.step >= run.config.steps
     verdict = run.balancer.verdict()
-    documents, tokens, *bad = global_stream_state(run)["counts"].tolist()
+    read = dict(zip(COUNTED, global_stream_state(run)["counts"].tolist(), strict=True))
     if dist.get_rank() == 0:
         print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
-        skipped = ", ".join(f"{count} {kind}" for count, kind in zip(bad, BAD_KINDS, strict=True) if count)
-        print(f"data: {documents} documents, {tokens} tokens; skipped: {skipped or 'none'}" + (f" ({run.directory}/bad_documents.*.txt)" if skipped else ""))
+        bad = ", ".join(f"{read[kind]} {kind}" for kind in BAD_KINDS if read[kind])
+        skipped = f"skipped {bad} (bad_documents.*.txt)" if bad else "none skipped"
+        print(f"data: {read['documents']} documents, {read['tokens']} tokens, {skipped}")
         if done:
             print(verdict)
         else:
@@ -332,14 +298,36 @@ def conclude(run: Run) -> int:
 
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    overrides = sys.argv[1:]
     try:
-        return train(load(sys.argv[1:]))
+        if {"-h", "--help"} & set(overrides):
+            print(usage())
+            return OK
+        if "--cfg" in overrides:
+            print(resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])), end="")
+            return OK
+        return train(load(overrides))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        print("interrupted before the first step; nothing to save", file=sys.stderr)
+        return INTERRUPTED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def usage() -> str:
+    groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir())
+    options = "\n".join(f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups)
+    return f"""{__doc__}
+    --cfg job    prints the resolved configuration and trains nothing
+
+Choices:
+{options}
+
+Any value of the configuration can be overridden: steps=100 model.dim=64 optim.lr=1e-3 name=mine"""
 
 
 if __name__ == "__main__":

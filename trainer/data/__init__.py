@@ -13,11 +13,12 @@ from trainer.data.sources import (
     TextSource,
     permutation,
 )
-from trainer.data.stream import Batch, TokenStream, check_split
+from trainer.data.stream import COUNTED, Batch, TokenStream, check_split
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer
 
 __all__ = [
     "BAD_KINDS",
+    "COUNTED",
     "BadDocument",
     "Batch",
     "Document",

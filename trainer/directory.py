@@ -1,0 +1,84 @@
+"""What lies in a run's directory, and may this run continue what is there?
+
+    <run_dir>/<name>/config.yaml          every setting, resolved
+                     data.json            which corpus and which tokenizer
+                     tokenizer.json       as it was used
+                     metrics.jsonl        one line per step
+                     bad_documents.*.txt  documents that were passed over, by data-parallel rank
+                     checkpoints/         trainer/checkpoint.py
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from trainer.checkpoint import Checkpoints
+from trainer.config import Config, ConfigError, resolved_yaml
+from trainer.data import BadDocument, Source
+
+# A run is these: with another value it would not be the same run. All else may change when it is continued.
+FIXED = ("model", "seed", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle",
+         "balance.rule._target_", "optim._target_")  # fmt: skip
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.run_dir) / config.name
+
+
+def checkpoints_of(config: Config) -> Checkpoints:
+    return Checkpoints(run_directory(config) / "checkpoints", keep=config.checkpoint.keep)
+
+
+def open_directory(config: Config, *, source: Source, tokenizer) -> None:
+    """Rank 0 writes what describes the run; all ranks refuse to continue another one. Collective. Raises: ConfigError."""
+    answer: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            _open(config, source=source, tokenizer=tokenizer)
+        except ConfigError as error:
+            answer = [str(error)]
+    dist.broadcast_object_list(answer)
+    if answer[0] is not None:
+        raise ConfigError(answer[0])
+
+
+def _open(config: Config, *, source: Source, tokenizer) -> None:
+    directory = run_directory(config)
+    tokenizer_text = tokenizer.to_str() if tokenizer is not None else None
+    digest = hashlib.sha256(tokenizer_text.encode()).hexdigest()[:16] if tokenizer_text else None
+    data = {"corpus": source.fingerprint, "tokenizer": digest}
+    if checkpoints_of(config).steps():
+        _refuse_another_run(config, directory, data)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(resolved_yaml(config))
+    (directory / "data.json").write_text(json.dumps(data))
+    if tokenizer_text:
+        (directory / "tokenizer.json").write_text(tokenizer_text)
+
+
+def _refuse_another_run(config: Config, directory: Path, data: dict) -> None:
+    before, now = OmegaConf.load(directory / "config.yaml"), OmegaConf.create(resolved_yaml(config))
+    pairs = {key: (OmegaConf.select(before, key), OmegaConf.select(now, key)) for key in FIXED}
+    saved = json.loads((directory / "data.json").read_text())
+    pairs |= {f"the {name}'s fingerprint": (saved[name], data[name]) for name in data}
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise ConfigError(
+                f"{directory} holds a run with {key}={old}, now it is {key}={new}; "
+                f"set it back to continue, or choose another name= for a new run"
+            )
+
+
+class BadDocumentLog:
+    """One line for each document that is passed over: where it lies and what is wrong with it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, bad: BadDocument) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"{bad}\n")
