@@ -13,7 +13,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's message, shortened, with the nearest valid keys for the override that it is about."""
     text = str(error.__cause__ or error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type"))]
-    message = "; ".join(lines)
+    noise = ("full_key", "object_type", "reference_type", "Config search path", "provider=", "See https")
+    message = " ".join(line for line in lines if not line.startswith(noise))
     text = f"{error} {text}"
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
@@ -241,6 +241,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if hint is type(None):
         return value is None
+    if typing.get_origin(hint) in (Sequence, list, tuple):
+        return OmegaConf.is_list(value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
