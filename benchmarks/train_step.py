@@ -135,7 +135,8 @@ def report(config, answers: list[dict]) -> None:
     flop = flops_per_token(config.model, seq_len=config.seq_len) * tokens
     peak = statistics.median(answer["peak"][1] for answer in answers)
     threads, version = torch.get_num_threads(), torch.__version__
-    print(f"{tokens} tokens a step, {threads} threads, torch {version}, matmul peak {peak / 1e9:.0f} GFLOP/s, {len(answers)} rounds")
+    print(f"{tokens} tokens a step, {threads} threads, torch {version}, {len(answers)} rounds")
+    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s")
     for label in answers[0]:
         if label == "peak":
             continue

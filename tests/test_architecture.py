@@ -13,7 +13,7 @@ MAX_LINES = 350
 # file may import any other.
 LAYERS = [
     "config", "balance", "device",
-    "model.loss", "model.moe", "model.afmoe", "model.init", "model.parallelize", "model.hf",
+    "model.loss", "model.norm", "model.moe", "model.afmoe", "model.init", "model.parallelize", "model.hf",
     "data", "optim", "checkpoint", "metrics", "directory", "train",
 ]  # fmt: skip
 ENTRY_POINTS = ["simulate", "plan", "export", "report"]  # may import everything, are imported by nobody

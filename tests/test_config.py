@@ -77,6 +77,7 @@ REFUSED = {  # override: what the message must contain
     "dtype=bf16": "bfloat16",
     "activation_checkpoint=fully": "did you mean full",
     "data.on_bad=ignore": "skip, fatal",
+    "compile=true": "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false",
     "name=../elsewhere": "one plain directory name",
     "name=''": "one plain directory name",
     "max_grad_norm=0": "must be above 0",

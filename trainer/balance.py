@@ -135,9 +135,8 @@ class Balancer(nn.Module):
         metrics = routing_metrics(stats, bias_ME, top_k=self.layers[0].top_k)
         if step >= self.first_tail_step:
             self.tail_counts_ME += counts_ME
-            self.tail_3[0] += 1
-            self.tail_3[1] += metrics["balance/max_violation"]
-            self.tail_3[2] += metrics["balance/floor"]
+            one = torch.ones_like(metrics["balance/floor"])
+            self.tail_3 += torch.stack([one, metrics["balance/max_violation"], metrics["balance/floor"]])
         return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
     def verdict(self) -> "Verdict":

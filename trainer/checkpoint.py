@@ -61,7 +61,7 @@ class Checkpoints:
 
     def _agreed_steps(self) -> list[int]:
         """Rank 0's view, on all ranks: file systems of several hosts may differ for a moment."""
-        agreed = [self.steps() if dist.get_rank() == 0 else None]
+        agreed = [self.steps() if dist.get_rank() == 0 else []]
         dist.broadcast_object_list(agreed)
         return agreed[0]
 

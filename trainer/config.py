@@ -144,6 +144,7 @@ def load(overrides: list[str]) -> Config:
         config = OmegaConf.to_object(node)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, overrides)) from None
+    assert isinstance(config, Config)
     check(config)
     config.data.num_streams = config.data.num_streams or config.global_batch
     return config
@@ -295,6 +296,9 @@ def check(config: Config) -> None:
             near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(f"{key}={value}: must be one of {', '.join(map(str, options))}{hint}")
+    if config.compile and (m.expert_dtype or config.dtype) == "float32":
+        raise ConfigError("compile=true with float32 experts: torch compiles the grouped GEMM in bfloat16 only; "
+                          "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false")  # fmt: skip
     if m.num_heads % m.num_kv_heads:
         raise ConfigError(f"model.num_heads={m.num_heads} is not a multiple of model.num_kv_heads={m.num_kv_heads}")
     if m.head_dim % 2:

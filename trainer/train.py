@@ -27,6 +27,7 @@ from trainer.balance import Balancer
 from trainer.checkpoint import set_training_state, training_state
 from trainer.config import CONFIG_DIR, Config, ConfigError, load, resolved_yaml
 from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, check_split, load_tokenizer
+from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, checkpoints_of, open_directory, run_directory
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
@@ -44,7 +45,7 @@ class Run:
 
     config: Config
     device: torch.device
-    dims: device.ParallelDims
+    dims: ParallelDims
     model: Afmoe
     optimizer: torch.optim.Optimizer
     schedule: optim.Schedule
@@ -154,7 +155,7 @@ def build(config: Config) -> Run:
                balancer=balancer, stream=stream, group=group, stop=StopRequest())  # fmt: skip
 
 
-def build_stream(config: Config, dims: device.ParallelDims) -> TokenStream:
+def build_stream(config: Config, dims: ParallelDims) -> TokenStream:
     """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
     mesh = dims.get_optional_mesh("batch")
     rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)

@@ -29,13 +29,13 @@ from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import RoutedExperts, TokenChoiceTopKRouter
-from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.protocols.module import Module
 
 from trainer.config import ModelConfig
 from trainer.model.loss import linear_cross_entropy
 from trainer.model.moe import Experts, Float32Linear, MoE, TokenDispatcher
+from trainer.model.norm import RMSNorm
 
 PADDING = -1  # position of a token that is not there
 QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
@@ -66,18 +66,17 @@ class MaskedSDPA(Module):
         self.window = config.window
 
     def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool) -> Tensor:
-        q_BNLH, k_BNLH, v_BNLH = (t.transpose(1, 2) for t in (q_BLNH, k_BLNH, v_BLNH))
-        length, parts = q_BNLH.shape[2], []
-        for first in range(0, length, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, length)
+        k_BNLH, v_BNLH = k_BLNH.transpose(1, 2), v_BLNH.transpose(1, 2)
+        length, parts = q_BLNH.shape[1], []
+        for first, block_BlNH in zip(range(0, length, QUERY_BLOCK), q_BLNH.split(QUERY_BLOCK, dim=1), strict=True):
+            last = first + block_BlNH.shape[1]
             keys = slice(max(0, first - self.window + 1) if self.window else 0, last)  # all others are masked
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q_BNLH[:, :, first:last], k_BNLH[:, :, keys], v_BNLH[:, :, keys],
-                    attn_mask=attention_masks[:, :, first:last, keys], enable_gqa=enable_gqa,
-                )  # fmt: skip
-            )
-        return torch.cat(parts, dim=2).transpose(1, 2)
+            out_BNlH = F.scaled_dot_product_attention(
+                block_BlNH.transpose(1, 2), k_BNLH[:, :, keys], v_BNLH[:, :, keys],
+                attn_mask=attention_masks[:, :, first:last, keys], enable_gqa=enable_gqa,
+            )  # fmt: skip
+            parts.append(out_BNlH.transpose(1, 2))  # the order in memory, so that cat copies long runs
+        return torch.cat(parts, dim=1)
 
 
 class Attention(Module):
@@ -195,7 +194,7 @@ class Afmoe(Decoder):
         document = get_efficient_causal_mask_mod_for_packed_document(starts_BL)
         global_mod = and_masks(get_causal_mask_mod(), document)
         local_mod = and_masks(global_mod, get_sliding_window_mask_mod(self.config.window))  # eq. 8
-        flex = positions_BL.device.type == "cuda"
+        flex = isinstance(self.config.layers[0].attention.inner_attention, FlexAttention.Config)
         make = create_attention_mask if flex else create_mask
         half = torch.arange(0, self.config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
         angle_BLh = positions_BL.clamp_min(0).unsqueeze(-1) * self.config.rope_theta ** (-half / self.config.head_dim)
@@ -204,7 +203,7 @@ class Afmoe(Decoder):
             local_mask=make(local_mod, num_rows, None, length, length, device=positions_BL.device),
             global_mask=make(global_mod, num_rows, None, length, length, device=positions_BL.device),
             rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
-            valid_BL=positions_BL >= 0 if bool((positions_BL < 0).any()) else None,
+            valid_BL=positions_BL >= 0 if positions_BL.is_cuda or (positions_BL < 0).any() else None,  # no sync on a GPU
         )
 
 

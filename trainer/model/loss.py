@@ -19,8 +19,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         chunk = max(1, CHUNK_LOGITS // len(weight_VD))
         loss = x_TD.new_zeros((), dtype=torch.float32)
-        grad_x_TD = torch.empty_like(x_TD) if needs_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
+        grad_x_TD = torch.empty_like(x_TD if needs_grad else x_TD[:0])
+        grad_weight_VD = torch.zeros_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
         for start in range(0, len(x_TD), chunk):
             x_tD, labels_t = x_TD[start : start + chunk], labels_T[start : start + chunk]
             logits_tV = (x_tD @ weight_VD.T).float()

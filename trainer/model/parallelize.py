@@ -41,7 +41,7 @@ def build_parallel(
     if compile:
         apply_compile(model, compile_config=CompileConfig(enable=True), parallel_dims=dims)
     if dims.world_size == 1 and dtype == torch.float32:
-        return model.train()  # nothing to cut, nothing to cast: FSDP would only copy (13 % of a step at model=small on a CPU)
+        return model.train()  # nothing to cut, nothing to cast: FSDP would only copy
     replicate = ["dp_replicate"] if dims.dp_replicate_enabled else []
     mesh = dims.get_mesh([*replicate, "fsdp"])
     apply_fsdp_to_decoder(
@@ -81,4 +81,5 @@ def local(tensor: Tensor) -> Tensor:
 def num_replicas(tensor: Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return 1
-    return math.prod(size for size, place in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if place.is_replicate())
+    axes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in axes if placement.is_replicate())
