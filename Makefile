@@ -18,7 +18,7 @@ help:  ## this list
 
 setup: $(INSTALLED)  ## make .venv and install what constraints.txt pins; again only when the pins change
 
-demo: setup  ## train a small AFMoE on the Python standard library (5 minutes on 2 cores)
+demo: setup  ## train a small AFMoE on the Python standard library (about 4 minutes on 2 cores)
 	@$(VENV) -m trainer.train experiment=demo $(ARGS)
 
 test: setup  ## run the tests
