@@ -36,7 +36,6 @@ from trainer.model.loss import IGNORE
 from trainer.model.parallelize import build_parallel, scale_gradients, squared_gradient_norm
 
 OK, REFUSED, COLLAPSED, INTERRUPTED = 0, 2, 3, 130
-log = logging.getLogger("trainer")
 
 
 @dataclass(kw_only=True)
