@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.train_step import SETTINGS, packed_batch
 from trainer import train
-from trainer.balance import Balancer, SmebuRule
+from trainer.balance import Balancer, SmebuRule, register_routing_buffers
 from trainer.config import load
 from trainer.metrics import MetricsLog
 
@@ -28,8 +28,7 @@ class Layer(nn.Module):
     def __init__(self):
         super().__init__()
         self.top_k = TOP_K
-        self.register_buffer("expert_bias_E", torch.zeros(EXPERTS))
-        self.register_buffer("tokens_per_expert_E", torch.zeros(EXPERTS, dtype=torch.int64))
+        register_routing_buffers(self, EXPERTS)
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
         balancing_s, step_s = [], []
         for step in range(2, 2 + ROUNDS):
             for layer in layers:
-                layer.tokens_per_expert_E.random_(0, 100_000)
+                layer.routing_sums_S.random_(0, 100_000)
             start_s = time.perf_counter()
             metrics = balancer.step(step)
             log.write({"step": step, "loss": 1.0, "tokens_per_s": 1.0, **metrics})

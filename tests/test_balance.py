@@ -12,6 +12,7 @@ from trainer.balance import (
     SmebuRule,
     attach_loss,
     count_in_backward,
+    register_routing_buffers,
     routing_metrics,
     sequence_balance_loss,
 )
@@ -28,8 +29,11 @@ class Layer(torch.nn.Module):
     def __init__(self, num_experts: int, top_k: int = 1):
         super().__init__()
         self.top_k = top_k
-        self.register_buffer("expert_bias_E", torch.zeros(num_experts))
-        self.register_buffer("tokens_per_expert_E", torch.zeros(num_experts, dtype=torch.int64))
+        register_routing_buffers(self, num_experts)
+
+    @property
+    def tokens_per_expert_E(self):
+        return self.routing_sums_S[: len(self.expert_bias_E)]
 
 
 def apply(rule, counts):
@@ -57,7 +61,7 @@ def test_smebu_three_experts_three_steps_by_hand():
     for number, (counts, step) in enumerate(zip([[2, 4, 6], [4, 4, 4], [12, 0, 0]], steps, strict=True), start=1):
         momentum = [0.5 * m + 0.5 * s for m, s in zip(momentum, step, strict=True)]
         bias = [b + m for b, m in zip(bias, momentum, strict=True)]
-        layer.tokens_per_expert_E += torch.tensor(counts)
+        layer.tokens_per_expert_E.add_(torch.tensor(counts))
         balance.step(number)
         torch.testing.assert_close(layer.expert_bias_E.tolist(), bias, atol=1e-7, rtol=1e-6)
 
@@ -99,7 +103,7 @@ def test_every_rule_resumes_where_it_stopped_bit_for_bit(name):
 
 def feed(balance, counts_ME, step):
     for layer, counts_E in zip(balance.layers, counts_ME, strict=True):
-        layer.tokens_per_expert_E += counts_E
+        layer.tokens_per_expert_E.add_(counts_E)
     return balance.step(step)
 
 
@@ -123,8 +127,8 @@ def test_trap_1_counts_are_exact_beyond_bf16_and_fp32_spacing(tokens):
     layer = Layer(2)
     balance = Balancer([layer], SignRule((1, 2), lr=1.0), steps=1)
     for _ in range(2):  # two microbatches
-        layer.tokens_per_expert_E += torch.tensor([tokens, tokens])
-    layer.tokens_per_expert_E += torch.tensor([1, 0])
+        layer.tokens_per_expert_E.add_(torch.tensor([tokens, tokens]))
+    layer.tokens_per_expert_E.add_(torch.tensor([1, 0]))
     balance.step(1)
     assert layer.expert_bias_E.tolist() == [-1.0, 1.0]
 
@@ -141,7 +145,7 @@ def test_trap_2_bias_and_momentum_are_float32_and_a_fine_step_is_kept():
 def test_trap_4_microbatches_are_summed_before_the_rule():
     split, whole = (balancer(4, 1, SmebuRule((1, 4), lr=0.1, beta=0.5, kappa=2.0)) for _ in range(2))
     for counts in ([9, 1, 1, 1], [0, 4, 4, 4], [1, 1, 7, 3]):
-        split.layers[0].tokens_per_expert_E += torch.tensor(counts)
+        split.layers[0].tokens_per_expert_E.add_(torch.tensor(counts))
     split.step(1)
     feed(whole, torch.tensor([[10, 6, 12, 8]]), 1)
     assert torch.equal(split.layers[0].expert_bias_E, whole.layers[0].expert_bias_E)
@@ -160,7 +164,7 @@ def test_a_layer_without_tokens_and_a_model_without_experts():
 def test_metrics_by_hand():
     counts_ME = torch.tensor([[10, 20, 30, 20], [0, 0, 40, 40]])  # mean 20
     bias_ME = torch.tensor([[0.1, -0.1, 0.0, 0.0], [0.2, -0.2, 0.0, 0.0]])
-    got = {k: v.item() for k, v in routing_metrics(RoutingStats(counts_ME), bias_ME, top_k=2).items()}
+    got = {k: v.item() for k, v in routing_metrics(RoutingStats(counts_ME, top_k=2), bias_ME).items()}
     entropy = (-(2 * 0.25 * math.log(0.25) + 0.125 * math.log(0.125) + 0.375 * math.log(0.375)) + math.log(2)) / 2 / math.log(4)
     assert got == pytest.approx(
         {
@@ -182,8 +186,8 @@ def test_the_floor_is_what_independent_tokens_show():
     sampled = []
     for _ in range(20):
         ids = torch.rand(tokens, num_experts, generator=generator).topk(top_k).indices
-        stats = RoutingStats(torch.bincount(ids.flatten(), minlength=num_experts)[None])
-        metrics = routing_metrics(stats, torch.zeros(1, num_experts), top_k=top_k)
+        stats = RoutingStats(torch.bincount(ids.flatten(), minlength=num_experts)[None], top_k)
+        metrics = routing_metrics(stats, torch.zeros(1, num_experts))
         sampled.append(metrics["balance/max_violation"].item())
     mean = sum(sampled) / len(sampled)
     assert mean < metrics["balance/floor"].item() < 1.25 * mean

@@ -59,7 +59,7 @@ def test_truncation_at_three_std():
 
 
 def test_norm_gains_and_biases():
-    """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases and counts: 0."""
+    """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases and counts: 0; loads: even, 1."""
     model = start(seed=0)
     gains = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     post = {name for name in gains if "post_attention_norm" in name or "post_ffn_norm" in name}
@@ -67,7 +67,9 @@ def test_norm_gains_and_biases():
     for name, gain in gains.items():
         assert (gain == (0.5 if name in post else 1.0)).all(), name
     buffers = dict(model.named_buffers())
-    assert len(buffers) == 3 * 2 and all((buffer == 0).all() for buffer in buffers.values())
+    assert len(buffers) == 3 * 3
+    for name, buffer in buffers.items():
+        assert (buffer == (1.0 if name.endswith("load_E") else 0.0)).all(), name
 
 
 def test_no_two_matrices_are_alike():

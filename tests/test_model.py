@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from trainer.balance import LossWeights
 from trainer.config import CONFIG_DIR, ModelConfig
 from trainer.model import loss as loss_module
 from trainer.model.afmoe import PADDING, Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
@@ -201,7 +202,7 @@ def test_packed_documents_are_alone(lengths):
 @pytest.mark.parametrize("num_real", [(17, 9), (24, 0)], ids=["padded rows", "a row of padding"])
 def test_padding_is_nothing(num_real):
     """Logits, gradients (with the sequence balance loss on) and counts are those of the rows without padding."""
-    model = build(GQA, sequence_loss_weight=0.1)
+    model = build(GQA, loss_weights=LossWeights(sequence=0.1))
     tokens_BL, labels_BL = tokens_of(GQA, 2, LENGTH), tokens_of(GQA, 2, LENGTH, seed=3)
     positions_BL = torch.tensor([row(n, n - LENGTH) for n in num_real])
     labels_BL[positions_BL == PADDING] = IGNORE
@@ -266,7 +267,7 @@ def one_moe(shape: ModelConfig, **extra) -> MoE:
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_moe_layer_of_a_slow_loop(alpha, padded):
     """Output, counts and all gradients against float64: 3e-6 relative."""
-    moe = one_moe(GQA, sequence_loss_weight=alpha)
+    moe = one_moe(GQA, loss_weights=LossWeights(sequence=alpha))
     x_BLD = torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(4), requires_grad=True)
     grad_BLD = torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(5))
     valid_BL = torch.arange(10).expand(2, 10) < torch.tensor([[10], [6]]) if padded else torch.ones(2, 10, dtype=torch.bool)
@@ -315,7 +316,7 @@ def test_router_is_float32_under_bfloat16_weights():
     for parameter in moe.parameters():
         parameter.data = parameter.data.bfloat16()
     x_BLD = torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(4)).bfloat16()
-    gates_BLK, _, scores_BLE = moe.router(x_BLD, moe.expert_bias_E)
+    gates_BLK, _, scores_BLE, _ = moe.router(x_BLD, moe.expert_bias_E)
     assert scores_BLE.dtype == gates_BLK.dtype == moe.expert_bias_E.dtype == torch.float32
     assert torch.equal(scores_BLE, torch.sigmoid(F.linear(x_BLD.float(), moe.router.gate.weight.float())))
     assert moe(x_BLD).dtype == torch.bfloat16
@@ -331,7 +332,7 @@ def test_activation_checkpointing_changes_nothing(kind):
     positions_BL = torch.tensor([row(20, -4), row(3, 1, 20)])
     results = []
     for wrap in (False, True):
-        model = build(GQA, sequence_loss_weight=0.1)
+        model = build(GQA, loss_weights=LossWeights(sequence=0.1))
         if wrap:
             CHECKPOINTING[kind].Config().build().apply(model)
         loss = model(tokens_BL, positions_BL, labels_BL)
@@ -349,7 +350,7 @@ def test_activation_checkpointing_changes_nothing(kind):
 
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "eval and backward"])
 def test_evaluation_leaves_no_trace(mode):
-    model = build(GQA, sequence_loss_weight=0.1)
+    model = build(GQA, loss_weights=LossWeights(sequence=0.1))
     model.train(mode == "no_grad")
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     tokens_BL = tokens_of(GQA, 2, LENGTH)
@@ -360,7 +361,7 @@ def test_evaluation_leaves_no_trace(mode):
         loss = model(tokens_BL, None, tokens_BL)
         if mode == "eval and backward":
             loss.backward()
-    assert any("tokens_per_expert_E" in name for name in before)
+    assert any("routing_sums_S" in name for name in before)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 

@@ -58,6 +58,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     expert_dtype: str | None = None  # float32 | bfloat16; null: the run's dtype
+    router_dtype: str = "float32"  # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,7 @@ class DataConfig:
     tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
     shuffle: bool = True
+    document_mask: bool = True  # tokens see their own document only; false: whatever precedes them in the row
     on_bad: str = "skip"  # skip (counted and reported) | fatal
     max_document_mb: float = 100.0  # [MB] a larger document is a bad document
     cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
@@ -75,7 +77,10 @@ class DataConfig:
 class BalanceConfig:
     name: str = "custom"  # of the arm: configs/balance/*.yaml
     rule: Any = None  # _target_: how counts move the biases (trainer/balance.py); null: not at all
-    sequence_loss_weight: float = 0.0  # alpha of arXiv:2602.17004, eq. 29
+    sequence_loss_weight: float = 0.0  # alpha of arXiv:2602.17004, eq. 29; losses: trainer/balance/losses.py
+    switch_loss_weight: float = 0.0  # arXiv:2101.03961, eq. 4: the same over a rank's microbatch
+    batch_loss_weight: float = 0.0  # arXiv:2501.11873: with the loads of the whole last step
+    router_z_loss_weight: float = 0.0  # arXiv:2202.08906, eq. 5: on the router's logits
 
 
 @dataclass(kw_only=True)
@@ -284,11 +289,14 @@ def check(config: Config) -> None:
     for key, value in above_zero.items():
         if not value > 0 or math.isnan(value):
             raise ConfigError(f"{key}={value}: must be above 0")
-    not_negative = {"z_loss_weight": config.z_loss_weight, "balance.sequence_loss_weight": config.balance.sequence_loss_weight}
+    losses = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
+    not_negative = {f"balance.{name}": getattr(config.balance, name) for name in losses}
+    not_negative["z_loss_weight"] = config.z_loss_weight
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{key}={value}: must be 0 or more")
     one_of = {"dtype": (config.dtype, DTYPES), "model.expert_dtype": (m.expert_dtype, (None, *DTYPES)),
+              "model.router_dtype": (m.router_dtype, DTYPES),
               "activation_checkpoint": (config.activation_checkpoint, ("none", "selective", "full")),
               "data.on_bad": (config.data.on_bad, ("skip", "fatal"))}  # fmt: skip
     for key, (value, options) in one_of.items():

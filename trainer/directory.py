@@ -20,7 +20,7 @@ from trainer.config import Config, ConfigError, resolved_yaml
 from trainer.data import BadDocument, Source
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
-FIXED = ("model", "seed", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle",
+FIXED = ("model", "seed", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle", "data.document_mask",
          "balance.rule._target_", "optim._target_")  # fmt: skip
 
 

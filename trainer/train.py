@@ -23,7 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from trainer import device, optim
-from trainer.balance import Balancer
+from trainer.balance import Balancer, LossWeights
 from trainer.checkpoint import set_training_state, training_state
 from trainer.config import CONFIG_DIR, Config, ConfigError, load, resolved_yaml
 from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, check_split, load_tokenizer
@@ -134,7 +134,12 @@ def build(config: Config) -> Run:
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
-        sequence_loss_weight=config.balance.sequence_loss_weight,
+        loss_weights=LossWeights(
+            sequence=config.balance.sequence_loss_weight,
+            switch=config.balance.switch_loss_weight,
+            batch=config.balance.batch_loss_weight,
+            z=config.balance.router_z_loss_weight,
+        ),
         z_loss_weight=config.z_loss_weight,
     )
     model = build_parallel(
@@ -183,6 +188,7 @@ def build_stream(config: Config, dims: ParallelDims) -> TokenStream:
         shuffle=d.shuffle,
         on_bad=d.on_bad,
         max_document_mb=d.max_document_mb,
+        document_mask=d.document_mask,
         report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
     )
 

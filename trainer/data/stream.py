@@ -30,7 +30,8 @@ IGNORED = -100  # the label that cross entropy leaves out
 
 
 class Batch(NamedTuple):
-    """One microbatch, int64. A label is the next token of its document; positions restart with each piece."""
+    """One microbatch, int64. A label is the next token of its document; positions restart with each piece of a
+    document, and so does attention; without `document_mask` with each row only."""
 
     tokens_BL: torch.Tensor
     labels_BL: torch.Tensor
@@ -43,7 +44,7 @@ class TokenStream:
     def __init__(
         self, *, source: Source, tokenizer: Tokenizer | None, seq_len: int, global_batch: int,
         num_streams: int, seed: int, rank: int, num_ranks: int, shuffle: bool = True,
-        on_bad: Literal["skip", "fatal"] = "skip", max_document_mb: float = 100.0,
+        on_bad: Literal["skip", "fatal"] = "skip", max_document_mb: float = 100.0, document_mask: bool = True,
         report: Callable[[BadDocument], None] = lambda bad: None,
     ) -> None:  # fmt: skip
         check_split(global_batch=global_batch, num_streams=num_streams, num_ranks=num_ranks)
@@ -53,7 +54,7 @@ class TokenStream:
         self.source, self.seq_len, self.num_streams = source, seq_len, num_streams
         self.tokenizer, self.end_of_text = tokenizer, end_of_text_id(tokenizer) if tokenizer else None
         self.on_bad, self.max_document_mb, self.report = on_bad, max_document_mb, report
-        self.shuffle, self.totals = shuffle, Counter[str]()
+        self.shuffle, self.document_mask, self.totals = shuffle, document_mask, Counter[str]()
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
         self.rows_per_stream, owned = global_batch // num_streams, num_streams // num_ranks
         self.streams = range(rank * owned, (rank + 1) * owned)
@@ -90,7 +91,8 @@ class TokenStream:
             targets = document[read + 1 : read + 1 + len(piece)]  # one fewer where the document ends
             tokens_T[filled : filled + len(piece)] = piece
             labels_T[filled : filled + len(targets)] = targets
-            start_T[filled] = filled
+            if self.document_mask:
+                start_T[filled] = filled
             filled += len(piece)
             self.advance(stream, len(piece))
         rows_3T = np.stack([tokens_T, labels_T, index_T - np.maximum.accumulate(start_T)])

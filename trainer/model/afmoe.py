@@ -28,14 +28,16 @@ from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.protocols.module import Module
 
+from trainer.balance import NO_LOSSES, LossWeights
 from trainer.config import ModelConfig
 from trainer.model.loss import linear_cross_entropy
-from trainer.model.moe import Experts, Float32Linear, MoE, TokenDispatcher
+from trainer.model.moe import Experts, MoE, TokenDispatcher
 from trainer.model.norm import RMSNorm
+from trainer.model.router import Gate, Router
 
 PADDING = -1  # position of a token that is not there
 QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
@@ -208,7 +210,7 @@ class Afmoe(Decoder):
 
 
 def afmoe_config(
-    model: ModelConfig, *, flex: bool, sequence_loss_weight: float = 0.0, z_loss_weight: float = 0.0
+    model: ModelConfig, *, flex: bool, loss_weights: LossWeights = NO_LOSSES, z_loss_weight: float = 0.0
 ) -> Afmoe.Config:
     """Translates our configuration to the tree of torchtitan modules. flex: flex attention (GPU) or masked SDPA."""
     m = model
@@ -241,13 +243,11 @@ def afmoe_config(
 
     def moe() -> MoE.Config:
         return MoE.Config(
-            router=TokenChoiceTopKRouter.Config(
+            router=Router.Config(
                 num_experts=m.num_experts,
-                gate=linear(m.dim, m.num_experts, Float32Linear),
                 top_k=m.top_k,
-                score_func="sigmoid",
-                route_norm=True,
                 route_scale=m.route_scale,
+                gate=linear(m.dim, m.num_experts, Gate, dtype=getattr(torch, m.router_dtype)),
             ),
             routed_experts=RoutedExperts.Config(
                 inner_experts=Experts.Config(
@@ -259,7 +259,7 @@ def afmoe_config(
                 token_dispatcher=TokenDispatcher.Config(num_experts=m.num_experts, top_k=m.top_k),
             ),
             shared_experts=swiglu(m.expert_dim * m.num_shared_experts) if m.num_shared_experts else None,
-            sequence_loss_weight=sequence_loss_weight,
+            loss_weights=loss_weights,
         )
 
     def block(layer: int) -> Block.Config:

@@ -1,8 +1,7 @@
-"""Which experts does a token visit, and what do they return?
+"""How do tokens reach their experts, and what do these return?
 
-torchtitan's router, all-to-all dispatcher and grouped GEMM, with what pretraining needs besides: exact
-integer counts, balance losses attached to the router, experts in float32 or bfloat16, sums over a token's
-experts by gathering (deterministic, and no atomics) instead of scattering.
+torchtitan's all-to-all dispatcher and grouped GEMM, with what pretraining needs besides: experts in float32 or
+bfloat16, sums over a token's experts by gathering (deterministic, and no atomics) instead of scattering.
 
 Letters: B sequences, L tokens each, T = B L, D model dim, F expert hidden dim, E experts, K per token,
 N = T K routed slots in token order, R routed slots that reach this rank's experts, sorted by expert.
@@ -16,23 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common.feed_forward import FeedForward
-from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import GroupedExperts, RoutedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.token_dispatcher import AllToAllDispatchMetadata, AllToAllTokenDispatcher, LocalDispatchMetadata
 from torchtitan.protocols.module import Module
 
-from trainer.balance import attach_loss, count_in_backward, sequence_balance_loss
-
-
-class Float32Linear(Linear):
-    """The router's gate. float32 even under bfloat16 weights: explicit, autocast to float32 is a no-op on CPU."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Linear.Config):
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.float(), self.weight.float())
+from trainer.balance import NO_LOSSES, LossWeights, register_routing_buffers
+from trainer.model.router import Router, count_and_balance
 
 
 class Experts(GroupedExperts):
@@ -182,45 +170,40 @@ class TokenDispatcher(AllToAllTokenDispatcher):
 class MoE(Module):
     """Router, routed experts and shared experts (arXiv:2602.17004, eq. 15-18).
 
-    Buffers: `expert_bias_E` (float32, moved by the Balancer, in the checkpoint) and `tokens_per_expert_E`
-    (int64, this rank's training tokens since the Balancer last took them; padding is not counted).
+    Its routing buffers are those of `balance.register_routing_buffers`. In training the backward pass counts what
+    was routed (padding is not counted) and adds the gradient of the balance losses.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        router: TokenChoiceTopKRouter.Config
+        router: Router.Config
         routed_experts: RoutedExperts.Config
         shared_experts: FeedForward.Config | None
-        sequence_loss_weight: float = 0.0
+        loss_weights: LossWeights = NO_LOSSES
 
     def __init__(self, config: Config):
         super().__init__()
         self.router = config.router.build()
         self.routed_experts = config.routed_experts.build()
         self.shared_experts = config.shared_experts.build() if config.shared_experts else None
-        self.sequence_loss_weight = config.sequence_loss_weight
-        self.top_k = config.router.top_k
-        self.register_buffer("expert_bias_E", torch.zeros(config.router.num_experts, dtype=torch.float32))
-        self.register_buffer("tokens_per_expert_E", torch.zeros_like(self.expert_bias_E, dtype=torch.int64), persistent=False)
+        self.loss_weights, self.top_k = config.loss_weights, config.router.top_k
+        register_routing_buffers(self, config.router.num_experts)
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        """int64, this rank's training tokens since the Balancer last took them."""
+        return self.routing_sums_S[: len(self.expert_bias_E)]
 
     def forward(self, x_BLD: Tensor, valid_BL: Tensor | None = None) -> Tensor:
         """valid_BL: False where a token is padding; None: there is none."""
-        topk_scores_BLK, topk_ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
-        routed_E = self.count(topk_ids_BLK, None)
-        if self.training:
-            counts_E = routed_E if valid_BL is None else self.count(topk_ids_BLK, valid_BL)
-            topk_scores_BLK = count_in_backward(topk_scores_BLK, counts_E, self.tokens_per_expert_E)
-            if self.sequence_loss_weight:
-                loss = sequence_balance_loss(scores_BLE, topk_ids_BLK, valid_BL)
-                topk_scores_BLK = attach_loss(topk_scores_BLK, self.sequence_loss_weight * loss)
-        out_BLD = self.routed_experts(x_BLD, topk_scores_BLK, topk_ids_BLK, routed_E)
+        routing = self.router(x_BLD, self.expert_bias_E)
+        routed_E = torch.zeros_like(self.expert_bias_E, dtype=torch.int64)
+        routed_E.scatter_add_(0, routing.ids_BLK.flatten(), torch.ones_like(routing.ids_BLK.flatten()))
+        gates_BLK = count_and_balance(self, routing, valid_BL) if self.training else routing.gates_BLK
+        out_BLD = self.routed_experts(x_BLD, gates_BLK, routing.ids_BLK, routed_E)
         return out_BLD if self.shared_experts is None else out_BLD + self.shared_experts(x_BLD)
-
-    def count(self, topk_ids_BLK: Tensor, valid_BL: Tensor | None) -> Tensor:
-        """Tokens per expert, int64."""
-        ones = torch.ones_like(topk_ids_BLK) if valid_BL is None else valid_BL.unsqueeze(-1).expand_as(topk_ids_BLK).long()
-        return torch.zeros_like(self.tokens_per_expert_E).scatter_add_(0, topk_ids_BLK.flatten(), ones.flatten())
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         self.expert_bias_E.zero_()
-        self.tokens_per_expert_E.zero_()
+        self.routing_sums_S.zero_()
+        self.load_E.fill_(1)

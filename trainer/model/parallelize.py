@@ -32,6 +32,8 @@ def build_parallel(
         for layer in config.layers:
             if layer.moe is not None:
                 set_moe_sharding_config(layer.moe, enable_ep=True, enable_sp=False, expert_param_layout=EXPERT_LAYOUT)
+                states = layer.moe.sharding_config.state_shardings
+                states |= dict.fromkeys(("routing_sums_S", "load_E"), states["expert_bias_E"])  # whole on every rank
     with torch.device("meta"):
         model = config.build()
     if dims.ep_enabled:

@@ -1,0 +1,131 @@
+"""Counts of all ranks -> rule -> biases, once per optimizer step; and what became of the experts.
+
+Letters: M MoE layers of the model, E experts, S sums of a layer (balance/stats.py).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.balance.stats import RoutingStats, collect_required, routing_metrics
+
+COLLAPSED_SHARE = 0.1  # of the even share: an expert with less over the tail of a run has collapsed
+TAIL_SHARE = 0.1  # of the steps: the tail
+
+
+Observer = Callable[[int, RoutingStats, Tensor], None]
+
+
+class Balancer(nn.Module):
+    """Moves the biases of all MoE layers by one rule, once per optimizer step, after the weights.
+
+    A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`: the
+    ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where they
+    are. `observers` are shown each step's sums and the biases under which they came about.
+
+    The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
+    the counts of the run's tail, from which the verdict is spoken.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        rule: nn.Module | None,
+        *,
+        steps: int,
+        group: dist.ProcessGroup | None = None,
+        observers: Sequence[Observer] = (),
+    ):
+        super().__init__()
+        self.layers = tuple(layers)  # not submodules: their state belongs to the model
+        self.rule, self.group, self.observers = rule, group, tuple(observers)
+        for layer in layers:
+            collect_required(layer, getattr(rule, "needs_required", False))
+        self.first_tail_step = steps - max(1, round(TAIL_SHARE * steps)) + 1
+        self.num_experts = layers[0].expert_bias_E.numel() if layers else 0
+        shape_ME, on = (len(layers), self.num_experts), layers[0].expert_bias_E.device if layers else None
+        self.register_buffer("load_ME", torch.ones(shape_ME, device=on))
+        self.register_buffer("tail_step", torch.tensor(self.first_tail_step))  # where the counts below began
+        self.register_buffer("tail_counts_ME", torch.zeros(shape_ME, dtype=torch.int64, device=on))
+        self.register_buffer("tail_3", torch.zeros(3, dtype=torch.float64, device=on))  # steps, sums of MaxVio and floor
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
+        """A run that is given more steps has another tail: counts of the old one are dropped."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self._share_load()
+        if self.tail_step != self.first_tail_step:
+            self.tail_step.fill_(self.first_tail_step)
+            self.tail_counts_ME.zero_()
+            self.tail_3.zero_()
+        return result
+
+    @torch.no_grad()
+    def step(self, step: int) -> dict[str, float]:
+        """Sums -> all ranks -> rule -> biases. `step` counts from 1. Returns this step's metrics."""
+        if not self.layers:
+            return {}
+        sums_MS = torch.stack([layer.routing_sums_S for layer in self.layers])
+        bias_ME = torch.stack([layer.expert_bias_E for layer in self.layers])
+        if self.group is not None:
+            dist.all_reduce(sums_MS, group=self.group)
+        stats = RoutingStats.from_sums(sums_MS, num_experts=self.num_experts, top_k=self.layers[0].top_k)
+        for observe in self.observers:
+            observe(step, stats, bias_ME)
+        if self.rule is not None:
+            bias_ME = bias_ME + self.rule(stats, bias_ME)
+        for layer, bias_E in zip(self.layers, bias_ME, strict=True):
+            layer.expert_bias_E.copy_(bias_E)
+            layer.routing_sums_S.zero_()
+        self.load_ME.copy_(stats.load_ME)
+        self._share_load()
+        metrics = routing_metrics(stats, bias_ME) | self._stability(stats)
+        if step >= self.first_tail_step:
+            self.tail_counts_ME += stats.counts_ME
+            one = torch.ones_like(metrics["balance/floor"])
+            self.tail_3 += torch.stack([one, metrics["balance/max_violation"], metrics["balance/floor"]])
+        return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+    def _share_load(self) -> None:
+        for layer, load_E in zip(self.layers, self.load_ME, strict=True):
+            layer.load_E.copy_(load_E)
+
+    def _stability(self, stats: RoutingStats) -> dict[str, Tensor]:
+        """Per MoE layer: the rule's step over the largest stable one."""
+        if not hasattr(self.rule, "stability_M"):
+            return {}
+        return {f"balance/stability/{m}": s.double() for m, s in enumerate(self.rule.stability_M(stats))}
+
+    def verdict(self) -> "Verdict":
+        """What became of the experts over the tail of the run."""
+        num_steps, max_violation, floor = self.tail_3.tolist()
+        even_M1 = self.tail_counts_ME.double().mean(-1, keepdim=True)
+        collapsed_ME = self.tail_counts_ME < COLLAPSED_SHARE * even_M1
+        return Verdict(
+            collapsed=[(m, e) for m, e in collapsed_ME.nonzero().tolist()],
+            num_experts=self.tail_counts_ME.numel(),
+            max_violation=max_violation / max(num_steps, 1),
+            floor=floor / max(num_steps, 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """collapsed: (MoE layer, expert) of each expert under 10 % of the even share over the last 10 % of steps."""
+
+    collapsed: list[tuple[int, int]]
+    num_experts: int
+    max_violation: float
+    floor: float
+
+    @property
+    def ok(self) -> bool:
+        return not self.collapsed
+
+    def __str__(self) -> str:
+        return (
+            f"balance: {'ok' if self.ok else 'FAILED'}, {len(self.collapsed)} of {self.num_experts} experts collapsed, "
+            f"MaxVio {self.max_violation:.2f} (floor {self.floor:.2f})"
+        )

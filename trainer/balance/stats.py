@@ -1,0 +1,199 @@
+"""What is counted while a layer routes, and what can be read from the sums?
+
+Letters: M MoE layers, E experts, K experts per token, B sequences, L tokens each, T = B L, S sums of a layer.
+
+All that a rule may see of an optimizer step is one int64 vector per layer, summed over ranks and microbatches:
+
+    counts_E     tokens sent to each expert                                                 [tokens]
+    margins_W    chosen experts by their margin over the runner-up, in W logarithmic bins   [experts]
+    logits       sum over tokens of the mean squared router logit, in units of 2^-20        [1]
+    required_EH  tokens by the bias that the expert would have needed, in H linear bins     [tokens]
+                 (only for rules that ask: E times more work than all the rest)
+
+Integers, so the sums are exact and no rule can tell how the batch was split. The runner-up of a token is its
+(K+1)-th largest score + bias, alpha. margin = score + bias - alpha; required bias = alpha - score.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+BINS_PER_OCTAVE, LOWEST_OCTAVE = 4, -20  # of margins: from 2^-20 ...
+NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE  # ... to 2; what lies outside counts in the first or last bin
+NUM_REQUIRED = 1000  # H, over [min bias - 1, max bias + 1]: scores lie in (0, 1), so every required bias does, too
+LOGIT_UNIT = 2.0**-20
+DENSITY_WINDOW = 0.25  # of an expert per token: the gain is read from margins up to where so many have been seen
+
+
+def register_routing_buffers(layer: nn.Module, num_experts: int) -> None:
+    """Gives an MoE layer what a Balancer asks of it.
+
+    expert_bias_E: added to the scores when the top K are chosen; in the checkpoint.
+    routing_sums_S: this rank's sums since the Balancer last took them.
+    load_E: of the last optimizer step, all ranks, 1 = even share; for the global-batch loss.
+    """
+    layer.register_buffer("expert_bias_E", torch.zeros(num_experts, dtype=torch.float32))
+    layer.register_buffer("routing_sums_S", torch.zeros(num_sums(num_experts), dtype=torch.int64), persistent=False)
+    layer.register_buffer("load_E", torch.ones(num_experts, dtype=torch.float32), persistent=False)
+
+
+def num_sums(num_experts: int, *, required: bool = False) -> int:
+    return num_experts + NUM_MARGINS + 1 + (num_experts * NUM_REQUIRED if required else 0)
+
+
+def collects_required(layer: nn.Module) -> bool:
+    return layer.routing_sums_S.numel() > num_sums(layer.expert_bias_E.numel())
+
+
+def collect_required(layer: nn.Module, collect: bool = True) -> None:
+    """Makes a layer count required biases too, or no longer; what it has counted since the last step is dropped."""
+    size = num_sums(layer.expert_bias_E.numel(), required=collect)
+    layer.routing_sums_S = layer.routing_sums_S.new_zeros(size)
+
+
+@torch.no_grad()
+def routing_sums(
+    scores_BLE: Tensor,
+    logits_BLE: Tensor,
+    ids_BLK: Tensor,
+    bias_E: Tensor,
+    valid_BL: Tensor | None = None,
+    *,
+    required: bool = False,
+) -> Tensor:
+    """The vector S of one microbatch. valid_BL: False for padding, which is left out; None: no padding."""
+    num_experts, top_k = scores_BLE.shape[-1], ids_BLK.shape[-1]
+    scores_TE, ids_TK = scores_BLE.detach().view(-1, num_experts), ids_BLK.view(-1, top_k)
+    ones_T1 = torch.ones_like(ids_TK[:, :1]) if valid_BL is None else valid_BL.reshape(-1, 1).long()
+    choice_TE = scores_TE + bias_E
+    chosen_TK = choice_TE.gather(1, ids_TK)
+    alpha_T1 = choice_TE.scatter_(1, ids_TK, -math.inf).amax(1, keepdim=True)  # -inf where K = E: no runner-up
+    squares_T1 = logits_BLE.detach().view(-1, num_experts).square().mean(1, keepdim=True)
+    parts = [
+        _histogram(ids_TK, ones_T1, num_experts),
+        _histogram(margin_bin(chosen_TK - alpha_T1), ones_T1, NUM_MARGINS),
+        ((squares_T1.double() / LOGIT_UNIT).round().long() * ones_T1).sum(0),
+    ]
+    if required:
+        bins_TE = required_bin(alpha_T1 - scores_TE, bias_E)
+        bins_TE += torch.arange(0, num_experts * NUM_REQUIRED, NUM_REQUIRED, device=bins_TE.device)
+        parts.append(_histogram(bins_TE, ones_T1, num_experts * NUM_REQUIRED))
+    return torch.cat(parts)
+
+
+def _histogram(bins_TN: Tensor, weights_T1: Tensor, num_bins: int) -> Tensor:
+    counts = bins_TN.new_zeros(num_bins)
+    return counts.scatter_add_(0, bins_TN.flatten(), weights_T1.expand_as(bins_TN).flatten())
+
+
+def margin_bin(margin: Tensor) -> Tensor:
+    return ((margin.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor().clamp_(0, NUM_MARGINS - 1).long()
+
+
+def required_bin(required_TE: Tensor, bias_E: Tensor) -> Tensor:
+    low, high = bias_E.amin() - 1, bias_E.amax() + 1
+    return ((required_TE - low) * (NUM_REQUIRED / (high - low))).floor().clamp_(0, NUM_REQUIRED - 1).long()
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStats:
+    """Sums over one optimizer step, all ranks and microbatches; int64: exact at any batch size."""
+
+    counts_ME: Tensor
+    top_k: int = 1
+    margins_MW: Tensor | None = None
+    logits_M1: Tensor | None = None
+    required_MEH: Tensor | None = None
+
+    @classmethod
+    def from_sums(cls, sums_MS: Tensor, *, num_experts: int, top_k: int) -> "RoutingStats":
+        counts, margins, logits, rest = sums_MS.split(
+            [num_experts, NUM_MARGINS, 1, sums_MS.shape[1] - num_sums(num_experts)], dim=1
+        )
+        required = rest.unflatten(1, (num_experts, NUM_REQUIRED)) if rest.numel() else None
+        return cls(counts, top_k, margins, logits, required)
+
+    @property
+    def mean_M1(self) -> Tensor:
+        return self.counts_ME.double().mean(-1, keepdim=True)
+
+    @property
+    def tokens_M1(self) -> Tensor:
+        return self.counts_ME.sum(-1, keepdim=True).double() / self.top_k
+
+    @property
+    def load_ME(self) -> Tensor:
+        """Relative to the even share; 0 for a layer that saw no token; float64."""
+        return self.counts_ME / self.mean_M1.clamp_min(1e-9)
+
+    @property
+    def violation_ME(self) -> Tensor:
+        """(mean - n_i) / mean, 0 for a layer that saw no token (arXiv:2602.17004, eq. 23); float32."""
+        return ((self.mean_M1 - self.counts_ME) / self.mean_M1.clamp_min(1e-9)).float()
+
+    @property
+    def logit_rms_M(self) -> Tensor:
+        """Root mean square of the router's logits over tokens and experts; float64."""
+        return (self.logits_M1 * LOGIT_UNIT / self.tokens_M1.clamp_min(1)).sqrt().squeeze(-1)
+
+    @property
+    def gain_M(self) -> Tensor:
+        """G = -dv/db [1/score]: by how much a bias moves its expert's violation; float32; 0 without tokens.
+
+        An expert's load changes by the tokens that cross the runner-up: G = (E/K) x density of the margin at 0
+        = chosen experts within h of the runner-up / (tokens K h). h: the first edge of a bin with enough of them.
+        """
+        seen_MW = self.margins_MW.cumsum(-1)
+        first_M1 = (seen_MW >= DENSITY_WINDOW * self.tokens_M1).int().argmax(-1, keepdim=True)
+        h_M1 = 2.0 ** ((first_M1 + 1).double() / BINS_PER_OCTAVE + LOWEST_OCTAVE)
+        gain_M1 = seen_MW.gather(-1, first_M1) / (self.tokens_M1.clamp_min(1) * self.top_k * h_M1)
+        return gain_M1.squeeze(-1).float()
+
+    def required_quantile_ME(self, bias_ME: Tensor) -> Tensor:
+        """The bias at which K/E of the tokens would have chosen each expert, the other biases as they were; float32.
+
+        bias_ME: those of the step. Linear within a bin; a layer that saw no token keeps its biases.
+        """
+        if self.required_MEH is None:
+            raise ValueError("no required biases were counted; the rule must set needs_required = True")
+        low_M1, high_M1 = bias_ME.amin(-1, keepdim=True) - 1, bias_ME.amax(-1, keepdim=True) + 1
+        seen_MEH = self.required_MEH.cumsum(-1)
+        wanted_ME1 = self.mean_M1.unsqueeze(-1).expand_as(seen_MEH[..., :1])  # T K / E
+        bin_ME1 = (seen_MEH >= wanted_ME1).int().argmax(-1, keepdim=True)
+        inside_ME1 = self.required_MEH.gather(-1, bin_ME1)
+        part_ME = ((wanted_ME1 - (seen_MEH.gather(-1, bin_ME1) - inside_ME1)) / inside_ME1.clamp_min(1)).squeeze(-1)
+        quantile_ME = low_M1 + (high_M1 - low_M1) * (bin_ME1.squeeze(-1) + part_ME) / NUM_REQUIRED
+        return torch.where(self.mean_M1 > 0, quantile_ME.float(), bias_ME)
+
+
+def centered(step_ME: Tensor) -> Tensor:
+    """Top-k ignores a shift common to all experts, so none may build up (arXiv:2602.17004, eq. 22, 26)."""
+    return step_ME - step_ME.mean(-1, keepdim=True)
+
+
+def routing_metrics(stats: RoutingStats, bias_ME: Tensor) -> dict[str, Tensor]:
+    """Scalars (float64) of one step; every violation and load is relative to the even share.
+
+    floor: MaxVio that independent tokens would show by chance alone, sqrt(2 ln E (1 - K/E) / mean count);
+    figures from different batch sizes are comparable only above it.
+    """
+    num_experts = bias_ME.shape[-1]
+    load_ME = stats.load_ME
+    excess_M = load_ME.amax(-1) - 1  # MaxVio (arXiv:2602.17004, eq. 42)
+    floor_M1 = (2 * math.log(num_experts) * (1 - stats.top_k / num_experts) / stats.mean_M1.clamp_min(1e-9)).sqrt()
+    entropy_M = torch.special.entr(load_ME / num_experts).sum(-1) / max(math.log(num_experts), 1e-9)
+    metrics = {
+        "balance/max_violation": excess_M.mean(),
+        "balance/max_violation_worst_layer": excess_M.amax(),
+        "balance/floor": floor_M1.mean(),
+        "balance/min_load": load_ME.amin(),
+        "balance/dead_experts": (stats.counts_ME == 0).sum().double(),
+        "balance/entropy": entropy_M.mean(),
+        "balance/bias_rms": bias_ME.double().square().mean().sqrt(),
+    }
+    if stats.margins_MW is not None:
+        metrics["balance/gain"] = stats.gain_M.double().mean()
+        metrics["balance/logit_rms"] = stats.logit_rms_M.mean()
+    return metrics
