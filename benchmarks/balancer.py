@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from benchmarks.train_step import SETTINGS, packed_batch

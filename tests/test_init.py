@@ -59,7 +59,7 @@ def test_truncation_at_three_std():
 
 
 def test_norm_gains_and_biases():
-    """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases and counts: 0; loads: even, 1."""
+    """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases, sums: 0; loads: 1."""
     model = start(seed=0)
     gains = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     post = {name for name in gains if "post_attention_norm" in name or "post_ffn_norm" in name}

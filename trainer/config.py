@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_method
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
 if not CONFIG_DIR.is_dir():  # installed from a wheel, where the folder lies inside the package
@@ -81,6 +82,8 @@ class BalanceConfig:
     switch_loss_weight: float = 0.0  # arXiv:2101.03961, eq. 4: the same over a rank's microbatch
     batch_loss_weight: float = 0.0  # arXiv:2501.11873: with the loads of the whole last step
     router_z_loss_weight: float = 0.0  # arXiv:2202.08906, eq. 5: on the router's logits
+    trace: str | None = None  # file for what the router does in each step, in the run's directory (trainer/balance/trace.py)
+    trace_required: bool = False  # also the histograms that quantile rules need to be replayed; much larger
 
 
 @dataclass(kw_only=True)
@@ -140,26 +143,31 @@ def load(overrides: list[str]) -> Config:
 
     Raises: ConfigError.
     """
-    try:
-        with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-            node = compose("train", overrides)
-        check_targets(node)
-        if missing := sorted(OmegaConf.missing_keys(node)):
-            raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
-        config = OmegaConf.to_object(node)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, overrides)) from None
+    config = composed("train", overrides)
     assert isinstance(config, Config)
     check(config)
     config.data.num_streams = config.data.num_streams or config.global_batch
     return config
 
 
-def resolved_yaml(config: Config) -> str:
+def composed(root: str, overrides: list[str]) -> Any:
+    """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked, limits are not."""
+    try:
+        with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+            node = compose(root, overrides)
+        check_targets(node)
+        if missing := sorted(OmegaConf.missing_keys(node)):
+            raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
+        return OmegaConf.to_object(node)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_explain(error, overrides, root)) from None
+
+
+def resolved_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
-def _explain(error: Exception, overrides: list[str]) -> str:
+def _explain(error: Exception, overrides: list[str], root: str) -> str:
     """Hydra's message, shortened, with the nearest valid keys for the override that it is about."""
     text = str(error.__cause__ or error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -169,12 +177,12 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         if key and (key in text or override in text):
-            return f"{override!r}: {message}{_nearest(key)}"
+            return f"{override!r}: {message}{_nearest(key, root)}"
     return message
 
 
-def _nearest(key: str) -> str:
-    valid = list(_all_keys())
+def _nearest(key: str, root: str) -> str:
+    valid = list(_all_keys(root))
     if key in valid:
         return ""
     by_leaf = [v for v in valid if v.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
@@ -184,10 +192,10 @@ def _nearest(key: str) -> str:
     return f" (top-level keys: {', '.join(sorted({v.split('.')[0] for v in valid}))})"
 
 
-def _all_keys() -> Iterator[str]:
+def _all_keys(root: str) -> Iterator[str]:
     """Every key of the schema, the keys of the default `_target_` nodes included, and the config groups."""
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-        node = compose("train", [])
+        node = compose(root, [])
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in node:
@@ -197,7 +205,7 @@ def _all_keys() -> Iterator[str]:
                 yield from walk(child, f"{prefix}{key}.")
 
     yield from walk(node, "")
-    yield "experiment"
+    yield from ("experiment",) if root == "train" else ("level",)
 
 
 # -- checks ---------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ from hydra.utils import instantiate
 
 from trainer import device, optim
 from trainer.balance import Balancer, LossWeights
+from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import set_training_state, training_state
-from trainer.config import CONFIG_DIR, Config, ConfigError, load, resolved_yaml
+from trainer.config import CONFIG_DIR, BalanceConfig, Config, ConfigError, load, resolved_yaml
 from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, check_split, load_tokenizer
 from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, checkpoints_of, open_directory, run_directory
@@ -134,12 +135,7 @@ def build(config: Config) -> Run:
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
-        loss_weights=LossWeights(
-            sequence=config.balance.sequence_loss_weight,
-            switch=config.balance.switch_loss_weight,
-            batch=config.balance.batch_loss_weight,
-            z=config.balance.router_z_loss_weight,
-        ),
+        loss_weights=loss_weights(config.balance),
         z_loss_weight=config.z_loss_weight,
     )
     model = build_parallel(
@@ -154,7 +150,8 @@ def build(config: Config) -> Run:
         optimizer = instantiate(config.optim)(model)
     mesh = dims.get_optional_mesh("loss")
     group = mesh.get_group() if mesh is not None else None
-    balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group)
+    required = config.balance.trace is not None and config.balance.trace_required
+    balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group, required=required)
     return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, schedule=schedule,
                balancer=balancer, stream=stream, group=group, stop=StopRequest())  # fmt: skip
 
@@ -190,6 +187,12 @@ def build_stream(config: Config, dims: ParallelDims) -> TokenStream:
         max_document_mb=d.max_document_mb,
         document_mask=d.document_mask,
         report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
+    )
+
+
+def loss_weights(b: BalanceConfig) -> LossWeights:
+    return LossWeights(
+        sequence=b.sequence_loss_weight, switch=b.switch_loss_weight, batch=b.batch_loss_weight, z=b.router_z_loss_weight
     )
 
 
@@ -260,6 +263,8 @@ def train(config: Config) -> int:
     metrics = None
     if is_first:
         announce(run)
+        if config.balance.trace is not None:
+            run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
         tracker = instantiate(config.logging.tracker)
         start = partial(tracker, directory, asdict(config)) if tracker else None
         metrics = MetricsLog(directory / "metrics.jsonl", steps=config.steps, interval=config.logging.interval,
@@ -325,7 +330,8 @@ def main() -> int:
 
 
 def usage() -> str:
-    groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir())
+    others = {"ablation", "level", "scores"}  # of the other programs
+    groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in others)
     options = "\n".join(f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups)
     return f"""{__doc__}
     --cfg job    prints the resolved configuration and trains nothing

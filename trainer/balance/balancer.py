@@ -16,7 +16,7 @@ COLLAPSED_SHARE = 0.1  # of the even share: an expert with less over the tail of
 TAIL_SHARE = 0.1  # of the steps: the tail
 
 
-Observer = Callable[[int, RoutingStats, Tensor], None]
+Observer = Callable[[int, RoutingStats], None]
 
 
 class Balancer(nn.Module):
@@ -24,7 +24,7 @@ class Balancer(nn.Module):
 
     A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`: the
     ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where they
-    are. `observers` are shown each step's sums and the biases under which they came about.
+    are. `observers` are shown each step's sums. `required`: count required biases even if the rule asks for none.
 
     The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
     the counts of the run's tail, from which the verdict is spoken.
@@ -38,15 +38,16 @@ class Balancer(nn.Module):
         steps: int,
         group: dist.ProcessGroup | None = None,
         observers: Sequence[Observer] = (),
+        required: bool = False,
     ):
         super().__init__()
         self.layers = tuple(layers)  # not submodules: their state belongs to the model
         self.rule, self.group, self.observers = rule, group, tuple(observers)
         for layer in layers:
-            collect_required(layer, getattr(rule, "needs_required", False))
+            collect_required(layer, required or getattr(rule, "needs_required", False))
         self.first_tail_step = steps - max(1, round(TAIL_SHARE * steps)) + 1
-        self.num_experts = layers[0].expert_bias_E.numel() if layers else 0
-        shape_ME, on = (len(layers), self.num_experts), layers[0].expert_bias_E.device if layers else None
+        num_experts, on = (layers[0].expert_bias_E.numel(), layers[0].expert_bias_E.device) if layers else (0, None)
+        shape_ME = (len(layers), num_experts)
         self.register_buffer("load_ME", torch.ones(shape_ME, device=on))
         self.register_buffer("tail_step", torch.tensor(self.first_tail_step))  # where the counts below began
         self.register_buffer("tail_counts_ME", torch.zeros(shape_ME, dtype=torch.int64, device=on))
@@ -68,14 +69,22 @@ class Balancer(nn.Module):
         if not self.layers:
             return {}
         sums_MS = torch.stack([layer.routing_sums_S for layer in self.layers])
-        bias_ME = torch.stack([layer.expert_bias_E for layer in self.layers])
         if self.group is not None:
             dist.all_reduce(sums_MS, group=self.group)
-        stats = RoutingStats.from_sums(sums_MS, num_experts=self.num_experts, top_k=self.layers[0].top_k)
+        return self.update(step, RoutingStats.from_sums(sums_MS, self.bias_ME, top_k=self.layers[0].top_k))
+
+    @property
+    def bias_ME(self) -> Tensor:
+        return torch.stack([layer.expert_bias_E for layer in self.layers])
+
+    @torch.no_grad()
+    def update(self, step: int, stats: RoutingStats) -> dict[str, float]:
+        """The second half of `step`: rule -> biases -> metrics."""
         for observe in self.observers:
-            observe(step, stats, bias_ME)
+            observe(step, stats)
+        bias_ME = self.bias_ME
         if self.rule is not None:
-            bias_ME = bias_ME + self.rule(stats, bias_ME)
+            bias_ME += self.rule(stats, bias_ME)
         for layer, bias_E in zip(self.layers, bias_ME, strict=True):
             layer.expert_bias_E.copy_(bias_E)
             layer.routing_sums_S.zero_()

@@ -171,7 +171,7 @@ class QuantileRule(nn.Module):
         self.ema = ema
 
     def forward(self, stats: RoutingStats, bias_ME: Tensor) -> Tensor:
-        return centered((1 - self.ema) * (stats.required_quantile_ME(bias_ME) - bias_ME))
+        return centered((1 - self.ema) * (stats.required_quantile_ME - bias_ME))
 
 
 class SmebuQuantileRule(nn.Module):
@@ -190,7 +190,7 @@ class SmebuQuantileRule(nn.Module):
         self.register_buffer("momentum_ME", torch.zeros(shape_ME, dtype=torch.float32))
 
     def forward(self, stats: RoutingStats, bias_ME: Tensor) -> Tensor:
-        distance_ME = centered(stats.required_quantile_ME(bias_ME) - bias_ME)
+        distance_ME = centered(stats.required_quantile_ME - bias_ME)
         step_ME = centered(self.lr * torch.tanh(self.rate * distance_ME / self.lr))
         self.momentum_ME.lerp_(step_ME, 1 - self.beta)
         return self.momentum_ME.clone()

@@ -89,12 +89,12 @@ def _histogram(bins_TN: Tensor, weights_T1: Tensor, num_bins: int) -> Tensor:
 
 
 def margin_bin(margin: Tensor) -> Tensor:
-    return ((margin.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor().clamp_(0, NUM_MARGINS - 1).long()
+    return ((margin.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor().nan_to_num_(0).clamp_(0, NUM_MARGINS - 1).long()
 
 
 def required_bin(required_TE: Tensor, bias_E: Tensor) -> Tensor:
     low, high = bias_E.amin() - 1, bias_E.amax() + 1
-    return ((required_TE - low) * (NUM_REQUIRED / (high - low))).floor().clamp_(0, NUM_REQUIRED - 1).long()
+    return ((required_TE - low) * (NUM_REQUIRED / (high - low))).floor().nan_to_num_(0).clamp_(0, NUM_REQUIRED - 1).long()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +103,19 @@ class RoutingStats:
 
     counts_ME: Tensor
     top_k: int = 1
+    bias_ME: Tensor | None = None  # under which it was routed
     margins_MW: Tensor | None = None
     logits_M1: Tensor | None = None
     required_MEH: Tensor | None = None
 
     @classmethod
-    def from_sums(cls, sums_MS: Tensor, *, num_experts: int, top_k: int) -> "RoutingStats":
+    def from_sums(cls, sums_MS: Tensor, bias_ME: Tensor, *, top_k: int) -> "RoutingStats":
+        num_experts = bias_ME.shape[1]
         counts, margins, logits, rest = sums_MS.split(
             [num_experts, NUM_MARGINS, 1, sums_MS.shape[1] - num_sums(num_experts)], dim=1
         )
         required = rest.unflatten(1, (num_experts, NUM_REQUIRED)) if rest.numel() else None
-        return cls(counts, top_k, margins, logits, required)
+        return cls(counts, top_k, bias_ME, margins, logits, required)
 
     @property
     def mean_M1(self) -> Tensor:
@@ -151,21 +153,22 @@ class RoutingStats:
         gain_M1 = seen_MW.gather(-1, first_M1) / (self.tokens_M1.clamp_min(1) * self.top_k * h_M1)
         return gain_M1.squeeze(-1).float()
 
-    def required_quantile_ME(self, bias_ME: Tensor) -> Tensor:
+    @property
+    def required_quantile_ME(self) -> Tensor:
         """The bias at which K/E of the tokens would have chosen each expert, the other biases as they were; float32.
 
-        bias_ME: those of the step. Linear within a bin; a layer that saw no token keeps its biases.
+        Linear within a bin; a layer that saw no token keeps its biases.
         """
         if self.required_MEH is None:
             raise ValueError("no required biases were counted; the rule must set needs_required = True")
-        low_M1, high_M1 = bias_ME.amin(-1, keepdim=True) - 1, bias_ME.amax(-1, keepdim=True) + 1
+        low_M1, high_M1 = self.bias_ME.amin(-1, keepdim=True) - 1, self.bias_ME.amax(-1, keepdim=True) + 1
         seen_MEH = self.required_MEH.cumsum(-1)
         wanted_ME1 = self.mean_M1.unsqueeze(-1).expand_as(seen_MEH[..., :1])  # T K / E
         bin_ME1 = (seen_MEH >= wanted_ME1).int().argmax(-1, keepdim=True)
         inside_ME1 = self.required_MEH.gather(-1, bin_ME1)
         part_ME = ((wanted_ME1 - (seen_MEH.gather(-1, bin_ME1) - inside_ME1)) / inside_ME1.clamp_min(1)).squeeze(-1)
         quantile_ME = low_M1 + (high_M1 - low_M1) * (bin_ME1.squeeze(-1) + part_ME) / NUM_REQUIRED
-        return torch.where(self.mean_M1 > 0, quantile_ME.float(), bias_ME)
+        return torch.where(self.mean_M1 > 0, quantile_ME.float(), self.bias_ME)
 
 
 def centered(step_ME: Tensor) -> Tensor:
