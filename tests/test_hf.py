@@ -5,6 +5,7 @@ Expected names come from transformers itself: `revert_weight_conversion` is what
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.afmoe.modeling_afmoe import AfmoeTokenChoiceRouter
 
 from trainer.config import CONFIG_DIR, ModelConfig
 from trainer.model.afmoe import afmoe_config
 from trainer.model.hf import from_hf, hf_config, to_hf
+from trainer.model.router import Gate, Router
 
 SHAPE = ModelConfig(
     vocab_size=61, dim=32, num_layers=3, num_dense_layers=1, ffn_dim=48, num_heads=4, num_kv_heads=2, head_dim=16, window=6,
@@ -89,6 +92,22 @@ def test_a_bias_rounded_by_others_becomes_float32():
     assert equal({"": from_hf(hf_state, SHAPE)["layers.2.moe.expert_bias_E"]}, {"": hf_state[BIAS].float()})
 
 
+def test_trap_12_an_exported_bias_is_of_sigmoid_scores():
+    """transformers' router chooses the experts that ours does. By hand: scores .99 and .8 (logits 4.6, 1.4), biases -.3 and 0;
+    0.69 < 0.8 among scores, but 4.3 > 1.4 among logits. The model has no other kind of bias that could be exported."""
+    model = replace(SHAPE, dim=2, num_experts=2, top_k=1)
+    logits = torch.tensor([[0.99, 0.8]]).logit()
+    gate = Gate.Config(in_features=2, out_features=2)
+    ours = Router.Config(num_experts=2, top_k=1, route_scale=model.route_scale, gate=gate).build()
+    theirs = AfmoeTokenChoiceRouter(AfmoeConfig(**hf_config(model, max_position_embeddings=64)))
+    ours.gate.weight.data.copy_(torch.eye(2))
+    theirs.gate.weight.data.copy_(torch.eye(2))
+    bias_E = torch.tensor([-0.3, 0.0])
+    _, gates, ids = theirs(logits[None], bias_E)
+    routing = ours(logits[None], bias_E)
+    assert routing.ids_BLK.tolist() == [ids.tolist()] == [[[1]]] and routing.gates_BLK.tolist() == [gates.tolist()]
+
+
 def refused(convert: Callable, state: dict[str, Tensor]) -> list[str]:
     with pytest.raises(ValueError) as error:
         convert(state, SHAPE)
@@ -97,7 +116,7 @@ def refused(convert: Callable, state: dict[str, Tensor]) -> list[str]:
     return lines
 
 
-def test_from_hf_refuses_by_name():
+def test_trap_13_from_hf_refuses_by_name():
     good = to_hf(random_state(), SHAPE)
     missing = {name: tensor for name, tensor in good.items() if name != UP}
     assert refused(from_hf, missing) == [f"{UP}: missing, must be (24, 32)"]
@@ -106,7 +125,7 @@ def test_from_hf_refuses_by_name():
     assert refused(from_hf, good | {UP: good[UP].T}) == [f"{UP}: has (32, 24), must be (24, 32)"]
 
 
-def test_from_hf_lists_everything_at_once():
+def test_trap_13_from_hf_lists_everything_at_once():
     """Another architecture's file: each of its tensors and each of ours is named."""
     good = to_hf(random_state(), SHAPE)
     other = {name.replace("model.layers", "layers"): tensor for name, tensor in good.items()}

@@ -87,6 +87,20 @@ class BalanceConfig:
 
 
 @dataclass(kw_only=True)
+class GuardConfig:
+    """What counts as an expert about to be lost, and what is done (trainer/balance/guard.py)."""
+
+    enabled: bool = False
+    grace: int = 200  # [steps] not judged, from the start of the run
+    patience: int = 50  # [steps] from one alarm to the next
+    starving: float = 0.3  # [even shares] of an expert that had more
+    rising: float = 1.5  # MaxVio over its floor, of the last 20 steps over the last 200
+    excess: float = 0.5  # [even shares] and at least this much of it
+    logits: float = 1.5  # root mean square of the router's logits, of the last 20 steps over the last 200
+    ladder: list[str] = field(default_factory=list)  # of boost, solve, sequence_loss, stop: one for each alarm
+
+
+@dataclass(kw_only=True)
 class ParallelConfig:
     """ranks = dp_replicate * dp_shard; experts are spread over ep of the dp_shard ranks of a replica."""
 
@@ -127,6 +141,7 @@ class Config:
     optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim.py)
     schedule: Any = MISSING  # _target_: (step, steps) -> factor on every learning rate (trainer/optim.py)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -8,7 +8,7 @@ progress bar, or a line every `interval` steps where it is not interactive.
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def alert(self, text: str, step: int) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -40,6 +42,9 @@ class WandbTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(metrics, step=step)
 
+    def alert(self, text: str, step: int) -> None:
+        self.run.alert(title="expert balance", text=text)
+
     def finish(self) -> None:
         self.run.finish()
 
@@ -55,6 +60,9 @@ class TensorboardTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
+
+    def alert(self, text: str, step: int) -> None:
+        self.writer.add_text("alarm", text, step)
 
     def finish(self) -> None:
         self.writer.close()
@@ -77,12 +85,17 @@ class MetricsLog:
         self.tracker = self._guarded(start_tracker) if start_tracker else None
         self.bar = _Bar(steps, after_step) if sys.stderr.isatty() else None
 
-    def write(self, metrics: dict[str, float]) -> None:
+    def write(self, metrics: dict[str, float], *, alarms: Sequence[str] = ()) -> None:
+        """alarms: of the guard; printed and passed on to the tracker."""
         step = int(metrics["step"])
         self.file.write(json.dumps(metrics) + "\n")
         if self.tracker is not None:
             tracker = self.tracker
             self._guarded(lambda: tracker.log(metrics, step))
+            for text in alarms:
+                self._guarded(lambda text=text: tracker.alert(text, step))
+        for text in alarms:
+            log.warning("guard: %s", text)
         if self.bar is not None:
             self.bar.update(step, summary(metrics))
         elif step == 1 or step % self.interval == 0 or step == self.steps:

@@ -23,7 +23,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from trainer import device, optim
-from trainer.balance import Balancer, LossWeights
+from trainer.balance import Balancer, Guard, LossWeights
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import set_training_state, training_state
 from trainer.config import CONFIG_DIR, BalanceConfig, Config, ConfigError, load, resolved_yaml
@@ -96,6 +96,7 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.optimizer.step()
     run.optimizer.zero_grad()
     balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
+    run.stop.agreed |= run.balancer.guard.wants_stop
     run.tokens += run.config.global_batch * run.config.seq_len
     return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, "lr": lr, **balance}
 
@@ -111,7 +112,7 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
         tokens_per_s = config.global_batch * config.seq_len / (time.perf_counter() - start_s)
         values |= {"tokens_per_s": tokens_per_s, "mfu": flop * tokens_per_s / peak, "memory_gib": device.memory_gib(run.device)}
         if metrics is not None:
-            metrics.write(values)
+            metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.step % config.checkpoint.interval == 0 or run.step == config.steps or run.stop.agreed:
             checkpoints.save(run.step, full_state(run))
         start_s = time.perf_counter()
@@ -151,7 +152,9 @@ def build(config: Config) -> Run:
     mesh = dims.get_optional_mesh("loss")
     group = mesh.get_group() if mesh is not None else None
     required = config.balance.trace is not None and config.balance.trace_required
-    balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group, required=required)
+    with refusing():
+        guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
+    balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group, guard=guard, required=required)
     return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, schedule=schedule,
                balancer=balancer, stream=stream, group=group, stop=StopRequest())  # fmt: skip
 

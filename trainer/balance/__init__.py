@@ -4,6 +4,7 @@ stats (what is counted) -> rules (biases), losses (gradients) -> balancer (once 
 """
 
 from trainer.balance.balancer import COLLAPSED_SHARE, Balancer, Verdict
+from trainer.balance.guard import Guard
 from trainer.balance.losses import (
     NO_LOSSES,
     LossWeights,
@@ -36,8 +37,8 @@ from trainer.balance.stats import (
 )
 
 __all__ = [
-    "COLLAPSED_SHARE", "NO_LOSSES", "Balancer", "LinearRule", "LossWeights", "PidRule", "QuantileRule", "RmsRule", "RoutingStats",
-    "SignRule", "SmebuGainRule", "SmebuQuantileRule", "SmebuRule", "Verdict", "attach_loss", "batch_balance_loss", "centered",
-    "collect_required", "collects_required", "count_in_backward", "register_routing_buffers", "router_loss", "router_z_loss",
-    "routing_metrics", "routing_sums", "sequence_balance_loss", "switch_balance_loss",
+    "COLLAPSED_SHARE", "NO_LOSSES", "Balancer", "Guard", "LinearRule", "LossWeights", "PidRule", "QuantileRule", "RmsRule",
+    "RoutingStats", "SignRule", "SmebuGainRule", "SmebuQuantileRule", "SmebuRule", "Verdict", "attach_loss",
+    "batch_balance_loss", "centered", "collect_required", "collects_required", "count_in_backward", "register_routing_buffers",
+    "router_loss", "router_z_loss", "routing_metrics", "routing_sums", "sequence_balance_loss", "switch_balance_loss",
 ]  # fmt: skip

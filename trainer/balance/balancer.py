@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainer.balance.stats import RoutingStats, collect_required, routing_metrics
+from trainer.balance.guard import Guard
+from trainer.balance.rules import QuantileRule
+from trainer.balance.stats import RoutingStats, collect_required, collects_required, routing_metrics
 
 COLLAPSED_SHARE = 0.1  # of the even share: an expert with less over the tail of a run has collapsed
 TAIL_SHARE = 0.1  # of the steps: the tail
@@ -24,7 +26,8 @@ class Balancer(nn.Module):
 
     A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`: the
     ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where they
-    are. `observers` are shown each step's sums. `required`: count required biases even if the rule asks for none.
+    are. `guard` watches and may act. `observers` are shown each step's sums. `required`: count required biases
+    even if the rule asks for none.
 
     The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
     the counts of the run's tail, from which the verdict is spoken.
@@ -37,18 +40,19 @@ class Balancer(nn.Module):
         *,
         steps: int,
         group: dist.ProcessGroup | None = None,
+        guard: Guard | None = None,
         observers: Sequence[Observer] = (),
         required: bool = False,
     ):
         super().__init__()
         self.layers = tuple(layers)  # not submodules: their state belongs to the model
-        self.rule, self.group, self.observers = rule, group, tuple(observers)
-        for layer in layers:
-            collect_required(layer, required or getattr(rule, "needs_required", False))
+        self.rule, self.group, self.guard, self.observers = rule, group, guard, tuple(observers)
+        self.required = required or getattr(rule, "needs_required", False)
+        self._collect(self.required)
         self.first_tail_step = steps - max(1, round(TAIL_SHARE * steps)) + 1
         num_experts, on = (layers[0].expert_bias_E.numel(), layers[0].expert_bias_E.device) if layers else (0, None)
         shape_ME = (len(layers), num_experts)
-        self.register_buffer("load_ME", torch.ones(shape_ME, device=on))
+        self.register_buffer("load_ME", torch.ones(shape_ME, dtype=torch.float32, device=on))
         self.register_buffer("tail_step", torch.tensor(self.first_tail_step))  # where the counts below began
         self.register_buffer("tail_counts_ME", torch.zeros(shape_ME, dtype=torch.int64, device=on))
         self.register_buffer("tail_3", torch.zeros(3, dtype=torch.float64, device=on))  # steps, sums of MaxVio and floor
@@ -57,6 +61,8 @@ class Balancer(nn.Module):
         """A run that is given more steps has another tail: counts of the old one are dropped."""
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self._share_load()
+        if self.guard is not None:
+            self._obey(int(self.guard.last_alarm))
         if self.tail_step != self.first_tail_step:
             self.tail_step.fill_(self.first_tail_step)
             self.tail_counts_ME.zero_()
@@ -83,8 +89,14 @@ class Balancer(nn.Module):
         for observe in self.observers:
             observe(step, stats)
         bias_ME = self.bias_ME
-        if self.rule is not None:
-            bias_ME += self.rule(stats, bias_ME)
+        if self.guard is not None and self.guard.wants_solve(step):
+            bias_ME += QuantileRule(bias_ME.shape)(stats, bias_ME)
+        elif self.rule is not None:
+            bias_ME += self.rule(stats, bias_ME) * (self.guard.boost() if self.guard is not None else 1)
+        finite_M = bias_ME.isfinite().all(-1)
+        if not finite_M.all():
+            what = f"step {step}: {type(self.rule).__name__} gives MoE layer {finite_M.int().argmin()} biases that are not finite"
+            raise FloatingPointError(f"{what}; the biases were not touched")
         for layer, bias_E in zip(self.layers, bias_ME, strict=True):
             layer.expert_bias_E.copy_(bias_E)
             layer.routing_sums_S.zero_()
@@ -95,7 +107,21 @@ class Balancer(nn.Module):
             self.tail_counts_ME += stats.counts_ME
             one = torch.ones_like(metrics["balance/floor"])
             self.tail_3 += torch.stack([one, metrics["balance/max_violation"], metrics["balance/floor"]])
-        return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        if self.guard is not None:
+            scalars |= self.guard.watch(step, stats, scalars)
+            self._obey(step)
+        return scalars
+
+    def _obey(self, step: int) -> None:
+        """What the guard wants from the steps after this one."""
+        self.guard.apply_loss(self.layers)
+        self._collect(self.required or self.guard.wants_solve(step + 1))
+
+    def _collect(self, required: bool) -> None:
+        for layer in self.layers:
+            if collects_required(layer) != required:
+                collect_required(layer, required)
 
     def _share_load(self) -> None:
         for layer, load_E in zip(self.layers, self.load_ME, strict=True):

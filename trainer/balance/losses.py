@@ -51,7 +51,7 @@ def sequence_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor 
     scores_BLE: sigmoid scores without bias. valid_BL: False for padding, which is left out; None: no padding.
     """
     num_experts, top_k = scores_BLE.shape[-1], ids_BLK.shape[-1]
-    share_BLE = scores_BLE / scores_BLE.sum(-1, keepdim=True)
+    share_BLE = normalized(scores_BLE)
     valid_BL = torch.ones_like(ids_BLK[..., 0], dtype=torch.bool) if valid_BL is None else valid_BL
     weight_BLK = valid_BL.unsqueeze(-1).expand_as(ids_BLK).to(scores_BLE.dtype)
     chosen_BE = scores_BLE.new_zeros(len(scores_BLE), num_experts).scatter_add_(1, ids_BLK.flatten(1), weight_BLK.flatten(1))
@@ -59,6 +59,11 @@ def sequence_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor 
     f_BE = chosen_BE * num_experts / (top_k * num_tokens_B1)  # eq. 30
     P_sum_BE = (share_BLE * valid_BL.unsqueeze(-1)).sum(1)  # eq. 31-32 times the tokens
     return (f_BE * P_sum_BE).sum()
+
+
+def normalized(scores_BLE: Tensor) -> Tensor:
+    """Each token's scores over their sum. The limit is the router's: all scores may underflow, and 1 / tiny overflow."""
+    return scores_BLE / scores_BLE.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def switch_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None) -> Tensor:
@@ -72,8 +77,7 @@ def batch_balance_loss(scores_BLE: Tensor, load_E: Tensor, valid_BL: Tensor | No
 
     f carries no gradient, so a step late it needs no communication here, and cannot tell how the batch is split.
     """
-    share_BLE = scores_BLE / scores_BLE.sum(-1, keepdim=True)
-    loss_BL = share_BLE @ load_E
+    loss_BL = 1 + normalized(scores_BLE) @ (load_E - 1)  # the shares sum to 1; so written, even loads give no gradient at all
     return (loss_BL if valid_BL is None else loss_BL * valid_BL).sum()
 
 

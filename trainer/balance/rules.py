@@ -17,7 +17,7 @@ from trainer.balance.stats import RoutingStats, centered
 def _above_zero(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value}: must be above 0")
+            raise ValueError(f"{name}={value}: must be above 0 and finite")
 
 
 def _below_one(**values: float) -> None:
@@ -86,7 +86,7 @@ class PidRule(nn.Module):
         super().__init__()
         _above_zero(ki=ki)
         if not (0 <= kp < math.inf and 0 <= kd < math.inf):
-            raise ValueError(f"kp={kp}, kd={kd}: must be 0 or more")
+            raise ValueError(f"kp={kp}, kd={kd}: must be 0 or more and finite")
         self.kp, self.ki, self.kd = kp, ki, kd
         self.register_buffer("before_ME", torch.zeros(shape_ME, dtype=torch.float32))
         self.register_buffer("before_that_ME", torch.zeros(shape_ME, dtype=torch.float32))
@@ -136,8 +136,8 @@ class SmebuGainRule(SmebuRule):
     def __init__(
         self, shape_ME: tuple[int, int], rho: float, beta: float, kappa: float, memory: float = 0.9, max_lr: float = 0.1
     ):
+        _above_zero(rho=rho, max_lr=max_lr)
         super().__init__(shape_ME, lr=max_lr, beta=beta, kappa=kappa)
-        _above_zero(rho=rho)
         _below_one(memory=memory)
         self.rho, self.memory = rho, memory
         self.register_buffer("gain_M", torch.zeros(shape_ME[0], dtype=torch.float32))

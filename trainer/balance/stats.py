@@ -24,6 +24,7 @@ BINS_PER_OCTAVE, LOWEST_OCTAVE = 4, -20  # of margins: from 2^-20 ...
 NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE  # ... to 2; what lies outside counts in the first or last bin
 NUM_REQUIRED = 1000  # H, over [min bias - 1, max bias + 1]: scores lie in (0, 1), so every required bias does, too
 LOGIT_UNIT = 2.0**-20
+MAX_SQUARE = 2.0**16  # of a token's mean squared logit, nan too: the sum of 2^26 such tokens fits into int64
 DENSITY_WINDOW = 0.25  # of an expert per token: the gain is read from margins up to where so many have been seen
 
 
@@ -71,6 +72,7 @@ def routing_sums(
     chosen_TK = choice_TE.gather(1, ids_TK)
     alpha_T1 = choice_TE.scatter_(1, ids_TK, -math.inf).amax(1, keepdim=True)  # -inf where K = E: no runner-up
     squares_T1 = logits_BLE.detach().view(-1, num_experts).square().mean(1, keepdim=True)
+    squares_T1 = squares_T1.nan_to_num_(nan=MAX_SQUARE).clamp_(max=MAX_SQUARE)
     parts = [
         _histogram(ids_TK, ones_T1, num_experts),
         _histogram(margin_bin(chosen_TK - alpha_T1), ones_T1, NUM_MARGINS),

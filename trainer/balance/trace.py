@@ -64,8 +64,9 @@ class Trace:
         if not self.path.is_file():
             raise ValueError(f"trace={path}: there is no such file; a training run with balance.trace=router.trace writes one")
         self.header = next(self._lines(), {})
-        if self.header.get("format") != FORMAT or self.header.get("version") != VERSION:
-            raise ValueError(f"{path}: not a router trace of version {VERSION}; its first line is {str(self.header)[:80]}")
+        is_ours = self.header.get("format") == FORMAT and self.header.get("version") == VERSION
+        if not (is_ours and {"layers", "experts", "top_k"} <= self.header.keys()):
+            raise ValueError(f"{path}: not a router trace of version {VERSION}; its first line is {str(self.header)[:120]}")
         sizes = {"margins": NUM_MARGINS, "required": NUM_REQUIRED}
         if wrong := {key: self.header.get(key) for key, size in sizes.items() if self.header.get(key) != size}:
             raise ValueError(f"{path}: has {wrong} bins, this version reads {sizes}")
@@ -79,22 +80,26 @@ class Trace:
             raise ValueError(f"{path}: holds no step")
 
     def __iter__(self) -> Iterator[RoutingStats]:
-        shapes = {"counts": (-1,), "margins": (NUM_MARGINS,), "logits": (1,), "required": (self.num_experts, NUM_REQUIRED)}
+        experts = self.num_experts
+        shapes = {"counts": (experts,), "margins": (NUM_MARGINS,), "logits": (1,), "required": (experts, NUM_REQUIRED)}
         for line in self._lines():
             if "step" not in line:
                 continue
             try:
-                sums = {SUMS[n]: self._unpacked(line[n], np.int64, shape) for n, shape in shapes.items() if n in line}
-                yield RoutingStats(top_k=self.top_k, bias_ME=self._unpacked(line["bias"], np.float32, (-1,)), **sums)
-            except (KeyError, ValueError, zlib.error) as error:
-                raise ValueError(f"{self.path}: step {line['step']} cannot be read: {error}") from error
+                there = {name: shape for name, shape in shapes.items() if name in line or name != "required"}
+                sums = {SUMS[name]: self._unpacked(line[name], np.int64, shape) for name, shape in there.items()}
+                stats = RoutingStats(top_k=self.top_k, bias_ME=self._unpacked(line["bias"], np.float32, (experts,)), **sums)
+            except (KeyError, TypeError, ValueError, zlib.error) as error:
+                what = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{self.path}: step {line['step']} cannot be read: {what}") from error
+            yield stats
 
     def _unpacked(self, text: str, dtype: type, shape: tuple[int, ...]) -> Tensor:
         numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)
-        return torch.from_numpy(numbers.copy()).view(self.num_layers, *shape)
+        return torch.from_numpy(numbers.reshape(self.num_layers, *shape).copy())
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        with self.path.open() as file:
+        with self.path.open(errors="replace") as file:  # what is no text is no trace either
             for number, line in enumerate(file, start=1):
                 if line.endswith("}\n"):  # a kill may cut the last one
                     try:

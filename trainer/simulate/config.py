@@ -8,7 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from trainer.config import CONFIG_DIR, BalanceConfig, ConfigError, composed
+from trainer.config import CONFIG_DIR, BalanceConfig, ConfigError, GuardConfig, composed
 
 ARMS = sorted(path.stem for path in (CONFIG_DIR / "balance").glob("*.yaml"))
 
@@ -41,6 +41,7 @@ class SimulateConfig:
     ci: bool = False  # exit code 3 if an expert collapsed or a threshold is missed
     thresholds: Thresholds = field(default_factory=Thresholds)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     scores: Any = None  # _target_: the logits of frozen and closed (trainer/simulate/scores.py)
 
     @property

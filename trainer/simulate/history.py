@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.balance import RoutingStats
+from trainer.balance import COLLAPSED_SHARE, RoutingStats
 
 MAX_BINS, MAX_CELLS = 500, 1_500_000  # of the curves; layers x experts x bins of the loads
 TAIL_SHARE, MAX_TAIL = 0.2, 10_000  # MAX_TAIL: steps of the tail whose MaxVio is kept for the percentile
 WINDOW, NEAR_FLOOR = 10, 1.25
 PROBED, MAX_LOAD = 256, 4.0
-TAIL_MEANS = ("excess", "bias_step_rms", "churn", "mean_score", "ep_max_over_mean", "dead_experts", "min_load", "stability")
+TAIL_MEANS = ("excess", "bias_step_rms", "churn", "mean_score", "ep_max_over_mean", "dead_experts", "min_load",
+              "stability", "gain", "load_cv")  # fmt: skip
 
 
 class Probe:
@@ -66,6 +67,8 @@ class History:
         self.tail: list[dict[str, float]] = []
         self.all_excess = 0.0
         self.reversals, self.moves = 0, 0
+        self.mean_load_ME = torch.ones(num_layers, num_experts)  # of about 20 steps
+        self.num_alarms, self.first_alarm, self.collapse_step = 0, None, None
         self.reached: dict[str, int | None] = {"steps_to_balance": None, "steps_to_floor": None, "recovery_steps": None}
         self.probes = [Probe(layer) for layer in level.layers if not hasattr(level, "trace")]
         self.balancer.observers += (self.observe,)
@@ -73,6 +76,10 @@ class History:
     def observe(self, step: int, stats: RoutingStats) -> None:
         self.bin = (step - 1) * self.num_bins // self.steps
         self.load_NME[self.bin] += stats.load_ME
+        self.load_cv = stats.load_ME.std(1, correction=0).mean().item()
+        self.mean_load_ME.lerp_(stats.load_ME.float(), max(1 / 20, 1 / step))
+        if self.collapse_step is None and step >= 20 and (self.mean_load_ME < COLLAPSED_SHARE).any():
+            self.collapse_step = step
         ranks_MRe = stats.load_ME.unflatten(1, (self.ep, -1)).sum(-1)
         self.ep_max_over_mean = (ranks_MRe.amax(1) / ranks_MRe.mean(1).clamp_min(1e-9)).mean().item()
 
@@ -83,6 +90,7 @@ class History:
         stability = [value for name, value in values.items() if name.startswith("stability/")]
         values = {name: value for name, value in values.items() if "/" not in name}
         values["excess"] = values["max_violation"] - values["floor"]
+        values["load_cv"] = self.load_cv
         values["bias_step_rms"] = step_ME.square().mean().sqrt().item()
         values["ep_max_over_mean"] = self.ep_max_over_mean
         if stability:
@@ -90,6 +98,9 @@ class History:
         if self.probes:
             values["churn"] = sum(probe.churn() for probe in self.probes) / len(self.probes)
             values["mean_score"] = sum(probe.mean_score() for probe in self.probes) / len(self.probes)
+        if metrics.get("guard/alarm"):
+            self.num_alarms += 1
+            self.first_alarm = self.first_alarm or step
         if "loss" in metrics:
             values["loss"] = metrics["loss"]
         for name, value in values.items():
@@ -137,8 +148,10 @@ class History:
         excesses = sorted(row["excess"] for row in self.tail)
         found["excess_p99"] = excesses[min(len(excesses) - 1, math.ceil(0.99 * len(excesses)) - 1)]
         found["bias_chatter"] = self.reversals / self.moves if self.moves else 0.0
+        found |= {"collapse_step": self.collapse_step, "first_alarm": self.first_alarm, "alarms": float(self.num_alarms)}
         losses = [row["loss"] for row in self.tail if "loss" in row]
-        return found | ({"loss": sum(losses) / len(losses)} if losses else {})
+        found |= {"loss": sum(losses) / len(losses)} if losses else {}
+        return {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}
 
     def as_dict(self, *, with_loads: bool) -> dict[str, Any]:
         counts = self.bin_counts.double()

@@ -13,17 +13,29 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from trainer import train
-from trainer.balance import Balancer, LossWeights, RoutingStats, register_routing_buffers, routing_sums
+from trainer.balance import (
+    Balancer,
+    Guard,
+    LossWeights,
+    QuantileRule,
+    RoutingStats,
+    centered,
+    register_routing_buffers,
+    routing_sums,
+)
 from trainer.balance.stats import collects_required
 from trainer.balance.trace import Trace
 from trainer.config import BalanceConfig, ConfigError, load
 from trainer.model.afmoe import moe_layers
 from trainer.model.router import Gate, Router, Routing, count_and_balance
 from trainer.simulate.config import SimulateConfig
+
+FAULTS = ("rule", "feedback", "logits", "expert")
 
 
 class Level(Protocol):
@@ -65,6 +77,11 @@ def make_rule(config: BalanceConfig, shape_ME: tuple[int, int]) -> nn.Module | N
         return rule(shape_ME) if rule is not None else None
 
 
+def make_guard(config: SimulateConfig) -> Guard:
+    with train.refusing():
+        return Guard((config.layers, config.experts), **vars(config.guard))
+
+
 class Frozen:
     """The scores do not answer to the routing, so balance losses have nothing to push."""
 
@@ -75,16 +92,40 @@ class Frozen:
         weights = train.loss_weights(config.balance)
         self.layers = [RoutingLayer(config.experts, config.top_k, weights) for _ in range(config.layers)]
         rule = make_rule(config.balance, (config.layers, config.experts))
-        self.balancer = Balancer(self.layers, rule, steps=config.steps)
+        self.balancer = Balancer(self.layers, rule, steps=config.steps, guard=make_guard(config))
         self.notes, self.shift_step = [], self.scores.shift_step
 
     def step(self, step: int) -> dict[str, float]:
         for m, layer in enumerate(self.layers):
-            layer.count(self.scores(step, m))
+            logits_TE = self.scores(step, m)
+            if isinstance(self.balancer.rule, ExactQuantileRule):
+                self.balancer.rule.observe(layer, logits_TE)
+            layer.count(logits_TE)
         return self.balancer.step(step)
 
     def close(self) -> None:
         pass
+
+
+class ExactQuantileRule(QuantileRule):
+    """The oracle of QuantileRule: the exact K/E quantile of the step's required biases. Keeps all of them: Frozen only."""
+
+    needs_required = False
+
+    def __init__(self, shape_ME: tuple[int, int], ema: float = 0.0):
+        super().__init__(shape_ME, ema)
+        self.observed: list[Tensor] = []
+
+    def observe(self, layer: RoutingLayer, logits_TE: Tensor) -> None:
+        choice_TE = torch.sigmoid(logits_TE) + layer.expert_bias_E
+        alpha_T1 = choice_TE.topk(layer.top_k + 1, dim=1).values[:, -1:]
+        required_TE = alpha_T1 - torch.sigmoid(logits_TE)
+        rank = max(1, round(len(logits_TE) * layer.top_k / logits_TE.shape[1]))
+        self.observed.append(required_TE.kthvalue(rank, dim=0).values)
+
+    def forward(self, stats: RoutingStats, bias_ME: Tensor) -> Tensor:
+        required_ME, self.observed = torch.stack(self.observed), []
+        return centered((1 - self.ema) * (required_ME - bias_ME))
 
 
 class Closed(Frozen):
@@ -95,10 +136,21 @@ class Closed(Frozen):
     feedback [logit], forgetting [1], gate_lr [logit^2], per step. Where nothing balances, small differences die out
     up to a critical feedback, forgetting over the share of its load that an expert gains per logit; above it they
     grow until an attraction is +- feedback / forgetting.
+
+    fault: what goes wrong after a share `fault_at` of the run, for the guard to find: `rule` (biases move no more),
+    `feedback` (tenfold), `logits` (grow by 2 % a step, up to twentyfold), `expert` (one of each layer loses 0.02 logit a step).
     """
 
-    def __init__(self, *, config: SimulateConfig, seed: int, feedback: float, forgetting: float, gate_lr: float):
+    def __init__(
+        self, *, config: SimulateConfig, seed: int, feedback: float, forgetting: float, gate_lr: float,
+        fault: str | None = None, fault_at: float = 0.5,
+    ):  # fmt: skip
         super().__init__(config=config, seed=seed)
+        if fault not in (None, *FAULTS):
+            raise ConfigError(f"level.fault={fault}: must be one of {', '.join(FAULTS)}, or null")
+        if not 0 < fault_at < 1:
+            raise ConfigError(f"level.fault_at={fault_at}: must lie in (0, 1), a share of the run")
+        self.fault, self.fault_step = fault, round(fault_at * config.steps) + 1 if fault else None
         for name, value in {"feedback": feedback, "forgetting": forgetting, "gate_lr": gate_lr}.items():
             if not 0 <= value <= 1000:
                 raise ConfigError(f"level.{name}={value}: must lie in [0, 1000]")
@@ -106,15 +158,22 @@ class Closed(Frozen):
         self.attraction_ME = torch.zeros(config.layers, config.experts)
 
     def step(self, step: int) -> dict[str, float]:
-        gradients = []
+        gradients, since = [], step - self.fault_step + 1 if self.fault_step and step >= self.fault_step else 0
+        if since and self.fault == "rule":
+            self.balancer.rule = None
+        feedback = self.feedback * (10 if since and self.fault == "feedback" else 1)
         for m, layer in enumerate(self.layers):
             a_E = self.attraction_ME[m].clone().requires_grad_()
             logits_TE = self.scores(step, m) + a_E
+            if since and self.fault == "logits":
+                logits_TE = logits_TE * min(1.02**since, 20.0)
+            if since and self.fault == "expert":
+                logits_TE = logits_TE - 0.02 * since * F.one_hot(torch.tensor(m), logits_TE.shape[1])
             gates_BTK = count_and_balance(layer, layer.route(logits_TE), None)
             gates_BTK.backward(torch.zeros_like(gates_BTK))  # the balance losses' own gradient is all there is
             gradients.append(a_E.grad / len(logits_TE))
         metrics = self.balancer.step(step)
-        self.attraction_ME += self.feedback * torch.tanh(self.balancer.load_ME - 1) - self.forgetting * self.attraction_ME
+        self.attraction_ME += feedback * torch.tanh(self.balancer.load_ME - 1) - self.forgetting * self.attraction_ME
         self.attraction_ME -= self.gate_lr * torch.stack(gradients)
         return metrics
 
@@ -142,7 +201,7 @@ def _build(config: SimulateConfig, seed: int, overrides: list[str]) -> train.Run
             "model.num_layers": config.layers + 1, "model.num_experts": config.experts, "model.top_k": config.top_k,
             "global_batch": config.tokens // seq_len}  # fmt: skip
     loaded = load([*overrides, *(f"{key}={value}" for key, value in ours.items())])
-    loaded.balance = config.balance
+    loaded.balance, loaded.guard = config.balance, config.guard
     return train.build(loaded)
 
 
@@ -163,7 +222,7 @@ class Replay:
                 f"balance={config.balance.name} needs the histograms of required biases, and {trace} has none; "
                 "record with balance.trace_required=true"
             )
-        self.balancer = Balancer(self.layers, rule, steps=config.steps)
+        self.balancer = Balancer(self.layers, rule, steps=config.steps, guard=make_guard(config))
         self.steps: Iterator[RoutingStats] = iter(self.trace)
         self.notes = [f"Open loop: the counts are those of {trace}; they do not answer to the biases of the replayed rule."]
         self.shift_step = None

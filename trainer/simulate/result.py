@@ -46,6 +46,8 @@ METRICS = {  # "at the end": the last fifth of the steps
         "Share of the bias steps at the end that reverse the one before. At 0.5 the biases only follow noise.",
     ),
     "churn": Metric("Churn", "share of choices", "Share of the choices of the same tokens that a step's bias update changes."),
+    "load_cv": Metric("Load CV", "", "Standard deviation of the experts' loads over their mean, mean of layers, at the end."),
+    "gain": Metric("Gain", "1/score", "How much of its share an expert gains per unit of bias, mean of layers, at the end.", ""),
     "mean_score": Metric(
         "Score", "of the chosen, mean",
         "Mean router score of the chosen experts, without bias: what balance costs the router. Higher is better.", "high",
@@ -59,6 +61,11 @@ METRICS = {  # "at the end": the last fifth of the steps
     "stability": Metric(
         "Stability", "share of the limit", "The rule's step over the largest stable one, worst layer. At 1 biases oscillate.", "",
     ),
+    "collapse_step": Metric(
+        "First collapse", "step", "The first step at which an expert's load, mean of 20 steps, is under 0.1 shares.", "",
+    ),
+    "first_alarm": Metric("First alarm", "step", "The first step at which the guard raised an alarm.", ""),
+    "alarms": Metric("Alarms", "", "How many alarms the guard raised.", ""),
     "loss": Metric("Loss", "nats", "Cross entropy per token, mean at the end."),
 }  # fmt: skip
 
