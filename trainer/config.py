@@ -10,6 +10,7 @@ name is their schema, and its signature is checked here.
 
 import difflib
 import inspect
+import logging
 import math
 import types
 import typing
@@ -31,6 +32,7 @@ if not CONFIG_DIR.is_dir():  # installed from a wheel, where the folder lies ins
     CONFIG_DIR = Path(__file__).parent / "configs"
 
 DTYPES = ("float32", "bfloat16")
+log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -338,5 +340,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.num_dense_layers={m.num_dense_layers} exceeds model.num_layers={m.num_layers}")
     if m.top_k > m.num_experts:
         raise ConfigError(f"model.top_k={m.top_k} exceeds model.num_experts={m.num_experts}")
+    if m.top_k == 1 < m.num_experts and m.num_dense_layers < m.num_layers:
+        log.warning("model.top_k=1: AFMoE normalises a token's gates, so the gate of one expert is constant and the loss "
+                    "cannot train the router; use 2 or more")  # fmt: skip
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r}: must be one plain directory name, without / or ..")
