@@ -12,6 +12,8 @@ from typing import Any, Protocol
 from trainer import train
 from trainer.ablate.study import Metric
 from trainer.config import Config, ConfigError, load
+from trainer.simulate import run
+from trainer.simulate.config import SimulateConfig
 
 INTERRUPTED = "interrupted"
 VERDICTS = {train.OK: "ok", train.COLLAPSED: "collapsed", train.INTERRUPTED: INTERRUPTED}
@@ -46,19 +48,15 @@ class Train:
 class Simulate:
     """Each job is one arm with one seed, so its simulation holds one run."""
 
-    def load(self, overrides: list[str]) -> Any:
-        from trainer.simulate.run import load
-
-        config = load(overrides)
+    def load(self, overrides: list[str]) -> SimulateConfig:
+        config = run.load(overrides)
         if config.compare or config.seeds != 1:
             raise ConfigError("compare= and seeds= of a simulation: arms and seeds are the study's, leave them out")
         return config
 
-    def run(self, config: Any) -> str:
-        from trainer.simulate.run import simulate
-
-        simulation = simulate(config)
-        (Path(config.run_dir) / config.name / "simulation.json").write_text(json.dumps(simulation))
+    def run(self, config: SimulateConfig) -> str:
+        simulation = run.simulate(config)
+        (config.directory / "simulation.json").write_text(json.dumps(simulation))
         return "collapsed" if simulation["runs"][0]["collapsed"] else "ok"
 
     def rows(self, directory: Path) -> list[dict[str, Any]]:

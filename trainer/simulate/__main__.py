@@ -16,11 +16,14 @@ from typing import Any
 
 from trainer import train
 from trainer.config import CONFIG_DIR, ConfigError, resolved_yaml
+from trainer.page import number
 from trainer.simulate.config import arms, load
 from trainer.simulate.page import write_page
 from trainer.simulate.result import METRICS
 from trainer.simulate.run import simulate
 
+COLUMNS = ("steps_to_balance", "steps_to_floor", "recovery_steps", "excess_run", "excess_mean", "excess_p99", "bias_step_rms",
+           "bias_chatter", "churn", "mean_score", "ep_max_over_mean", "dead_experts", "loss")  # fmt: skip
 WITH_INTERVAL = ("excess_run", "excess_mean")  # the others have theirs in simulation.json and on the page
 
 
@@ -60,23 +63,28 @@ def run(overrides: list[str]) -> int:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """One row per run, or per arm if several are ranked: the mean, for some ± half of the 95 % interval."""
+    """Up to three runs side by side; more, or arms that are ranked, one a line: the mean, for some ± half of its interval."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     ranked = result["ranking"]
     rows = ranked or [{**run, "metrics": {k: {"mean": v} for k, v in run["summary"].items()}} for run in result["runs"]]
-    shown = [key for key in METRICS if any(key in row["metrics"] for row in rows)]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for header in ("arm", "collapsed", *(METRICS[key].title for key in shown)):
-        table.add_column(header, justify="left" if header == "arm" else "right", no_wrap=header == "arm")
+    shown = [key for key in COLUMNS if any(key in row["metrics"] for row in rows)]
+    lines = [["", *(METRICS[key].title for key in shown), "Collapsed"]]
     for row in rows:
-        name = f"{row['rank']} {row['arm']}" if ranked else row["arm"] if len(rows) == 1 else f"{row['arm']} seed {row['seed']}"
-        collapsed = f"{row['collapsed_runs']}/{row['num_seeds']} runs" if ranked else f"{row['collapsed']}/{row['experts']}"
-        table.add_row(name, collapsed, *(cell(row["metrics"].get(key), interval=key in WITH_INTERVAL) for key in shown))
-    width = None if sys.stdout.isatty() else 240  # a file or a log has no edge
-    Console(width=width).print(table)
+        name = f"{row['rank']} {row['arm']}" if ranked else f"{row['arm']} seed {row['seed']}"
+        collapsed = f"{row['collapsed_runs']} of {row['num_seeds']} runs" if ranked else f"{row['collapsed']} of {row['experts']}"
+        lines.append([name, *(cell(row["metrics"].get(key), interval=key in WITH_INTERVAL) for key in shown), collapsed])
+    if len(rows) <= 3:
+        units = ["", *(METRICS[key].unit for key in shown), "" if ranked else "experts"]
+        lines = [list(column) for column in zip(*lines, units, strict=True)]
+    table = Table(*lines[0], box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1 : len(rows) + 1 if len(rows) <= 3 else None]:
+        column.justify = "right"
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console(width=180 if len(rows) > 3 else None).print(table)
 
 
 def cell(metric: dict[str, Any] | None, *, interval: bool) -> str:
@@ -85,13 +93,7 @@ def cell(metric: dict[str, Any] | None, *, interval: bool) -> str:
     if metric["mean"] is None:
         return "never"
     half = metric["high"] - metric["mean"] if interval and metric.get("high") is not None else None
-    return f"{number(metric['mean'])} ± {number(half, digits=2)}" if half else number(metric["mean"])
-
-
-def number(value: float, *, digits: int = 3) -> str:
-    if 0 < abs(value) < 0.01:
-        return f"{value:.0e}" if digits == 2 else f"{value:.1e}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+    return f"{number(metric['mean'])} ± {number(half)}" if half else number(metric["mean"])
 
 
 def usage() -> str:

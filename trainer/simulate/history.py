@@ -23,6 +23,7 @@ MAX_BINS, MAX_CELLS = 500, 1_500_000  # of the curves; layers x experts x bins o
 TAIL_SHARE, MAX_TAIL = 0.2, 10_000  # MAX_TAIL: steps of the tail whose MaxVio is kept for the percentile
 WINDOW, NEAR_FLOOR = 10, 1.25
 PROBED, MAX_LOAD = 256, 4.0
+HAD_SHARE = 0.5  # an expert that once had this much can be lost
 TAIL_MEANS = ("excess", "bias_step_rms", "churn", "mean_score", "ep_max_over_mean", "dead_experts", "min_load",
               "stability", "gain", "load_cv")  # fmt: skip
 
@@ -68,6 +69,7 @@ class History:
         self.all_excess = 0.0
         self.reversals, self.moves = 0, 0
         self.mean_load_ME = torch.ones(num_layers, num_experts)  # of about 20 steps
+        self.had_share_ME = torch.zeros(num_layers, num_experts, dtype=torch.bool)
         self.num_alarms, self.first_alarm, self.collapse_step = 0, None, None
         self.reached: dict[str, int | None] = {"steps_to_balance": None, "steps_to_floor": None, "recovery_steps": None}
         self.probes = [Probe(layer) for layer in level.layers if not hasattr(level, "trace")]
@@ -78,8 +80,10 @@ class History:
         self.load_NME[self.bin] += stats.load_ME
         self.load_cv = stats.load_ME.std(1, correction=0).mean().item()
         self.mean_load_ME.lerp_(stats.load_ME.float(), max(1 / 20, 1 / step))
-        if self.collapse_step is None and step >= 20 and (self.mean_load_ME < COLLAPSED_SHARE).any():
-            self.collapse_step = step
+        if step >= 20:
+            self.had_share_ME |= self.mean_load_ME >= HAD_SHARE
+            if self.collapse_step is None and (self.had_share_ME & (self.mean_load_ME < COLLAPSED_SHARE)).any():
+                self.collapse_step = step
         ranks_MRe = stats.load_ME.unflatten(1, (self.ep, -1)).sum(-1)
         self.ep_max_over_mean = (ranks_MRe.amax(1) / ranks_MRe.mean(1).clamp_min(1e-9)).mean().item()
 

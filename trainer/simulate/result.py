@@ -62,7 +62,7 @@ METRICS = {  # "at the end": the last fifth of the steps
         "Stability", "share of the limit", "The rule's step over the largest stable one, worst layer. At 1 biases oscillate.", "",
     ),
     "collapse_step": Metric(
-        "First collapse", "step", "The first step at which an expert's load, mean of 20 steps, is under 0.1 shares.", "",
+        "First collapse", "step", "The first step at which an expert that once had half a share has under 0.1 (mean of 20).", "",
     ),
     "first_alarm": Metric("First alarm", "step", "The first step at which the guard raised an alarm.", ""),
     "alarms": Metric("Alarms", "", "How many alarms the guard raised.", ""),
