@@ -135,6 +135,7 @@ def ranks_worker() -> dict:
         result[name] = outcome(lab)
     if world == 4:
         result["opposite"] = opposite_loads(rank)
+        result["one token more"] = [one_token_more(rank, tokens) for tokens in (40_840, 2**25)]
         result["stage"] = {name: outcome(pipeline_stage(name, pairs, rank)) for name in ARMS}
     return result
 
@@ -143,9 +144,19 @@ def opposite_loads(rank: int) -> tuple[list[float], float]:
     """Every rank uses another expert only; over all ranks they are even."""
     layer = GatedLayer(4, 1)
     balancer = Balancer([layer], make_rule("sign", (1, 4)), steps=1, group=dist.group.WORLD)
-    layer.counts_E[rank] += 100
+    layer.counts_E[rank] = 100
     metrics = balancer.step(1)
     return layer.expert_bias_E.tolist(), metrics["balance/max_violation"]
+
+
+def one_token_more(rank: int, tokens: int) -> list[float]:
+    """Every rank has `tokens` for each expert, the last rank one more for expert 0."""
+    layer = GatedLayer(2, 1)
+    balancer = Balancer([layer], make_rule("sign", (1, 2), lr=1.0), steps=1, group=dist.group.WORLD)
+    layer.counts_E.add_(tokens)
+    layer.counts_E[0] += rank == 3
+    balancer.step(1)
+    return layer.expert_bias_E.tolist()
 
 
 def pipeline_stage(name: str, pairs: list, rank: int) -> Lab:
@@ -187,6 +198,11 @@ def test_trap_5_the_rule_sees_the_sum_of_all_ranks(on_four_ranks):
     """Applied per rank, sign would have pushed each rank's own expert down."""
     for bias, _ in (result["opposite"] for result in on_four_ranks):
         assert bias == [0.0] * 4
+
+
+def test_trap_1_counts_are_exact_over_ranks(on_four_ranks):
+    """Near 163,360 bfloat16 counts in steps of 1,024, at 2^27 float32 in steps of 16."""
+    assert [result["one token more"] for result in on_four_ranks] == [[[-1.0, 1.0]] * 2] * 4
 
 
 def test_trap_9_max_violation_is_of_all_ranks_and_of_the_busiest_expert(on_four_ranks):

@@ -55,6 +55,8 @@ class Guard(nn.Module):
         self.register_buffer("fewest_starving", torch.tensor(shape_ME[0] * shape_ME[1]))  # since the grace
         self.register_buffer("last_alarm", torch.tensor(-(2**40)))  # step
         self.register_buffer("rung", torch.tensor(0))  # rungs taken
+        self.register_buffer("solve_step", torch.tensor(-1))  # the step that is one of quantile balancing
+        self.wants_stop = False  # after this step; not saved, so a run that is continued goes on
 
     @torch.no_grad()
     def watch(self, step: int, stats: RoutingStats, metrics: dict[str, float]) -> dict[str, float]:
@@ -69,13 +71,16 @@ class Guard(nn.Module):
         for column, weight in enumerate((FAST, SLOW)):
             self.means_22[:, column].lerp_(now_2, max(weight, 1 / seen))
         reasons = self.reasons() if seen > self.grace else []
-        raised = bool(reasons) and step - self.last_alarm.item() >= self.patience
+        raised, action = bool(reasons) and step - self.last_alarm.item() >= self.patience, None
         if raised:
             self.last_alarm.fill_(step)
             action = self.ladder[self.rung] if self.rung < len(self.ladder) else None
             self.rung += action is not None
+            if action == "solve":
+                self.solve_step.fill_(step + 1)
             then = f"; {action}" if action else ""
             self.alarms.append(f"step {step}: {', '.join(reasons)}{then}")
+        self.wants_stop = action == "stop"
         return {"guard/alarm": float(raised), "guard/rung": float(self.rung)}
 
     def reasons(self) -> list[str]:
@@ -103,18 +108,13 @@ class Guard(nn.Module):
 
     def wants_solve(self, step: int) -> bool:
         """Whether this step follows the alarm that asked for a quantile solve."""
-        rung = self.rung.item()
-        return rung > 0 and self.ladder[rung - 1] == "solve" and step == self.last_alarm.item() + 1
+        return "solve" in self.ladder and step == self.solve_step.item()
 
     def apply_loss(self, layers: Sequence[nn.Module]) -> None:
         if self.taken("sequence_loss"):
             for layer in layers:
                 weight = max(layer.loss_weights.sequence, SEQUENCE_LOSS_WEIGHT)
                 layer.loss_weights = replace(layer.loss_weights, sequence=weight)
-
-    @property
-    def wants_stop(self) -> bool:
-        return self.taken("stop") > 0
 
     def take_alarms(self) -> list[str]:
         taken, self.alarms = self.alarms, []

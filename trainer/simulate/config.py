@@ -1,6 +1,7 @@
 """What can be set in a simulation? The groups `balance` and `scores` are chosen as in training."""
 
 import difflib
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,15 @@ def _check(c: SimulateConfig) -> None:
     if c.experts % c.ep:
         choices = [n for n in range(1, min(c.experts, 64) + 1) if c.experts % n == 0]
         raise ConfigError(f"ep={c.ep} does not divide experts={c.experts}; use one of {choices}")
-    if not c.balanced_below > 0:
-        raise ConfigError(f"balanced_below={c.balanced_below}: must be above 0")
+    if not 0 < c.balanced_below < math.inf:
+        raise ConfigError(f"balanced_below={c.balanced_below}: must be above 0 and finite")
+    not_negative = {f"balance.{name}": value for name, value in vars(c.balance).items() if name.endswith("loss_weight")}
+    for key, value in not_negative.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{key}={value}: must be 0 or more")
+    for name, value in vars(c.thresholds).items():
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"thresholds.{name}={value}: must be a finite number, or null for none")
     if c.compare and c.compare != "all" and not (isinstance(c.compare, list) and c.compare):
         raise ConfigError(f"compare={c.compare}: must be all or a list of arms, compare=[smebu,sign]")
     if c.name is not None and (not c.name or Path(c.name).name != c.name or c.name in (".", "..")):

@@ -124,6 +124,8 @@ class ExactQuantileRule(QuantileRule):
         self.observed.append(required_TE.kthvalue(rank, dim=0).values)
 
     def forward(self, stats: RoutingStats, bias_ME: Tensor) -> Tensor:
+        if not self.observed:
+            raise ConfigError("ExactQuantileRule keeps all scores of a step; it works at level=frozen only")
         required_ME, self.observed = torch.stack(self.observed), []
         return centered((1 - self.ema) * (required_ME - bias_ME))
 
@@ -168,7 +170,7 @@ class Closed(Frozen):
             if since and self.fault == "logits":
                 logits_TE = logits_TE * min(1.02**since, 20.0)
             if since and self.fault == "expert":
-                logits_TE = logits_TE - 0.02 * since * F.one_hot(torch.tensor(m), logits_TE.shape[1])
+                logits_TE = logits_TE - 0.02 * since * F.one_hot(torch.tensor(m % len(a_E)), len(a_E))
             gates_BTK = count_and_balance(layer, layer.route(logits_TE), None)
             gates_BTK.backward(torch.zeros_like(gates_BTK))  # the balance losses' own gradient is all there is
             gradients.append(a_E.grad / len(logits_TE))
@@ -211,15 +213,20 @@ class Replay:
     def __init__(self, *, config: SimulateConfig, seed: int, trace: str):
         with train.refusing():
             self.trace = Trace(trace)
-        shape = {"layers": self.trace.num_layers, "experts": self.trace.num_experts, "top_k": self.trace.top_k}
+        tokens = int(self._next(iter(self.trace)).tokens_M1[0])  # of the first step
+        shape = {"layers": self.trace.num_layers, "experts": self.trace.num_experts, "top_k": self.trace.top_k, "tokens": tokens}
         config.steps = min(config.steps, self.trace.num_steps)
         for name, value in shape.items():
             setattr(config, name, value)
+        if config.experts % config.ep:
+            raise ConfigError(f"ep={config.ep} does not divide the {config.experts} experts of {trace}")
         self.layers = [RoutingLayer(config.experts, config.top_k, LossWeights()) for _ in range(config.layers)]
         rule = make_rule(config.balance, (config.layers, config.experts))
-        if getattr(rule, "needs_required", False) and not self.trace.has_required:
+        needing = [f"balance={config.balance.name}"] if getattr(rule, "needs_required", False) else []
+        needing += ["guard.ladder=[solve]"] if "solve" in config.guard.ladder else []
+        if needing and not self.trace.has_required:
             raise ConfigError(
-                f"balance={config.balance.name} needs the histograms of required biases, and {trace} has none; "
+                f"{needing[0]} needs the histograms of required biases, and {trace} has none; "
                 "record with balance.trace_required=true"
             )
         self.balancer = Balancer(self.layers, rule, steps=config.steps, guard=make_guard(config))
@@ -228,7 +235,13 @@ class Replay:
         self.shift_step = None
 
     def step(self, step: int) -> dict[str, Any]:
-        return self.balancer.update(step, next(self.steps))
+        return self.balancer.update(step, self._next(self.steps))
+
+    def _next(self, steps: Iterator[RoutingStats]) -> RoutingStats:
+        try:
+            return next(steps)
+        except ValueError as error:  # a line that cannot be read
+            raise ConfigError(str(error)) from None
 
     def close(self) -> None:
         pass

@@ -1,5 +1,6 @@
 """One simulation: every arm and seed on the same scores, side by side, and what became of the experts."""
 
+import gc
 import multiprocessing
 import os
 import time
@@ -30,9 +31,11 @@ def simulate(config: SimulateConfig, *, arms: list[SimulateConfig] | None = None
     for arm in arms:
         build_level(arm, config.seed).close()  # what any of them refuses is refused now
     workers = min(len(jobs), config.workers or len(os.sched_getaffinity(0)))
-    with progress(len(jobs) * config.steps) as advance:
+    first = arms[0]  # a trace has set its shape
+    with progress(len(jobs) * first.steps) as advance:
         runs = [run_one(*job, advance) for job in jobs] if workers == 1 else run_side_by_side(jobs, workers, advance)
     failures = [failure for run in runs for failure in failures_of(run, config)]
+    [shift_step] = {run.pop("shift_step") for run in runs}
     shown = ("layers", "experts", "top_k", "tokens", "steps", "seed", "seeds", "ep", "balanced_below")
     return {
         "format": "triquetra-simulation",
@@ -42,9 +45,9 @@ def simulate(config: SimulateConfig, *, arms: list[SimulateConfig] | None = None
         "seconds": round(time.perf_counter() - start_s, 1),
         "config": {
             "level": level_name(config),
-            "scores": config.scores,
-            **{key: getattr(config, key) for key in shown},
-            "shift_step": runs[0].pop("shift_step"),
+            "scores": config.scores if level_name(config) in ("frozen", "closed") else None,
+            **{key: getattr(first, key) for key in shown},
+            "shift_step": shift_step,
         },
         "notes": sorted({note for run in runs for note in run.pop("notes")}),
         "runs": runs,
@@ -107,6 +110,7 @@ def _run_in_worker(job: tuple[SimulateConfig, int]) -> dict[str, Any]:
 
 def run_side_by_side(jobs: list, workers: int, advance: Callable[[int], None]) -> list[dict[str, Any]]:
     """Forked workers of one thread each: the imports are done once."""
+    gc.collect()  # a process group left in a cycle would be taken down in a worker, which hangs without the group's threads
     context = multiprocessing.get_context("fork")
     counter, shown = context.Value("q", 0), 0
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_share, initargs=(counter,)) as pool:

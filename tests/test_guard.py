@@ -1,0 +1,454 @@
+"""Does the guard see what it should see, in time and in silence otherwise, and does each rung do what it says?
+
+Letters: M layers, E experts. Running means by hand: after n steps from 1 to x, the fast one is 1 + (x - 1)(1 - 0.95^n), the
+slow one has 0.995.
+"""
+
+import json
+import logging
+import math
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.arms import GatedLayer, Lab, batch, make_lab, make_rule
+from tests.arms import train as feed
+from tests.ranks import run_ranks
+from tests.test_resume import metrics, tensors
+from trainer import train
+from trainer.balance import Balancer, Guard, LossWeights, QuantileRule, RoutingStats, collects_required
+from trainer.config import GuardConfig, load
+from trainer.metrics import MetricsLog, WandbTracker
+
+SHAPE = (2, 4)
+
+
+def even(**loads: float) -> RoutingStats:
+    """Counts of 100 per expert; l1e2=0.5: half of it for expert 2 of layer 1, the rest to its neighbour."""
+    counts_ME = torch.full(SHAPE, 100)
+    for name, load_ in loads.items():
+        layer, expert = int(name[1]), int(name[3])
+        counts_ME[layer, expert] = round(100 * load_)
+        counts_ME[layer, (expert + 1) % 4] += 100 - round(100 * load_)
+    return RoutingStats(counts_ME)
+
+
+def seen(guard: Guard, step: int, stats: RoutingStats | None = None, *, excess: float = 0.0, logits: float = 1.0) -> list[str]:
+    """Shows the guard a step; returns the alarms."""
+    values = {"balance/max_violation_worst_layer": 0.1 + excess, "balance/floor": 0.1, "balance/logit_rms": logits}
+    raised = guard.watch(step, stats or even(), values)
+    alarms = guard.take_alarms()
+    assert raised["guard/alarm"] == len(alarms) == (1 if alarms else 0)
+    return alarms
+
+
+# -- the signals -----------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_raises_no_alarm():
+    """2,000 steps with the noise of 100 tokens per expert, logits that grow by half and an expert that never had its share."""
+    guard, generator = Guard(SHAPE), torch.Generator().manual_seed(0)
+    share_E = torch.tensor([1.0, 1.0, 1.0, 0.1])
+    for step in range(1, 2001):
+        counts_ME = torch.poisson(100 * share_E.expand(SHAPE), generator=generator).long()
+        stats = RoutingStats(counts_ME)
+        excess = (stats.load_ME.amax() - 1).item() - 0.2
+        assert seen(guard, step, stats, excess=excess, logits=1 + step / 4000) == []
+
+
+def test_a_starving_expert_by_hand():
+    """0.95^24 = 0.292: an expert without tokens from step 301 on has under 0.3 of its share at step 324."""
+    guard = Guard(SHAPE, patience=1000)
+    alarms = [text for step in range(1, 400) for text in seen(guard, step, even(l1e2=0.0) if step > 300 else None)]
+    assert alarms == ["step 324: 1 experts starve (before: 0), layer 1 expert 2 has 0.29 of its share"]
+    assert guard.get_buffer("load_ME")[1, 2] == pytest.approx(0.95**99, rel=1e-4)
+
+
+def test_an_expert_that_recovered_can_starve_again():
+    guard = Guard(SHAPE, patience=1)
+    spans = {201: 0.0, 261: 1.0, 401: 0.0}  # from this step on, this load
+    first, loads = [], 1.0
+    for step in range(1, 430):
+        loads = spans.get(step, loads)
+        first += seen(guard, step, even(l0e1=loads))
+    steps = [int(text.split(":")[0].removeprefix("step ")) for text in first]
+    gaps = [b for a, b in pairwise(steps) if b - a > 1]
+    assert steps[0] == 224 and gaps == [424]  # an alarm in each step until it has 0.3 again; then once more
+
+
+def by_hand(before: float, after: float, steps: int) -> tuple[float, float]:
+    return after + (before - after) * 0.95**steps, after + (before - after) * 0.995**steps
+
+
+def test_rising_violation_by_hand():
+    """From 0.1 to 2.0: the fast mean passes 0.5 in the fifth step, when the slow one is 0.15."""
+    guard = Guard(SHAPE, patience=1000)
+    alarms = [text for step in range(1, 400) for text in seen(guard, step, excess=2.0 if step > 300 else 0.1)]
+    (fast, slow), (fast_before, _) = by_hand(0.1, 2.0, 5), by_hand(0.1, 2.0, 4)
+    assert fast_before < 0.5 < fast
+    assert alarms == [f"step 305: MaxVio over its floor rose from {slow:.2f} to {fast:.2f}"] == [
+        "step 305: MaxVio over its floor rose from 0.15 to 0.53"
+    ]
+    steady = Guard(SHAPE)
+    assert not any(seen(steady, step, excess=3.0) for step in range(1, 400))  # high from the start, not rising
+    slight = Guard(SHAPE)
+    assert not any(seen(slight, step, excess=0.45 if step > 300 else 0.0) for step in range(1, 400))  # rising, not high
+    negative = Guard(SHAPE)
+    assert any(seen(negative, step, excess=2.0 if step > 300 else -1.0) for step in range(1, 400))
+
+
+def test_growing_logits_by_hand():
+    """From 1 to 2: the fast mean is 1.5 times the slow one for the first time at the n-th step."""
+    guard = Guard(SHAPE, patience=1000)
+    alarms = [text for step in range(1, 400) for text in seen(guard, step, logits=2.0 if step > 300 else 1.0)]
+    n = next(n for n in range(1, 100) if (now := by_hand(1.0, 2.0, n))[0] > 1.5 * now[1])
+    fast, slow = by_hand(1.0, 2.0, n)
+    assert alarms == [f"step {300 + n}: router logits grew from {slow:.2f} to {fast:.2f} (root mean square)"]
+    slow_growth = Guard(SHAPE)
+    assert not any(seen(slow_growth, step, logits=1.001**step) for step in range(1, 2000))  # sevenfold, in 2,000 steps
+
+
+def test_several_reasons_are_one_alarm():
+    guard = Guard(SHAPE, patience=1000)
+    sick: dict[str, Any] = {"stats": even(l0e3=0.0), "excess": 9.0, "logits": 5.0}
+    alarms = [text for step in range(1, 260) for text in (seen(guard, step, **sick) if step > 200 else seen(guard, step))]
+    assert len(alarms) == 1 and alarms[0].startswith("step 202: MaxVio over its floor rose") and "; " not in alarms[0]
+    guard.last_alarm.fill_(0)
+    (text,) = seen(guard, 1000, **sick)
+    for part in ("step 1000: 1 experts starve", ", layer 0 expert 3 has", ", MaxVio", ", router logits"):
+        assert part in text
+
+
+def test_nothing_is_judged_within_the_grace():
+    """Logits that jump at step 301 are seen at step 302, or when the grace is over."""
+    for grace, first in ((1, 302), (301, 302), (302, 303), (310, 311)):
+        guard = Guard(SHAPE, grace=grace)
+        assert [step for step in range(1, 320) if seen(guard, step, logits=9.0 if step > 300 else 1.0)] == [first]
+
+
+def test_what_never_had_its_share_is_not_lost():
+    """An expert that starves when the grace ends is the router's choice; a second one is an alarm."""
+    guard = Guard(SHAPE, grace=100, patience=1000)
+    for step in range(1, 200):
+        assert seen(guard, step, even(l0e0=0.0)) == []
+    alarms = [text for step in range(200, 300) for text in seen(guard, step, even(l0e0=0.0, l1e3=0.0))]
+    assert len(alarms) == 1 and alarms[0].startswith("step 223: 2 experts starve (before: 1)")
+
+
+@pytest.mark.parametrize("patience", [1, 7])
+def test_alarms_are_patience_steps_apart(patience):
+    """The fault lasts; one alarm every `patience` steps while the fast mean is that much above the slow one."""
+    guard = Guard(SHAPE, patience=patience)
+    steps = [step for step in range(1, 331) if seen(guard, step, logits=9.0 if step > 300 else 1.0)]
+    assert steps == list(range(302, 331, patience))
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"grace": 0}, "guard.grace=0, guard.patience=50: must be at least 1 step"),
+    ({"patience": 0}, "guard.patience=0"),
+    ({"starving": 0.0}, r"guard.starving=0.0: must lie in \(0, 1\)"), ({"starving": 1.0}, "guard.starving=1.0"),
+    ({"starving": math.nan}, "guard.starving=nan"), ({"rising": 1.0}, "guard.rising=1.0"), ({"rising": math.nan}, "guard.rising"),
+    ({"logits": 0.5}, "guard.logits=0.5: must exceed 1"), ({"excess": 0.0}, "guard.excess=0.0: must exceed 0"),
+    ({"ladder": ["boost", "panic"]}, r"guard.ladder=\['boost', 'panic'\]: panic is no rung; use boost, solve, sequence_loss, st"),
+])  # fmt: skip
+def test_wrong_settings_are_refused_with_their_value(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Guard(SHAPE, **settings)
+
+
+def test_the_settings_of_guard_on_are_those_of_the_class_and_of_the_schema():
+    on = load(["experiment=synthetic", "guard=on"]).guard
+    assert vars(on) == vars(GuardConfig(enabled=True))
+    default = Guard(SHAPE)
+    assert {name: getattr(default, name) for name in vars(on)} == {**vars(on), "ladder": ()}
+    assert load(["experiment=synthetic"]).guard == GuardConfig()
+
+
+# -- the ladder -------------------------------------------------------------------------------------------
+
+
+class Told(Guard):
+    """Alarms at the steps that it is told, and keeps what it was shown."""
+
+    def __init__(self, *rungs: str, at: tuple[int, ...]):
+        super().__init__((2, 16), grace=1, patience=1, ladder=rungs)
+        self.at = at
+        self.shown: list[RoutingStats] = []
+
+    def watch(self, step: int, stats: RoutingStats, metrics: dict[str, float]) -> dict[str, float]:
+        self.shown.append(stats)
+        return super().watch(step, stats, metrics)
+
+    def reasons(self) -> list[str]:
+        return ["told so"] if self.seen.item() in self.at else []
+
+
+def guarded(name: str, *rungs: str, at: tuple[int, ...], **options: Any) -> Lab:
+    return make_lab(name, guard=Told(*rungs, at=at), **options)
+
+
+def test_each_alarm_takes_the_next_rung_until_there_is_none():
+    lab = guarded("sign", "boost", "sequence_loss", "boost", at=(2, 3, 5, 6)).run(feed, range(1, 8))
+    assert [step["guard/rung"] for step in lab.metrics] == [0, 1, 2, 2, 3, 3, 3]
+    assert [step["guard/alarm"] for step in lab.metrics] == [0, 1, 1, 0, 1, 1, 0]
+    assert lab.balancer.guard.take_alarms() == [
+        "step 2: told so; boost", "step 3: told so; sequence_loss", "step 5: told so; boost", "step 6: told so"]  # fmt: skip
+    assert lab.balancer.guard.take_alarms() == []
+
+
+@pytest.mark.parametrize("name", ["sign", "smebu", "smebu_gain", "quantile_ema"])
+def test_boost_doubles_the_rules_step_exactly_and_again(name):
+    """From the step after the alarm on; the rule's own memory knows nothing of it."""
+    lab = guarded(name, "boost", "boost", at=(2, 4)).run(feed, range(1, 7))
+    rule, bias_ME = make_rule(name, (2, 16)), torch.zeros(2, 16)
+    assert rule is not None
+    for stats, after_ME, factor in zip(lab.balancer.guard.shown, lab.biases, [1, 1, 2, 2, 4, 4], strict=True):
+        bias_ME = bias_ME + factor * rule(stats, bias_ME)
+        assert torch.equal(after_ME, bias_ME)
+    assert all(torch.equal(memory, dict(rule.named_buffers())[key]) for key, memory in lab.balancer.rule.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["none", "smebu", "quantile"])
+def test_solve_is_one_step_of_quantile_balancing(name):
+    """The step after the alarm, and no other one. The rule is not asked in that step; layers count required biases for it only.
+    A further alarm, without a rung left, solves nothing."""
+    lab = guarded(name, "solve", at=(3, 5))
+    rule, bias_ME, asked = make_rule(name, (2, 16)), torch.zeros(2, 16), []
+    always = name == "quantile"
+    assert isinstance(lab.balancer.guard, Told)
+    for step in range(1, 8):
+        asked.append([collects_required(layer) for layer in lab.layers])
+        lab.step(feed, batch(step))
+        stats = lab.balancer.guard.shown[-1]
+        assert (stats.required_MEH is not None) == (step == 4 or always)
+        if step == 4:
+            bias_ME = bias_ME + QuantileRule((2, 16))(stats, bias_ME)
+        elif rule is not None:
+            bias_ME = bias_ME + rule(stats, bias_ME)
+        assert torch.equal(lab.biases[-1], bias_ME)
+    assert asked == [[step == 4 or always] * 2 for step in range(1, 8)]
+    assert lab.biases[3].abs().max() > 0.05
+
+
+def test_a_solve_evens_the_load_at_once():
+    lab = guarded("none", "solve", at=(2,)).run(feed, [1, 1, 1, 1])  # the same tokens again
+    before, after = (lab.metrics[i]["balance/max_violation"] for i in (2, 3))
+    assert before > 2.5 and after < 0.6  # each bias was solved for with the others as they were
+
+
+@pytest.mark.parametrize(("configured", "then"), [(0.0, 1e-2), (1e-4, 1e-2), (0.3, 0.3)])
+def test_sequence_loss_gets_a_weight_and_the_others_keep_theirs(configured, then):
+    weights = LossWeights(sequence=configured, batch=0.2, z=0.1)
+    lab = guarded("sign", "sequence_loss", at=(2,), loss_weights=weights).run(feed, [1])
+    assert all(layer.loss_weights == weights for layer in lab.layers)
+    lab.run(feed, [2, 3])
+    assert all(layer.loss_weights == LossWeights(sequence=then, batch=0.2, z=0.1) for layer in lab.layers)
+    other = make_lab("sign", loss_weights=weights).run(feed, [1, 2, 3])
+    changed = [not torch.equal(a, b) for a, b in zip(lab.gradients, other.gradients, strict=True)]
+    assert changed == [False, False, then != configured]  # it pushes from the step after the alarm on
+    assert torch.equal(lab.biases[2], other.biases[2])
+
+
+def test_stop_is_asked_for_once():
+    """At the alarm; a run that is continued, or goes on, is not stopped again for it."""
+    lab, asked = guarded("sign", "stop", at=(2, 4)), []
+    for step in range(1, 6):
+        lab.step(feed, batch(step))
+        asked.append(lab.balancer.guard.wants_stop)
+    assert asked == [False, True, False, False, False]
+
+
+# -- state ------------------------------------------------------------------------------------------------
+
+
+LADDER = ("boost", "solve", "sequence_loss", "solve", "boost")
+ALARMS = (2, 4, 6, 7, 9)
+
+
+def state_of(lab: Lab) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in lab.balancer.state_dict().items()}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 7, 8])
+def test_a_run_resumed_on_any_rung_is_the_same_run_bit_for_bit(stop):
+    """After steps 4 and 7 a solve is due. The layers' loss weights come from the configuration, and from the guard again."""
+    whole = guarded("smebu", *LADDER, at=ALARMS).run(feed, range(1, 11))
+    first = guarded("smebu", *LADDER, at=ALARMS).run(feed, range(1, stop + 1))
+    second = guarded("smebu", *LADDER, at=ALARMS)
+    second.metrics = list(first.metrics)
+    for old, new in zip(first.layers, second.layers, strict=True):
+        new.expert_bias_E.copy_(old.expert_bias_E)
+    second.balancer.load_state_dict(state_of(first))
+    second.run(feed, range(stop + 1, 11))
+    assert second.metrics == whole.metrics
+    assert all(torch.equal(a, b) for a, b in zip(second.biases, whole.biases[stop:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(second.gradients, whole.gradients[stop:], strict=True))
+    one, other = state_of(second), state_of(whole)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert first.balancer.guard.take_alarms() + second.balancer.guard.take_alarms() == whole.balancer.guard.take_alarms()
+
+
+def test_a_guard_that_is_off_says_and_does_nothing():
+    """The same metrics and biases as without one; its state stays as it is."""
+    off, without = Guard((2, 16), enabled=False, grace=1, patience=1, ladder=["boost", "stop"]), make_lab("smebu")
+    before = deepcopy(off.state_dict())
+    off.reasons = lambda: ["told so"]  # type: ignore[method-assign]
+    lab = make_lab("smebu", guard=off).run(feed, range(1, 5))
+    without.run(feed, range(1, 5))
+    assert lab.metrics == without.metrics and not any(key.startswith("guard") for key in lab.metrics[0])
+    assert all(torch.equal(a, b) for a, b in zip(lab.biases, without.biases, strict=True))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in off.state_dict().items())
+    assert off.take_alarms() == [] and not off.wants_stop
+
+
+@pytest.mark.parametrize("ladder", [[], ["boost"], ["solve", "boost", "stop"]])
+def test_another_ladder_can_take_over(ladder):
+    """Whatever was taken before: switched off, shorter or longer. What is no longer there is no longer done."""
+    lab = guarded("smebu", "boost", "solve", at=(2, 3)).run(feed, range(1, 4))
+    guard = Guard((2, 16), enabled=bool(ladder), ladder=ladder)
+    other = make_lab("smebu", guard=guard)
+    other.balancer.load_state_dict(state_of(lab))
+    other.metrics = list(lab.metrics)
+    other.run(feed, range(4, 7))
+    assert guard.boost() == (2.0 if "boost" in ladder else 1.0) and not guard.wants_stop
+
+
+# -- in training -------------------------------------------------------------------------------------------
+
+
+BASE = ["experiment=synthetic", "model.num_experts=8", "seq_len=32", "global_batch=4", "micro_batch=2", "schedule.warmup=2"]
+JUMPY = ["guard=on", "guard.grace=1", "guard.starving=0.9", "guard.patience=1"]  # the untrained router's noise is enough
+
+
+def trained(overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop_at: int | None = None) -> int:
+    """alarms_at: the guard is told to raise them; stop_at: as by SIGTERM."""
+    if alarms_at is not None:
+        Guard.reasons = lambda self: ["told so"] if self.seen.item() in alarms_at else []  # type: ignore[method-assign]
+    step = train.train_step
+
+    def stopping_step(run: train.Run, batches: list) -> dict[str, float]:
+        run.stop.signalled = run.step + 1 == stop_at
+        return step(run, batches)
+
+    train.train_step = stopping_step
+    logging.getLogger().handlers.clear()  # pytest's; without them warnings go to stderr
+    return train.train(load([*BASE, *overrides]))
+
+
+def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(tmp_path, capfd):
+    command = [*JUMPY, "guard.ladder=[stop]", "steps=14", "name=stopped", f"run_dir={tmp_path}"]
+    assert run_ranks(trained, 1, command) == [train.INTERRUPTED]
+    first = capfd.readouterr()
+    lines = metrics(tmp_path / "stopped")
+    stopped = lines[-1]["step"]
+    assert 2 <= stopped < 14 and [line["guard/alarm"] for line in lines] == [0.0] * (stopped - 1) + [1.0]
+    assert f"stopped at step {stopped} of 14, saved; the same command continues" in first.out
+    assert f"guard: step {stopped}: " in first.err and "experts starve (before: " in first.err and "; stop\n" in first.err
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
+    assert run_ranks(trained, 1, command)[0] in (train.OK, train.COLLAPSED)
+    assert f"continuing at step {stopped} of 14" in capfd.readouterr().out
+    assert [line["step"] for line in metrics(tmp_path / "stopped")] == list(range(1, 15))
+
+
+def test_twelve_steps_with_a_ladder_equal_two_halves_bit_for_bit(tmp_path):
+    """Ended when the solve was due: after its alarm at step 5, before step 6."""
+    told = ["guard=on", "guard.grace=1", "guard.patience=1", "guard.ladder=[boost,solve,sequence_loss]", "steps=12",
+            f"run_dir={tmp_path}"]  # fmt: skip
+    run_ranks(trained, 1, [*told, "name=whole"], (3, 5, 8))
+    assert run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8), 5) == [train.INTERRUPTED]
+    run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8))
+    lines = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "halves") == lines
+    assert [line["guard/rung"] for line in lines] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert lines[5]["balance/bias_rms"] > 3 * lines[4]["balance/bias_rms"]  # it did solve
+    whole, halves = (tensors(tmp_path / name, 12) for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_guard_can_be_switched_on_and_off_again(tmp_path):
+    """Of a run that was begun without; also when it took rungs meanwhile."""
+    base = ["name=run", f"run_dir={tmp_path}"]
+    done = (train.OK, train.COLLAPSED)
+    assert run_ranks(trained, 1, [*base, "steps=2"])[0] in done
+    assert run_ranks(trained, 1, [*base, *JUMPY, "guard.ladder=[boost,solve]", "steps=5"], (1, 3))[0] in done
+    assert run_ranks(trained, 1, [*base, "steps=7"])[0] in done
+    rungs = [line.get("guard/rung") for line in metrics(tmp_path / "run")]
+    assert rungs == [None, None, 0, 0, 1, None, None]  # it counts its grace from where it was switched on
+
+
+def test_alarms_reach_the_log_and_the_tracker(tmp_path, caplog):
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: list[tuple] = []
+
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            self.seen.append((step, metrics["guard/alarm"]))
+
+        def alert(self, text: str, step: int) -> None:
+            self.seen.append((step, text))
+
+        def finish(self) -> None: ...
+
+    tracker = Tracker()
+    log = MetricsLog(tmp_path / "metrics.jsonl", steps=2, interval=1, start_tracker=lambda: tracker)
+    line = {"loss": 1.0, "tokens_per_s": 1.0}
+    log.write({"step": 1, "guard/alarm": 0.0, **line})
+    log.write({"step": 2, "guard/alarm": 1.0, **line}, alarms=["step 2: told so", "and more"])
+    log.close()
+    assert tracker.seen == [(1, 0.0), (2, 1.0), (2, "step 2: told so"), (2, "and more")]
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == ["guard: step 2: told so", "guard: and more"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["guard/alarm"] == 1.0
+
+
+def test_a_tracker_that_fails_at_an_alarm_stops_nothing(tmp_path, caplog):
+    class Broken:
+        def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+        def alert(self, text: str, step: int) -> None:
+            raise ConnectionError("the service is down")
+
+        def finish(self) -> None: ...
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", steps=1, interval=1, start_tracker=Broken)
+    log.write({"step": 1, "loss": 1.0, "tokens_per_s": 1.0}, alarms=["one"])
+    log.close()
+    assert caplog.text.count("tracking stopped") == 1 and "guard: one" in caplog.text and log.tracker is None
+
+
+def test_wandb_takes_an_alarm_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb = WandbTracker(tmp_path, {"steps": 1}, project="triquetra", mode="offline")
+    wandb.alert("told so", 3)
+    wandb.finish()
+    (stored,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"told so" in stored.read_bytes()
+
+
+def rank_worker() -> tuple[list[str], list[torch.Tensor], list[bool]]:
+    """Rank 1 has the only tokens that change: its expert 0 starves from step 41 on. Rank 0 sees nothing of that by itself."""
+    layers = [GatedLayer(16, 2, seed=0)]
+    guard = Guard((1, 16), grace=35, patience=100, ladder=["solve"])
+    balancer = Balancer(layers, None, steps=80, group=dist.group.WORLD, guard=guard)
+    alarms, asked, rank = [], [], dist.get_rank()
+    for step in range(1, 81):
+        x_BLD = batch(step, sequences=2)
+        if rank == 1 and step > 40:
+            x_BLD = batch(1, sequences=2)[:1, :1].expand(2, 32, -1)  # one token again and again
+        layers[0](x_BLD).square().sum().backward()
+        balancer.step(step)
+        alarms += guard.take_alarms()
+        asked.append(collects_required(layers[0]))
+    return alarms, [*guard.state_dict().values(), layers[0].get_buffer("expert_bias_E")], asked
+
+
+def test_all_ranks_alarm_at_the_same_step():
+    one, other = run_ranks(rank_worker, 2)
+    assert len(one[0]) == 1 and "; solve" in one[0][0] and one[0] == other[0]
+    assert one[2] == other[2] and one[2].count(True) == 1
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    assert one[1][-1].any()  # solved
