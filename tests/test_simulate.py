@@ -34,6 +34,7 @@ from trainer.balance.trace import Trace
 from trainer.config import CONFIG_DIR, ConfigError
 from trainer.simulate import __main__ as program
 from trainer.simulate import history as histories
+from trainer.simulate import run as runs
 from trainer.simulate.config import SimulateConfig, arms, load
 from trainer.simulate.history import History, Probe
 from trainer.simulate.levels import RoutingLayer
@@ -284,11 +285,11 @@ def test_excess_by_hand():
 
 
 def test_chatter_by_hand():
-    """The tail of 20 steps is four. The first bias goes 1, -1, 1, 1: two of four reverse the one before; the second rests, then
-    goes up: it has no step before to reverse."""
-    first = dict(zip(range(16, 21), [5, 6, 5, 6, 7], strict=True))
-    bias = {step: [[float(first.get(step, step - 11)), 0.0 if step < 20 else 1.0]] for step in range(1, 21)}
-    assert play(Scripted(), 20, bias=lambda step: bias[step]).summary()["bias_chatter"] == 2 / 4
+    """The tail of 20 steps is four. The first bias goes up before it, then up, down, up, down: three of four reverse the one
+    before; the second rests, then goes up: it has no step before to reverse."""
+    first = [*range(1, 17), 17, 16, 17, 16]
+    bias = [[[float(first[i]), 0.0 if i < 19 else 1.0]] for i in range(20)]
+    assert play(Scripted(), 20, bias=lambda step: bias[step - 1]).summary()["bias_chatter"] == 3 / 4
     assert play(Scripted(), 20).summary()["bias_chatter"] == 0.0
 
 
@@ -308,9 +309,10 @@ def test_churn_and_score_by_hand():
 
 
 def test_the_busiest_rank_by_hand():
-    """Two ranks of two experts: 6 and 2 tokens in one layer, even in the other."""
-    history = play(Scripted(2, 4), 5, counts=lambda step: [[5, 1, 1, 1], [2, 2, 2, 2]], bias=lambda step: [[0.0] * 4] * 2, ep=2)
-    assert history.summary()["ep_max_over_mean"] == (6 / 4 + 1) / 2
+    """Two ranks of three experts: 9 and 3 tokens in one layer, even in the other."""
+    counts = [[5, 3, 1, 1, 1, 1], [2] * 6]
+    history = play(Scripted(2, 6), 5, counts=lambda step: counts, bias=lambda step: [[0.0] * 6] * 2, ep=2)
+    assert history.summary()["ep_max_over_mean"] == pytest.approx((9 / 6 + 1) / 2)
 
 
 def test_the_first_collapse_by_hand():
@@ -558,13 +560,15 @@ def test_a_replay_has_the_shape_of_the_trace_and_says_open_loop(trained):
     assert short["runs"][0]["steps"] == [1, 2]
 
 
-def test_quantile_rules_replay_what_was_recorded_for_them(trained):
-    with pytest.raises(ConfigError, match="balance=quantile needs .* record with balance.trace_required=true"):
-        simulated("level=replay", f"level.trace={trained}/run/router.trace", "balance=quantile")
-    with pytest.raises(ConfigError, match=r"guard.ladder=\[solve\] needs .* record with balance.trace_required=true"):
-        simulated("level=replay", f"level.trace={trained}/run/router.trace", "guard.ladder=[boost,solve]")
+def test_quantile_rules_replay_what_was_recorded_for_them(trained, monkeypatch):
+    """Refused before any arm has made a step."""
     [run] = simulated("level=replay", f"level.trace={trained}/required/router.trace", "balance=quantile")["runs"]
     assert run["curves"]["bias_rms"][0] > 0
+    monkeypatch.setattr(runs, "run_one", None)
+    with pytest.raises(ConfigError, match="balance=quantile needs .* record with balance.trace_required=true"):
+        simulated("level=replay", f"level.trace={trained}/run/router.trace", "compare=[sign,quantile]", "workers=1")
+    with pytest.raises(ConfigError, match=r"guard.ladder=\[solve\] needs .* record with balance.trace_required=true"):
+        simulated("level=replay", f"level.trace={trained}/run/router.trace", "guard.ladder=[boost,solve]")
 
 
 # -- the program -------------------------------------------------------------------------------------------

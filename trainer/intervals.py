@@ -32,7 +32,9 @@ class Estimate:
             return f"{self.mean:.4g}" + ("" if self.half is None else " ± 0")
         if max(abs(self.mean), self.half) < 1e-3:
             return f"{self.mean:.2e} ± {self.half:.1e}"
-        decimals = max(0, 1 - math.floor(math.log10(self.half)))  # two digits of the interval
+        largest = max(abs(self.mean), self.half)
+        decimals = min(1 - math.floor(math.log10(self.half)), 3 - math.floor(math.log10(largest)))  # 2 of half, 4 in all
+        decimals = max(0, decimals)
         return f"{self.mean:.{decimals}f} ± {self.half:.{decimals}f}"
 
 

@@ -157,7 +157,10 @@ class RoutingStats:
 
     @property
     def required_quantile_ME(self) -> Tensor:
-        """The bias at which K/E of the tokens would have chosen each expert, the other biases as they were; float32.
+        """The bias at which an expert's score would have reached the runner-up's in K/E of the tokens; float32.
+
+        Exact for experts with more than their share. One with less must beat the K-th score, not the (K+1)-th: where
+        it lost by little it is asked for too small a bias, as in the published rule.
 
         Linear within a bin; a layer that saw no token keeps its biases.
         """
