@@ -34,7 +34,7 @@ from trainer.balance.trace import Trace
 from trainer.config import CONFIG_DIR, ConfigError
 from trainer.simulate import __main__ as program
 from trainer.simulate import history as histories
-from trainer.simulate import run as runs
+from trainer.simulate import run as running
 from trainer.simulate.config import SimulateConfig, arms, load
 from trainer.simulate.history import History, Probe
 from trainer.simulate.levels import RoutingLayer
@@ -483,7 +483,7 @@ def test_growing_logits_end_at_twentyfold():
     level = build_level(load([*CLOSED, "steps=400", "level.fault=logits", "level.fault_at=0.01", "tokens=16", "balance=none",
                               "level.feedback=0"]), 0)  # fmt: skip
     rms = [level.step(step)["balance/logit_rms"] for step in range(1, 401)]
-    assert rms[10] < rms[60] < rms[110] and rms[-1] == pytest.approx(rms[-100], rel=0.1)  # 1.02^152 = 20.3
+    assert rms[10] < rms[60] < rms[110] and rms[-1] == pytest.approx(20 * rms[0], rel=0.2)  # 1.02^152 = 20.3
 
 
 def test_the_guard_notices_a_fault_before_the_collapse():
@@ -564,7 +564,7 @@ def test_quantile_rules_replay_what_was_recorded_for_them(trained, monkeypatch):
     """Refused before any arm has made a step."""
     [run] = simulated("level=replay", f"level.trace={trained}/required/router.trace", "balance=quantile")["runs"]
     assert run["curves"]["bias_rms"][0] > 0
-    monkeypatch.setattr(runs, "run_one", None)
+    monkeypatch.setattr(running, "run_one", None)
     with pytest.raises(ConfigError, match="balance=quantile needs .* record with balance.trace_required=true"):
         simulated("level=replay", f"level.trace={trained}/run/router.trace", "compare=[sign,quantile]", "workers=1")
     with pytest.raises(ConfigError, match=r"guard.ladder=\[solve\] needs .* record with balance.trace_required=true"):
@@ -630,6 +630,7 @@ REFUSED = {  # overrides: what the message must contain
     "balanced_below=0": "balanced_below=0.0: must be above 0",
     "balanced_below=inf": "balanced_below=inf: must be above 0 and finite",
     "balance.batch_loss_weight=-1": "balance.batch_loss_weight=-1.0: must be 0 or more",
+    "balance.batch_loss_weight=inf": "balance.batch_loss_weight=inf: must be 0 or more",
     "thresholds.excess_mean=inf": "thresholds.excess_mean=inf: must be a finite number, or null for none",
     "thresholds.excess_men=1": "did you mean thresholds.excess_mean",
     "balance.rule.lr=-1": "lr=-1: must be above 0",
