@@ -8,7 +8,6 @@ import json
 import logging
 import math
 from copy import deepcopy
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,16 +67,22 @@ def test_a_starving_expert_by_hand():
     assert guard.get_buffer("load_ME")[1, 2] == pytest.approx(0.95**99, rel=1e-4)
 
 
+def test_the_first_means_are_those_of_all_steps():
+    """Four steps with its share, then none: 4 / 14 is below 0.3."""
+    guard = Guard(SHAPE, grace=1, patience=1000)
+    alarms = [text for step in range(1, 30) for text in seen(guard, step, even(l1e0=float(step < 5)))]
+    assert alarms == ["step 14: 1 experts starve (before: 0), layer 1 expert 0 has 0.29 of its share"]
+
+
 def test_an_expert_that_recovered_can_starve_again():
+    """An alarm in each step until it has 0.3 again: 1 - (1 - 0.95^60) 0.95^7 is above. Then once more."""
     guard = Guard(SHAPE, patience=1)
     spans = {201: 0.0, 261: 1.0, 401: 0.0}  # from this step on, this load
-    first, loads = [], 1.0
+    steps, load_ = [], 1.0
     for step in range(1, 430):
-        loads = spans.get(step, loads)
-        first += seen(guard, step, even(l0e1=loads))
-    steps = [int(text.split(":")[0].removeprefix("step ")) for text in first]
-    gaps = [b for a, b in pairwise(steps) if b - a > 1]
-    assert steps[0] == 224 and gaps == [424]  # an alarm in each step until it has 0.3 again; then once more
+        load_ = spans.get(step, load_)
+        steps += [step] * len(seen(guard, step, even(l0e1=load_)))
+    assert steps == [*range(224, 267), *range(424, 430)]
 
 
 def by_hand(before: float, after: float, steps: int) -> tuple[float, float]:
@@ -98,7 +103,8 @@ def test_rising_violation_by_hand():
     slight = Guard(SHAPE)
     assert not any(seen(slight, step, excess=0.45 if step > 300 else 0.0) for step in range(1, 400))  # rising, not high
     negative = Guard(SHAPE)
-    assert any(seen(negative, step, excess=2.0 if step > 300 else -1.0) for step in range(1, 400))
+    first = next(step for step in range(1, 400) if seen(negative, step, excess=2.0 if step > 300 else -1.0))
+    assert first == 314  # 2 - 3 * 0.95^14
 
 
 def test_growing_logits_by_hand():

@@ -64,9 +64,10 @@ def run_main(monkeypatch, *overrides: str) -> int:
     return program.main()
 
 
-@pytest.fixture(autouse=True)
-def no_group_is_left() -> Iterator[None]:
-    """A process group in a cycle would be taken down in a process forked later, where its threads are not: it would hang."""
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """After a model was built here: a process group left in a cycle would be taken down in a process forked later, where its
+    threads are not, and hang it."""
     yield
     gc.collect()
 
@@ -370,6 +371,7 @@ def test_seeds_differ_and_can_be_repeated():
 
 
 @pytest.mark.timeout(100)
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("level", [SMALL, TINY])
 def test_workers_change_nothing(level):
     """Tiny: the parent's process group must be gone before a worker inherits it, or the worker hangs."""
@@ -495,6 +497,7 @@ def test_the_guard_notices_a_fault_before_the_collapse():
 # -- tiny and replay ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("collected")
 def test_tiny_is_the_trainer(tmp_path):
     """The same metrics, losses among them, step by step; and the same biases."""
     level = build_level(load([*TINY, f"run_dir={tmp_path}"]), 5)
@@ -510,6 +513,7 @@ def test_tiny_is_the_trainer(tmp_path):
     assert mine == theirs and mine[0]["loss"] > 6
 
 
+@pytest.mark.usefixtures("collected")
 def test_tiny_shows_its_losses_and_takes_the_arm(tmp_path):
     result = simulated(*TINY, f"run_dir={tmp_path}", "compare=[smebu,none]", "workers=1")
     curves = {run["arm"]: run["curves"] for run in result["runs"]}

@@ -176,7 +176,9 @@ def composed(root: str, overrides: list[str]) -> Any:
         if missing := sorted(OmegaConf.missing_keys(node)):
             raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
         return OmegaConf.to_object(node)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_explain(error, overrides, root)) from None
 
 

@@ -92,8 +92,7 @@ class MetricsLog:
         if self.tracker is not None:
             tracker = self.tracker
             self._guarded(lambda: tracker.log(metrics, step))
-            for text in alarms:
-                self._guarded(lambda text=text: tracker.alert(text, step))
+            self._guarded(lambda: [tracker.alert(text, step) for text in alarms])
         for text in alarms:
             log.warning("guard: %s", text)
         if self.bar is not None:
