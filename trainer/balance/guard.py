@@ -101,7 +101,7 @@ class Guard(nn.Module):
 
     def taken(self, rung: str) -> int:
         """How often this rung was taken."""
-        return self.ladder[: self.rung.item()].count(rung)
+        return self.ladder[: self.rung.item()].count(rung) if rung in self.ladder else 0  # no wait for a GPU without need
 
     def boost(self) -> float:
         return BOOST ** self.taken("boost")
