@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import trainer.config
@@ -691,7 +692,7 @@ def test_help_names_every_choice_and_cfg_shows_every_setting(monkeypatch, capsys
         assert re.search(rf"{group}= +{re.escape(' | '.join(options))}\n", text)
     assert "Exit codes: 0 done · 2 refused" in text
     assert run_main(monkeypatch, *SMALL, "balance=sign", "--cfg", "job") == train.OK
-    shown = trainer.config.OmegaConf.create(capsys.readouterr().out)
+    shown = OmegaConf.create(capsys.readouterr().out)
     assert (shown.tokens, shown.balance.rule._target_, shown.scores.zipf) == (64, "trainer.balance.SignRule", 1.0)
 
 

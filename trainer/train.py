@@ -8,7 +8,6 @@ Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapse
 
 import logging
 import math
-import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from trainer import device, optim
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import set_training_state, training_state
-from trainer.config import CONFIG_DIR, BalanceConfig, Config, ConfigError, load, resolved_yaml
+from trainer.config import BalanceConfig, Config, ConfigError, load, resolved_yaml, usage
 from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, check_split, load_tokenizer
 from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, checkpoints_of, open_directory, run_directory
@@ -35,6 +34,7 @@ from trainer.model.afmoe import Afmoe, afmoe_config, count_parameters, flops_per
 from trainer.model.init import initialize
 from trainer.model.loss import IGNORE
 from trainer.model.parallelize import build_parallel, scale_gradients, squared_gradient_norm
+from trainer.stop import StopRequest
 
 OK, REFUSED, COLLAPSED, INTERRUPTED = 0, 2, 3, 130
 
@@ -52,7 +52,7 @@ class Run:
     balancer: Balancer
     stream: TokenStream
     group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
-    stop: "StopRequest"
+    stop: StopRequest
     step: int = 0
     tokens: int = 0  # trained on so far, over all ranks
 
@@ -237,20 +237,6 @@ def resume(run: Run) -> None:
         raise ConfigError(f"steps={run.config.steps}, but {run.directory} is at step {run.step}; use steps={run.step} or more")
 
 
-class StopRequest:
-    """Ctrl-C or SIGTERM: finish the step, save, leave. `agreed` once all ranks know, at the same step."""
-
-    def __init__(self) -> None:
-        self.signalled = self.agreed = False
-
-    def listen(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.signalled = True
-
-
 # -- entry point ------------------------------------------------------------------------------------------
 
 
@@ -315,7 +301,7 @@ def main() -> int:
     overrides = sys.argv[1:]
     try:
         if {"-h", "--help"} & set(overrides):
-            print(usage())
+            print(usage(__doc__))
             return OK
         if "--cfg" in overrides:
             print(resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])), end="")
@@ -330,19 +316,6 @@ def main() -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def usage() -> str:
-    others = {"ablation", "level", "scores"}  # of the other programs
-    groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in others)
-    options = "\n".join(f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups)
-    return f"""{__doc__}
-    --cfg job    prints the resolved configuration and trains nothing
-
-Choices:
-{options}
-
-Any value of the configuration can be overridden: steps=100 model.dim=64 optim.lr=1e-3 name=mine"""
 
 
 if __name__ == "__main__":

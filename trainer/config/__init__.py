@@ -1,0 +1,26 @@
+"""What can be set, with which default and limit?
+
+Plain dataclasses (schema); the YAML files under configs/ fill them through Hydra (compose). A key that is not named
+there, a value of the wrong type or out of range (limits) is refused before anything is built: `ConfigError` names the
+key, the value, the limit and what would work.
+
+`_target_` nodes (rules, optimizers, schedules, sources, trackers) have no dataclass: the constructor they name is their
+schema, and its signature is checked (targets). Imports nothing of ours.
+"""
+
+from trainer.config.compose import CONFIG_DIR, composed, load, resolved_yaml, usage
+from trainer.config.schema import BalanceConfig, Config, ConfigError, GuardConfig, ModelConfig, ParallelConfig
+
+__all__ = [
+    "CONFIG_DIR",
+    "BalanceConfig",
+    "Config",
+    "ConfigError",
+    "GuardConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "composed",
+    "load",
+    "resolved_yaml",
+    "usage",
+]

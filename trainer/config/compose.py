@@ -1,0 +1,106 @@
+"""How do a command line and the YAML files under configs/ become a checked Config?"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.config.limits import check
+from trainer.config.schema import Config, ConfigError
+from trainer.config.targets import check_targets
+
+CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
+if not CONFIG_DIR.is_dir():  # installed from a wheel, where the folder lies inside the package
+    CONFIG_DIR = Path(__file__).parent.parent / "configs"
+
+
+def load(overrides: list[str]) -> Config:
+    """Composes configs/train.yaml with Hydra overrides and checks every value.
+
+    Raises: ConfigError.
+    """
+    config = composed("train", overrides)
+    assert isinstance(config, Config)
+    check(config)
+    config.data.num_streams = config.data.num_streams or config.global_batch
+    return config
+
+
+def composed(root: str, overrides: list[str]) -> Any:
+    """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked, limits are not."""
+    try:
+        with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+            node = compose(root, overrides)
+        check_targets(node)
+        if missing := sorted(OmegaConf.missing_keys(node)):
+            raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
+        return OmegaConf.to_object(node)
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(_explain(error, overrides, root)) from None
+
+
+def resolved_yaml(config: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def usage(doc: str | None) -> str:
+    """What `--help` of trainer/train.py prints: its docstring `doc` and the choices of each group."""
+    others = {"ablation", "level", "scores"}  # of the other programs
+    groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in others)
+    options = "\n".join(f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups)
+    return f"""{doc}
+    --cfg job    prints the resolved configuration and trains nothing
+
+Choices:
+{options}
+
+Any value of the configuration can be overridden: steps=100 model.dim=64 optim.lr=1e-3 name=mine"""
+
+
+def _explain(error: Exception, overrides: list[str], root: str) -> str:
+    """Hydra's message, shortened, with the nearest valid keys for the override that it is about."""
+    text = str(error.__cause__ or error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    noise = ("full_key", "object_type", "reference_type", "Config search path", "provider=", "See https")
+    message = " ".join(line for line in lines if not line.startswith(noise))
+    text = f"{error} {text}"
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        if key and (key in text or override in text):
+            return f"{override!r}: {message}{_nearest(key, root)}"
+    return message
+
+
+def _nearest(key: str, root: str) -> str:
+    valid = list(_all_keys(root))
+    if key in valid:
+        return ""
+    by_leaf = [v for v in valid if v.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = list(dict.fromkeys(difflib.get_close_matches(key, valid, n=4, cutoff=0.6) + by_leaf))[:4]
+    if near:
+        return f" (did you mean {', '.join(near)}?)"
+    return f" (top-level keys: {', '.join(sorted({v.split('.')[0] for v in valid}))})"
+
+
+def _all_keys(root: str) -> Iterator[str]:
+    """Every key of the schema, the keys of the default `_target_` nodes included, and the config groups."""
+    with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+        node = compose(root, [])
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                yield from walk(child, f"{prefix}{key}.")
+
+    yield from walk(node, "")
+    yield from ("experiment",) if root == "train" else ("level",)

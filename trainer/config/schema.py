@@ -1,0 +1,124 @@
+"""Which settings are there, of which type and with which default?"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run as written; the message says what would work."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The shape of an AFMoE (arXiv:2602.17004, section 2 and table 1)."""
+
+    vocab_size: int = MISSING  # V, entries of embedding and head; the tokenizer may have fewer
+    dim: int = MISSING  # D
+    num_layers: int = MISSING
+    num_dense_layers: int = MISSING  # the first layers have a dense FFN instead of experts
+    ffn_dim: int = MISSING  # hidden size of the dense FFN
+    num_heads: int = MISSING  # N
+    num_kv_heads: int = MISSING
+    head_dim: int = MISSING  # H; num_heads * head_dim need not be dim
+    window: int = MISSING  # [tokens] a local layer sees itself and the window - 1 tokens before
+    global_every: int = 4  # every 4th layer is global: full causal attention, no positional embedding
+    num_experts: int = MISSING  # E, routed experts per MoE layer
+    top_k: int = MISSING  # K, routed experts per token
+    expert_dim: int = MISSING  # F
+    num_shared_experts: int = 1
+    route_scale: float = MISSING
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    expert_dtype: str | None = None  # float32 | bfloat16; null: the run's dtype
+    router_dtype: str = "float32"  # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    source: Any = MISSING  # _target_: where documents come from (trainer/data/)
+    tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
+    num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
+    shuffle: bool = True
+    document_mask: bool = True  # tokens see their own document only; false: whatever precedes them in the row
+    on_bad: str = "skip"  # skip (counted and reported) | fatal
+    max_document_mb: float = 100.0  # [MB] a larger document is a bad document
+    cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
+
+
+@dataclass(kw_only=True)
+class BalanceConfig:
+    name: str = "custom"  # of the arm: configs/balance/*.yaml
+    rule: Any = None  # _target_: how counts move the biases (trainer/balance.py); null: not at all
+    sequence_loss_weight: float = 0.0  # alpha of arXiv:2602.17004, eq. 29; losses: trainer/balance/losses.py
+    switch_loss_weight: float = 0.0  # arXiv:2101.03961, eq. 4: the same over a rank's microbatch
+    batch_loss_weight: float = 0.0  # arXiv:2501.11873: with the loads of the whole last step
+    router_z_loss_weight: float = 0.0  # arXiv:2202.08906, eq. 5: on the router's logits
+    trace: str | None = None  # file for what the router does in each step, in the run's directory (trainer/balance/trace.py)
+    trace_required: bool = False  # also the histograms that quantile rules need to be replayed; much larger
+
+
+@dataclass(kw_only=True)
+class GuardConfig:
+    """What counts as an expert about to be lost, and what is done (trainer/balance/guard.py)."""
+
+    enabled: bool = False
+    grace: int = 200  # [steps] not judged, from the start of the run
+    patience: int = 50  # [steps] from one alarm to the next
+    starving: float = 0.3  # [even shares] of an expert that had more
+    rising: float = 1.5  # MaxVio over its floor, of the last 20 steps over the last 200
+    excess: float = 0.5  # [even shares] and at least this much of it
+    logits: float = 1.5  # root mean square of the router's logits, of the last 20 steps over the last 200
+    ladder: list[str] = field(default_factory=list)  # of boost, solve, sequence_loss, stop: one for each alarm
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """ranks = dp_replicate * dp_shard; experts are spread over ep of the dp_shard ranks of a replica."""
+
+    dp_replicate: int = 1
+    dp_shard: int | None = 1  # null: what the other degrees leave over
+    ep: int = 1
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    interval: int = 200  # [steps]
+    keep: int = 2  # the newest ones; the rest is deleted
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    interval: int = 1  # [steps] between lines on a terminal that is not interactive; metrics.jsonl has every step
+    tracker: Any = None  # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
+
+
+@dataclass(kw_only=True)
+class Config:
+    name: str = MISSING  # the run's directory is <run_dir>/<name>
+    run_dir: str = "runs"
+    seed: int = 0
+    steps: int = MISSING
+    seq_len: int = MISSING  # L [tokens]
+    global_batch: int = MISSING  # [sequences] per optimizer step, over all ranks
+    micro_batch: int = MISSING  # [sequences] per forward and rank
+    dtype: str = "float32"  # of weights in forward and backward; the optimizer keeps float32
+    z_loss_weight: float = 0.0  # on the LM logits (arXiv:2602.17004, section 2.2)
+    max_grad_norm: float = 1.0
+    activation_checkpoint: str = "none"  # none | selective | full
+    compile: bool = False  # torch.compile each block
+    timeout_s: float = 600.0  # [s] of a collective; a hung rank ends the job after this
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim.py)
+    schedule: Any = MISSING  # _target_: (step, steps) -> factor on every learning rate (trainer/optim.py)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
