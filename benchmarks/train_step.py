@@ -29,7 +29,7 @@ from trainer.model.afmoe import flops_per_token
 from trainer.model.hf import hf_config, to_hf
 
 SETTINGS = ["name=benchmark", "model=small", "data=synthetic", "steps=1000000", "seq_len=512", "global_batch=4",
-            "micro_batch=4", "optim.lr=1e-4", "schedule.warmup=0"]  # fmt: skip
+            "micro_batch=4", "optim.lr=1e-4", "stage.warmup.share=0"]  # fmt: skip
 EXPERTS = ("grouped_mm", "eager")  # batched_mm copies the weights of an expert for each token: 24 GiB at these shapes
 
 

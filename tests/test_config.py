@@ -15,7 +15,7 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-GROUPS = [f"{g}={o}" for g in ("model", "balance", "parallel", "optim", "schedule", "logging") for o in options(g)]
+GROUPS = [f"{g}={o}" for g in ("model", "balance", "parallel", "optim", "stage", "logging") for o in options(g)]
 
 
 @pytest.mark.parametrize("choice", GROUPS)
@@ -63,7 +63,8 @@ REFUSED = {  # override: what the message must contain
     "compile=maybe": "maybe",
     "balance.rule.lr=fast": "balance.rule.lr='fast': trainer.balance.SmebuRule wants float",
     "optim.lr=high": "optim.lr='high'",
-    "schedule.warmup=0.5": "schedule.warmup=0.5",
+    "stage.warmpu.share=0.5": "there is no span warmpu (did you mean warmup",
+    "stage.warmup.shaer=0.5": "did you mean share",
     "data.source._target_=trainer.data.Nowhere": "cannot be imported",
     "model=huge": "Could not find 'model/huge' Available options in 'model': debug large mini nano small tiny",
     "optim.betas=5": "optim.betas=5: trainer.optim.adamw wants",
@@ -95,7 +96,7 @@ def test_a_typo_or_a_wrong_value_names_the_key_and_the_remedy(override):
 
 
 def test_what_must_be_set_is_named():
-    with pytest.raises(ConfigError, match="name.*steps.*experiment=demo"):
+    with pytest.raises(ConfigError, match="global_batch.*name.*experiment=demo"):
         load(["seq_len=64"])
 
 

@@ -314,7 +314,7 @@ def bfloat16_worker(rules: list[str]) -> dict[str, set[torch.dtype]]:
     found = {}
     for name in rules:
         overrides = [f"balance={name}", "model=debug", "dtype=bfloat16", "data=synthetic", "data.source.num_topics=8",
-                     "steps=1", "seq_len=32", "global_batch=2", "micro_batch=2", "schedule.warmup=1", "name=low"]  # fmt: skip
+                     "steps=1", "seq_len=32", "global_batch=2", "micro_batch=2", "stage.warmup.share=0", "name=low"]  # fmt: skip
         run = program.build(load(overrides))
         program.train_step(run, run.stream.next_step(2))
         tensors = [*(layer.expert_bias_E for layer in run.balancer.layers), *run.balancer.state_dict().values()]

@@ -326,7 +326,7 @@ def test_another_ladder_can_take_over(ladder):
 # -- in training -------------------------------------------------------------------------------------------
 
 
-BASE = ["experiment=synthetic", "model.num_experts=8", "seq_len=32", "global_batch=4", "micro_batch=2", "schedule.warmup=2"]
+BASE = ["experiment=synthetic", "model.num_experts=8", "seq_len=32", "global_batch=4", "micro_batch=2", "stage.warmup.share=0"]
 JUMPY = ["guard=on", "guard.grace=1", "guard.starving=0.9", "guard.patience=1"]  # the untrained router's noise is enough
 
 

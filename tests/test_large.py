@@ -8,6 +8,7 @@ from trainer import device
 from trainer.config import ParallelConfig, load
 from trainer.model.afmoe import afmoe_config
 from trainer.model.parallelize import build_parallel, local
+from trainer.optim import muon
 
 
 def test_large_on_2048_ranks(tmp_path):
@@ -25,6 +26,14 @@ def test_large_on_2048_ranks(tmp_path):
     assert got["other"] == sum(whole) // 128 * 4
     assert got["placements"] == {"experts": "dp_replicate,efsdp,ep", "wq": "dp_replicate,fsdp"}
     assert got["local_expert_shape"] == (2, 3072, 3072)
+    others, experts = got["plans"]
+    # 54 layers x 3 x this rank's 2 experts, shared out among the 16 replicas
+    assert (experts["owners"], experts["places"], experts["items"]) == (16, 1, 54 * 3 * 2)
+    assert sorted(set(experts["owned"])) == [20, 21]  # 324 / 16 = 20.25
+    # everything else but embedding and head: 5 of attention, 3 of a dense or shared FFN; routers. One owner of 2,048 each
+    assert (others["owners"], others["places"], others["items"]) == (2048, 128, 60 * 8 + 54)
+    assert sorted(set(others["owned"])) == [0, 1]
+    assert set(others["owned_by_replica"]) == {33, 34}  # 534 / 16
 
 
 def build_large(rank, directory):
@@ -38,7 +47,19 @@ def build_large(rank, directory):
     query = parameters["layers.10.attention.qkv_linear.wq.weight"]
     experts = sum(size for name, size in sizes.items() if "inner_experts" in name)
     names = {"experts": expert, "wq": query}
+    hyper = {"lr": 1e-3, "adamw_lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    plans = sorted(muon(model, **hyper, dtype="bfloat16")[0].plans, key=lambda plan: -plan.num_cuts)
     torch.save({
         "experts": experts, "other": sum(sizes.values()) - experts, "local_expert_shape": tuple(local(expert).shape),
+        "plans": [described(plan) for plan in plans],
         "placements": {key: ",".join(p.device_mesh.mesh_dim_names) for key, p in names.items()},
     }, directory / "bytes")  # fmt: skip
+
+
+def described(plan) -> dict:
+    """How many matrices each of the owners has, over all rounds."""
+    owned = [sum(len(items[owner]) for items in plan.rounds) for owner in range(len(plan.rounds[0]))]
+    whole = [item for items in plan.rounds for own in items for item in own]
+    assert len({(id(item.parameter), item.index) for item in whole}) == len(whole)  # each matrix once
+    by_replica = [sum(owned[r * plan.num_cuts : (r + 1) * plan.num_cuts]) for r in range(plan.num_replicas)]
+    return {"owners": len(owned), "places": plan.num_cuts, "items": len(whole), "owned": owned, "owned_by_replica": by_replica}

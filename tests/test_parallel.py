@@ -17,7 +17,7 @@ STARVED = -10.0  # a bias no score can overcome: this expert gets no token on an
 
 BASE = [
     "name=parallel", "model=debug", "data=synthetic", "data.source.num_topics=8", f"steps={STEPS}", f"seq_len={SEQ_LEN}",
-    f"global_batch={GLOBAL_BATCH}", "schedule.warmup=1", "balance.sequence_loss_weight=0.01", "z_loss_weight=1e-3",
+    f"global_batch={GLOBAL_BATCH}", "stage.warmup.share=0", "balance.sequence_loss_weight=0.01", "z_loss_weight=1e-3",
 ]  # fmt: skip
 
 
@@ -82,6 +82,7 @@ def oracle():
     return get
 
 
+MUON = ["optim=muon", "optim.lr=0.02"]
 LAYOUTS = [
     (1, ["micro_batch=2"], False),
     (1, ["micro_batch=4", "activation_checkpoint=full"], False),
@@ -93,6 +94,8 @@ LAYOUTS = [
     (4, ["parallel=hsdp_ep", "micro_batch=2"], False),
     (4, ["parallel=hsdp_ep", "micro_batch=1", "activation_checkpoint=selective"], True),
     (4, ["parallel=fsdp_ep", "parallel.ep=4", "micro_batch=1", "activation_checkpoint=full"], False),
+    (4, ["parallel=hsdp_ep", "micro_batch=2", *MUON], None),
+    (4, ["parallel=fsdp", "micro_batch=1", *MUON], None),
     # 4 ranks shard 2 local experts each of ep=... more shards than experts: cut inside the matrices
     (4, ["parallel=fsdp_ep", "model.num_experts=2", "model.top_k=1", "micro_batch=2"], None),
 ]
@@ -105,7 +108,7 @@ def spelled(value) -> str:
 @pytest.mark.parametrize(("num_ranks", "overrides", "starve"), LAYOUTS, ids=spelled)
 def test_every_layout_equals_one_rank(oracle, num_ranks, overrides, starve):
     if starve is None:  # another model: its own oracle
-        model = [o for o in overrides if o.startswith("model.")]
+        model = [o for o in overrides if o.startswith(("model.", "optim"))]
         expected = run_ranks(worker, 1, [*model, f"micro_batch={GLOBAL_BATCH}"], False)[0]
     else:
         expected = oracle(starve)

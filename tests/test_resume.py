@@ -14,7 +14,7 @@ from trainer.config import load
 
 BASE = [
     "model=debug", "data=synthetic", "data.source.mean_length=40", "steps=20", "seq_len=32", "global_batch=4", "micro_batch=1",
-    "schedule.warmup=2", "checkpoint.interval=1000",
+    "checkpoint.interval=1000",
 ]  # fmt: skip
 
 
@@ -87,6 +87,100 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path):
             assert loss == pytest.approx(same[0], rel=1e-6)
 
 
+PROGRAM = [
+    "stage=constant", "~stage.run", "+stage.first={steps: 6, lr: {from: 0, to: 1}, bias_rate: 2}",
+    "+stage.longer={steps: 4, seq_len: 64, z_loss_weight: 1e-3}", "+stage.wider={tokens: 1000, global_batch: 8}",
+    "+stage.last={steps: 5, lr: {to: 0, shape: cosine}, bias_rate: 0, sequence_loss_weight: 0.01, micro_batch: 2}", "steps=null",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["optim=muon"]), (4, ["optim=muon", "parallel=hsdp_ep"])])
+def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks, layout):
+    where = [f"run_dir={tmp_path}", "data.num_streams=4", *layout, *PROGRAM]
+    run_ranks(train_worker, num_ranks, ["name=whole", *where], None)
+    for stop_at in (3, 8, 11, 14):
+        assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], stop_at)) == {train.INTERRUPTED}
+    run_ranks(train_worker, num_ranks, ["name=parts", *where], None)
+    whole = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == whole
+    # 6 steps of 4 x 32 tokens, 4 of 4 x 64, ceil(1000 / 512) of 8 x 64, 5 of them again; nominal ends: 768, 1792, 2792, 5352
+    tokens = [128 * n for n in range(1, 7)] + [768 + 256 * n for n in range(1, 5)] + [1792 + 512 * n for n in range(1, 8)]
+    assert [line["tokens"] for line in whole] == tokens
+    assert [line["lr"] for line in whole[:6]] == pytest.approx([1e-3 * (2 * n + 1) / 12 for n in range(6)])
+    starts = [json.loads(line) for line in (tmp_path / "parts" / "starts.jsonl").read_text().splitlines()]
+    assert [(start["step"], start["tokens"]) for start in starts] == [(0, 0), (3, 384), (8, 1280), (11, 2304), (14, 3840)]
+    one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(name.endswith("momentum_buffer") and tensor.any() for name, tensor in one.items())
+
+
+def biases_worker(overrides: list[str]) -> list[torch.Tensor]:
+    """The routing biases after each step."""
+    run, seen = train.build(load(BASE + overrides)), []
+    while run.step < run.last_step:
+        train.train_step(run, train.next_batches(run))
+        seen.append(run.balancer.bias_ME.clone())
+    return seen
+
+
+def test_biases_rest_where_the_program_says_so_and_move_as_fast_as_it_says(tmp_path):
+    spans = ["stage=constant", "~stage.run", "balance=sign", "balance.rule.lr=0.5", "steps=null"]
+    after = run_ranks(biases_worker, 1, ["name=rate", *spans, "+stage.a={steps: 2}", "+stage.b={steps: 2, bias_rate: 0}"])[0]
+    slow = run_ranks(biases_worker, 1, ["name=slow", *spans, "+stage.a={steps: 1, bias_rate: 0.25}"])[0]
+    assert after[0].any() and not torch.equal(after[1], after[0])
+    assert torch.equal(after[2], after[1]) and torch.equal(after[3], after[1])
+    torch.testing.assert_close(slow[0], 0.25 * after[0])  # the first step of either run routes alike
+
+
+def test_a_branch_anneals_from_a_checkpoint_of_another_run(tmp_path):
+    """TrueBase -> Base: up to the branch point the run is the other one, from there on its own program's."""
+    where = [f"run_dir={tmp_path}", "checkpoint={interval: 4, keep: 9}"]
+    run_ranks(train_worker, 1, ["name=base", *where, "stage=constant", "steps=12"], None)
+    annealed = ["name=annealed", *where, "stage=constant", "steps=null", "stage.run.tokens=1024",
+                "+stage.decay={tokens: 512, lr: {to: 0}}", f"branch={tmp_path}/base/checkpoints/step-00000008"]  # fmt: skip
+    run_ranks(train_worker, 1, annealed, 10)
+    run_ranks(train_worker, 1, annealed, None)  # now from its own checkpoint
+    base, branch = metrics(tmp_path / "base"), metrics(tmp_path / "annealed")
+    assert [line["step"] for line in branch] == [9, 10, 11, 12]
+    assert branch[0]["loss"] == base[8]["loss"] and branch[0]["tokens"] == base[8]["tokens"]  # the same weights, the same tokens
+    assert [line["lr"] for line in branch] == pytest.approx([1e-3 * f for f in (0.875, 0.625, 0.375, 0.125)])
+    starts = [json.loads(line) for line in (tmp_path / "annealed" / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [8, 10]
+    assert starts[0]["loaded"].endswith("base/checkpoints/step-00000008") and "annealed" in starts[1]["loaded"]
+    assert [span["end"] for span in starts[0]["program"]] == [1024, 1536]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("branch={0}/nowhere", "no run's directory"), ("branch={0}/base/checkpoints/step-00000007", "no checkpoint there"),
+    ("branch={0}/base seed=4", "seed=0, now it is seed=4"), ("branch={0}/base model.expert_dim=16", "expert_dim"),
+    ("branch={0}/base steps=1", "steps=1, but .* is at step 2"), ("branch={0}/base optim=muon", "adamw.*muon"),
+])  # fmt: skip
+def test_a_branch_that_cannot_be_is_refused(tmp_path, change, message):
+    run_ranks(train_worker, 1, ["name=base", f"run_dir={tmp_path}", "steps=2"], None)
+    with pytest.raises(train.ConfigError, match=message):
+        run_ranks(train_worker, 1, ["name=twig", f"run_dir={tmp_path}", "steps=4", *change.format(tmp_path).split()], None)
+
+
+def losses_worker(overrides: list[str]) -> list[float]:
+    run = train.build(load(BASE + overrides))
+    return [train.train_step(run, train.next_batches(run))["loss"] for _ in range(4)]
+
+
+def test_a_growing_batch_is_the_same_on_any_number_of_ranks_and_microbatches():
+    spans = ["stage=constant", "stage.run.steps=2", "+stage.b={steps: 2, global_batch: 8}"]
+    grow = ["name=growing", *spans, "steps=null"]
+    one = run_ranks(losses_worker, 1, [*grow, "micro_batch=4"])[0]
+    for num_ranks, layout in [(1, []), (2, ["parallel=fsdp"]), (4, ["parallel=hsdp_ep"])]:
+        for losses in run_ranks(losses_worker, num_ranks, [*grow, *layout]):
+            assert losses == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("change", ["stage.run.mixture={a: 1}", "stage.run.buffer=64"])
+def test_what_the_token_stream_cannot_do_yet_is_refused(change):
+    with pytest.raises(train.ConfigError, match="one source in order so far"):
+        run_ranks(losses_worker, 1, ["name=no", "stage=constant", change])
+
+
 def test_only_the_newest_checkpoints_are_kept_and_a_draft_is_none(tmp_path):
     run_ranks(train_worker, 1, ["name=keep", f"run_dir={tmp_path}", "steps=6", "checkpoint={interval: 2, keep: 2}"], None)
     directory = tmp_path / "keep" / "checkpoints"
@@ -110,10 +204,10 @@ def test_a_run_directory_refuses_another_model_or_stream(tmp_path, change, messa
 
 
 def test_harmless_changes_apply_from_the_resumed_step(tmp_path):
-    where = ["name=change", f"run_dir={tmp_path}", "schedule.decay=0"]
+    where = ["name=change", f"run_dir={tmp_path}", "stage=constant"]
     run_ranks(train_worker, 1, [*where, "steps=4"], None)
     run_ranks(train_worker, 1, [*where, "steps=6", "optim.lr=1e-4"], None)
-    assert [line["lr"] for line in metrics(tmp_path / "change")] == [5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4]
+    assert [line["lr"] for line in metrics(tmp_path / "change")] == [1e-3, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4]
 
 
 def test_a_larger_batch_continues_with_the_same_streams_and_tokens_add_up(tmp_path):

@@ -75,7 +75,7 @@ def test_a_model_without_experts_trains(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "expert_dtype"), [("bfloat16", "null"), ("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_lower_precision_trains(tmp_path, dtype, expert_dtype):
-    precision = [f"dtype={dtype}", f"model.expert_dtype={expert_dtype}", "steps=20", "schedule.warmup=1"]
+    precision = [f"dtype={dtype}", f"model.expert_dtype={expert_dtype}", "steps=20", "stage.warmup.share=0"]
     run_ranks(run_main, 1, [*QUICK, *precision, f"run_dir={tmp_path}"])
     losses = [line["loss"] for line in logged(tmp_path)]
     assert 6 < losses[0] < 8 and losses[-1] < losses[0] - 1
@@ -84,7 +84,7 @@ def test_lower_precision_trains(tmp_path, dtype, expert_dtype):
 def test_a_refused_configuration_exits_with_2_before_anything_is_built(tmp_path, capsys):
     assert run_main([*QUICK, "stpes=4", f"run_dir={tmp_path}"]) == train.REFUSED
     assert "did you mean steps" in capsys.readouterr().err
-    for wrong in (["schedule.final=7"], ["balance.rule.beta=1.0"], ["micro_batch=3"], ["data.num_streams=3"]):
+    for wrong in (["stage.decay.lr.shape=square"], ["balance.rule.beta=1.0"], ["micro_batch=3"], ["data.num_streams=3"]):
         assert run_ranks(run_main, 1, [*QUICK, *wrong, f"run_dir={tmp_path}"]) == [train.REFUSED]
     nowhere = ["experiment=demo", "data=jsonl", "data.source.path=nowhere/*.jsonl", f"run_dir={tmp_path}"]
     assert run_ranks(run_main, 1, nowhere) == [train.REFUSED]
@@ -126,7 +126,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
 
 def test_torchrun_is_the_same_program(tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    settings = [*QUICK, "seq_len=64", "global_batch=8"]
+    settings = [*QUICK, "seq_len=64", "global_batch=8", "optim.lr=1e-3"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     process = python(*launch, "-m", "trainer.train", *settings, "parallel=fsdp_ep", f"run_dir={tmp_path}", env=one_thread)
     try:

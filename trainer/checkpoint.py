@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -23,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from trainer.optim import Optimizers
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")  # see `alone`
 
@@ -78,20 +79,20 @@ def alone() -> bool:
     return dist.get_world_size() == 1
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, balancer: nn.Module) -> dict[str, Any]:
+def training_state(model: nn.Module, optimizer: Optimizers, balancer: nn.Module) -> dict[str, Any]:
     """Weights and routing biases, optimizer state, the balancing rule's memory."""
     return {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "optimizer": get_optimizer_state_dict(model, optimizer.optimizers),
         "balancer": balancer.state_dict(),
     }
 
 
-def set_training_state(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, balancer: nn.Module) -> None:
+def set_training_state(state: dict[str, Any], model: nn.Module, optimizer: Optimizers, balancer: nn.Module) -> None:
     """The reverse. Hyper-parameters stay those of the present configuration, not of the saved one."""
     hyper_parameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    set_optimizer_state_dict(model, optimizer.optimizers, state["optimizer"])
     for group, values in zip(optimizer.param_groups, hyper_parameters, strict=True):
         group.update(values)
     balancer.load_state_dict(state["balancer"])

@@ -2,6 +2,7 @@
 
     <run_dir>/<name>/config.yaml          every setting, resolved
                      data.json            which corpus and which tokenizer
+                     starts.jsonl         one line per start: from which step and checkpoint, under which program
                      tokenizer.json       as it was used
                      metrics.jsonl        one line per step
                      bad_documents.*.txt  documents that were passed over, by data-parallel rank
@@ -10,6 +11,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from omegaconf import OmegaConf
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, ConfigError, resolved_yaml
 from trainer.data import BadDocument, Source
+from trainer.program import Program
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
 FIXED = ("model", "seed", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle", "data.document_mask",
@@ -30,6 +33,34 @@ def run_directory(config: Config) -> Path:
 
 def checkpoints_of(config: Config) -> Checkpoints:
     return Checkpoints(run_directory(config) / "checkpoints", keep=config.checkpoint.keep)
+
+
+def find_checkpoint(config: Config) -> tuple[Checkpoints, int] | None:
+    """Where this run goes on: its own newest checkpoint, else what `branch` names. Collective. Raises: ConfigError."""
+    own = checkpoints_of(config)
+    if (step := own.latest()) is not None:
+        return own, step
+    if config.branch is None:
+        return None
+    path = Path(config.branch)
+    is_one = path.name.startswith("step-")
+    other = Checkpoints(path.parent if is_one else path / "checkpoints", keep=config.checkpoint.keep)
+    step = int(path.name.removeprefix("step-")) if is_one else other.latest()
+    if step is None or step not in other.steps():
+        example = "<run>/checkpoints/step-00000100"
+        raise ConfigError(f"branch={config.branch}: no checkpoint there; give a run's directory or {example}")
+    return other, step
+
+
+def record_start(config: Config, *, program: Program, step: int, tokens: int, loaded: Path | None) -> None:
+    """Adds a line to starts.jsonl: a run may continue under another program, and config.yaml has the latest only."""
+    spans = [
+        {"start": span.start, "end": span.end, **asdict(span.now), "lr": asdict(span.lr), "bias_rate": asdict(span.bias_rate)}
+        for span in program.spans
+    ]
+    line = {"step": step, "tokens": tokens, "loaded": str(loaded) if loaded else None, "program": spans}
+    with (run_directory(config) / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def open_directory(config: Config, *, source: Source, tokenizer) -> None:
@@ -52,11 +83,20 @@ def _open(config: Config, *, source: Source, tokenizer) -> None:
     data = {"corpus": source.fingerprint, "tokenizer": digest}
     if checkpoints_of(config).steps():
         _refuse_another_run(config, directory, data)
+    elif config.branch is not None:
+        _refuse_another_run(config, _run_of(Path(config.branch)), data)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(resolved_yaml(config))
     (directory / "data.json").write_text(json.dumps(data))
     if tokenizer_text:
         (directory / "tokenizer.json").write_text(tokenizer_text)
+
+
+def _run_of(branch: Path) -> Path:
+    directory = branch.parent.parent if branch.name.startswith("step-") else branch
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"branch={branch}: {directory} is no run's directory, it has no config.yaml")
+    return directory
 
 
 def _refuse_another_run(config: Config, directory: Path, data: dict) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,21 @@ import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from trainer import device, optim
+from trainer import device
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import set_training_state, training_state
 from trainer.config import BalanceConfig, Config, ConfigError, load, resolved_yaml, usage
-from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, check_split, load_tokenizer
+from trainer.data import BAD_KINDS, COUNTED, Batch, TokenStream, load_tokenizer
 from trainer.device import ParallelDims
-from trainer.directory import BadDocumentLog, checkpoints_of, open_directory, run_directory
+from trainer.directory import BadDocumentLog, checkpoints_of, find_checkpoint, open_directory, record_start, run_directory
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
 from trainer.model.init import initialize
 from trainer.model.loss import IGNORE
 from trainer.model.parallelize import build_parallel, scale_gradients, squared_gradient_norm
+from trainer.optim import Optimizers
+from trainer.program import Now, Program, program_of
 from trainer.stop import StopRequest
 
 OK, REFUSED, COLLAPSED, INTERRUPTED = 0, 2, 3, 130
@@ -47,14 +49,15 @@ class Run:
     device: torch.device
     dims: ParallelDims
     model: Afmoe
-    optimizer: torch.optim.Optimizer
-    schedule: optim.Schedule
+    optimizer: Optimizers
+    program: Program
     balancer: Balancer
     stream: TokenStream
     group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
     stop: StopRequest
     step: int = 0
     tokens: int = 0  # trained on so far, over all ranks
+    last_step: int  # where the program ends, seen from here
 
     @property
     def directory(self) -> Path:
@@ -70,6 +73,8 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
     One all-reduce agrees on the loss, the targets, the gradient norm and whether some rank was told to stop.
     """
+    now = run.program.at(run.tokens)
+    rates = follow(run, now)
     sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, targets, squared gradient norm, stop
     for batch in batches:
         tokens_BL, labels_BL, positions_BL = (t.to(run.device, non_blocking=True) for t in batch)
@@ -92,28 +97,43 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
         )
     scale_gradients(run.model, min(1.0, run.config.max_grad_norm / max(grad_norm, 1e-12)) / num_targets)
     run.step += 1
-    lr = optim.set_learning_rate(run.optimizer, run.schedule(run.step, run.config.steps))
     run.optimizer.step()
     run.optimizer.zero_grad()
     balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
     run.stop.agreed |= run.balancer.guard.wants_stop
-    run.tokens += run.config.global_batch * run.config.seq_len
-    return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, "lr": lr, **balance}
+    run.tokens += now.tokens
+    return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, **rates, **balance}
+
+
+def follow(run: Run, now: Now) -> dict[str, float]:
+    """Everything that the program changes, set for this step. Returns the learning rates."""
+    run.model.lm_head.z_loss_weight = now.z_loss_weight
+    run.balancer.set(rate=now.bias_rate, loss_weights=loss_weights(now))
+    return run.optimizer.set_learning_rate(now.lr)
+
+
+def next_batches(run: Run) -> list[Batch]:
+    """This rank's microbatches of the next step, as long and as many as the program says."""
+    now = run.program.at(run.tokens)
+    run.stream.resize(seq_len=now.seq_len, global_batch=now.global_batch)
+    return run.stream.next_step(now.micro_batch)
 
 
 def loop(run: Run, metrics: MetricsLog | None) -> None:
     """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
     config, checkpoints = run.config, checkpoints_of(run.config)
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
-    flop = flops_per_token(config.model, seq_len=config.seq_len)
+    flop_at = cache(partial(flops_per_token, config.model))
     start_s = time.perf_counter()
-    while run.step < config.steps and not run.stop.agreed:
-        values = train_step(run, run.stream.next_step(config.micro_batch))
-        tokens_per_s = config.global_batch * config.seq_len / (time.perf_counter() - start_s)
-        values |= {"tokens_per_s": tokens_per_s, "mfu": flop * tokens_per_s / peak, "memory_gib": device.memory_gib(run.device)}
+    while run.step < run.last_step and not run.stop.agreed:
+        now = run.program.at(run.tokens)
+        values = train_step(run, next_batches(run))
+        tokens_per_s = now.tokens / (time.perf_counter() - start_s)
+        mfu = flop_at(seq_len=now.seq_len) * tokens_per_s / peak
+        values |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gib": device.memory_gib(run.device)}
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
-        if run.step % config.checkpoint.interval == 0 or run.step == config.steps or run.stop.agreed:
+        if run.step % config.checkpoint.interval == 0 or run.step == run.last_step or run.stop.agreed:
             checkpoints.save(run.step, full_state(run))
         start_s = time.perf_counter()
 
@@ -126,18 +146,18 @@ def build(config: Config) -> Run:
     on = device.start(timeout_s=config.timeout_s)
     has_experts = config.model.num_dense_layers < config.model.num_layers
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
+    program = program_of(config)
+    first = program.spans[0].now
     with refusing():
-        stream = build_stream(config, dims)
+        stream = build_stream(config, program, dims)
         rule = instantiate(config.balance.rule)
-        schedule = instantiate(config.schedule)
-        schedule(1, config.steps)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
-        loss_weights=loss_weights(config.balance),
-        z_loss_weight=config.z_loss_weight,
+        loss_weights=loss_weights(first),
+        z_loss_weight=first.z_loss_weight,
     )
     model = build_parallel(
         shape,
@@ -148,28 +168,27 @@ def build(config: Config) -> Run:
     )
     initialize(model, device=on, seed=config.seed)
     with refusing():
-        optimizer = instantiate(config.optim)(model)
+        optimizer = Optimizers(instantiate(config.optim)(model))
     mesh = dims.get_optional_mesh("loss")
     group = mesh.get_group() if mesh is not None else None
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
         guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
-    balancer = Balancer(moe_layers(model), rule, steps=config.steps, group=group, guard=guard, required=required)
-    return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, schedule=schedule,
-               balancer=balancer, stream=stream, group=group, stop=StopRequest())  # fmt: skip
+    balancer = Balancer(moe_layers(model), rule, steps=program.last_step(), group=group, guard=guard, required=required)
+    return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, program=program, balancer=balancer,
+               stream=stream, group=group, stop=StopRequest(), last_step=program.last_step())  # fmt: skip
 
 
-def build_stream(config: Config, dims: ParallelDims) -> TokenStream:
+def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenStream:
     """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
     mesh = dims.get_optional_mesh("batch")
     rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
-    d = config.data
-    check_split(global_batch=config.global_batch, num_streams=d.num_streams, num_ranks=num_ranks)
-    if (rows := config.global_batch // num_ranks) % config.micro_batch:
-        raise ConfigError(
-            f"micro_batch={config.micro_batch} does not divide the {rows} sequences of a rank "
-            f"(global_batch={config.global_batch} on {num_ranks} data-parallel ranks); use one of {device.divisors(rows)}"
-        )
+    d, first = config.data, program.spans[0].now
+    for span in program.spans:
+        if span.now.mixture or span.now.buffer:
+            what = f"buffer={span.now.buffer}" if span.now.buffer else f"mixture={span.now.mixture}"
+            raise ConfigError(f"stage.{span.name}: {what}: training reads one source in order so far; set it to null to train")
+    program.check_split(num_ranks=num_ranks, num_streams=d.num_streams)
     source = instantiate(d.source)
     tokenizer = None
     for turn in (0, 1):
@@ -179,8 +198,8 @@ def build_stream(config: Config, dims: ParallelDims) -> TokenStream:
     return TokenStream(
         source=source,
         tokenizer=tokenizer,
-        seq_len=config.seq_len,
-        global_batch=config.global_batch,
+        seq_len=first.seq_len,
+        global_batch=first.global_batch,
         num_streams=d.num_streams,
         seed=config.seed,
         rank=rank,
@@ -193,9 +212,9 @@ def build_stream(config: Config, dims: ParallelDims) -> TokenStream:
     )
 
 
-def loss_weights(b: BalanceConfig) -> LossWeights:
+def loss_weights(of: BalanceConfig | Now) -> LossWeights:
     return LossWeights(
-        sequence=b.sequence_loss_weight, switch=b.switch_loss_weight, batch=b.batch_loss_weight, z=b.router_z_loss_weight
+        sequence=of.sequence_loss_weight, switch=of.switch_loss_weight, batch=of.batch_loss_weight, z=of.router_z_loss_weight
     )
 
 
@@ -223,18 +242,25 @@ def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
     return state
 
 
-def resume(run: Run) -> None:
-    """Continues from the newest checkpoint of this run's directory, if there is one. Raises: ConfigError."""
-    checkpoints = checkpoints_of(run.config)
-    step = checkpoints.latest()
-    if step is None:
-        return
+def resume(run: Run) -> Path | None:
+    """Continues from the newest checkpoint of this run's directory, else from that of `branch`. Returns what it loaded.
+
+    Raises: ConfigError.
+    """
+    found = find_checkpoint(run.config)
+    if found is None:
+        return None
+    checkpoints, step = found
     state = checkpoints.load(step, full_state(run))
+    run.step, run.tokens = int(state["step"]), int(state["tokens"])
+    run.last_step = run.program.last_step(step=run.step, position=run.tokens)
+    run.balancer.end_at(run.last_step)
     set_training_state(state, run.model, run.optimizer, run.balancer)
     run.stream.load_state_dict({k: v.cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
-    run.step, run.tokens = int(state["step"]), int(state["tokens"])
-    if run.step > run.config.steps:
-        raise ConfigError(f"steps={run.config.steps}, but {run.directory} is at step {run.step}; use steps={run.step} or more")
+    if run.config.steps is not None and run.step > run.config.steps:
+        where = checkpoints.path(step)
+        raise ConfigError(f"steps={run.config.steps}, but {where} is at step {run.step}; use steps={run.step} or more")
+    return checkpoints.path(step)
 
 
 # -- entry point ------------------------------------------------------------------------------------------
@@ -247,16 +273,17 @@ def train(config: Config) -> int:
     open_directory(config, source=run.stream.source, tokenizer=run.stream.tokenizer)
     run.stop.listen()
     with refusing():
-        resume(run)
+        loaded = resume(run)
     directory, resumed = run.directory, run.step
     metrics = None
     if is_first:
-        announce(run)
+        record_start(config, program=run.program, step=run.step, tokens=run.tokens, loaded=loaded)
+        announce(run, loaded)
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
         tracker = instantiate(config.logging.tracker)
         start = partial(tracker, directory, asdict(config)) if tracker else None
-        metrics = MetricsLog(directory / "metrics.jsonl", steps=config.steps, interval=config.logging.interval,
+        metrics = MetricsLog(directory / "metrics.jsonl", steps=run.last_step, interval=config.logging.interval,
                              after_step=resumed, start_tracker=start)  # fmt: skip
     try:
         loop(run, metrics)
@@ -266,22 +293,24 @@ def train(config: Config) -> int:
     return conclude(run)
 
 
-def announce(run: Run) -> None:
-    c, count = run.config, count_parameters(run.config.model)
+def announce(run: Run, loaded: Path | None) -> None:
+    c, now, count = run.config, run.program.at(run.tokens), count_parameters(run.config.model)
     print(
         f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
         f"on {dist.get_world_size()} x {run.device.type}, "
-        f"{c.global_batch} x {c.seq_len} = {c.global_batch * c.seq_len} tokens a step"
+        f"{now.global_batch} x {now.seq_len} = {now.tokens} tokens a step"
     )
-    if run.step == c.steps:
-        print(f"{run.directory} is complete at step {run.step}; steps= trains on, name= starts a new run")
-    elif run.step:
-        print(f"continuing at step {run.step} of {c.steps}")
+    if run.step >= run.last_step:
+        longer = "steps= trains on" if c.steps is not None else "a longer stage= trains on"
+        print(f"{run.directory} is complete at step {run.step}; {longer}, name= starts a new run")
+    elif loaded is not None:
+        span = f" in {now.span}" if now.span else ""
+        print(f"continuing {loaded} at step {run.step} of {run.last_step}, {run.tokens} tokens seen{span}")
 
 
 def conclude(run: Run) -> int:
     """Prints where everything is and what became of the experts. Returns the exit code, the same on all ranks."""
-    done = run.step >= run.config.steps
+    done = run.step >= run.last_step
     verdict = run.balancer.verdict()
     read = dict(zip(COUNTED, global_stream_state(run)["counts"].tolist(), strict=True))
     if dist.get_rank() == 0:
@@ -292,7 +321,7 @@ def conclude(run: Run) -> int:
         if done:
             print(verdict)
         else:
-            print(f"stopped at step {run.step} of {run.config.steps}, saved; the same command continues")
+            print(f"stopped at step {run.step} of {run.last_step}, saved; the same command continues")
     return INTERRUPTED if not done else OK if verdict.ok else COLLAPSED
 
 

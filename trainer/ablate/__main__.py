@@ -31,9 +31,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.ablate import table
 from trainer.ablate.programs import PROGRAMS
-from trainer.ablate.study import CONFIG_DIR, Job, checked, filled, jobs_of, load_study, nearest, refuse_changed, study_path
+from trainer.ablate.study import Job, checked, jobs_of, load_study, refuse_changed, study_path
 from trainer.ablate.workers import FINISHED, must_stay, record_of, run_jobs
-from trainer.config import ConfigError
+from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
 
 OK, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 

@@ -14,18 +14,14 @@
       steps_to_5: {of: loss, take: first_below, level: 5.0}
 """
 
-import dataclasses
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, OmegaConf
 
-from trainer.config import CONFIG_DIR, ConfigError
+from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
 
 TAKES = ("mean", "max", "min", "last", "first_below", "first_above")
 NEUTRAL = ("name", "run_dir", "timeout_s", "data.cache_dir", "logging.", "checkpoint.", "workers")  # change no number
@@ -87,28 +83,6 @@ def load_study(name: str) -> Study:
         studies = sorted(p.stem for p in (CONFIG_DIR / "ablation").glob("*.yaml"))
         raise ConfigError(f"study={name}: there is no {path}{nearest(name, studies)}; a path that ends in .yaml works too")
     return checked(filled(Study, path))
-
-
-def filled(schema: type, source: Path | DictConfig) -> Any:
-    """An instance of a dataclass from YAML or values. Raises: ConfigError with the nearest valid key."""
-    where = f"{source}: " if isinstance(source, Path) else ""
-    try:
-        values = OmegaConf.load(source) if isinstance(source, Path) else source
-        node = OmegaConf.merge(OmegaConf.structured(schema), values)
-        if missing := sorted(OmegaConf.missing_keys(node)):
-            raise ConfigError(f"{where}not set: {', '.join(missing)}")
-        return OmegaConf.to_object(node)
-    except (OmegaConfBaseException, YAMLError) as error:
-        key, owner = str(getattr(error, "full_key", None) or ""), getattr(error, "object_type", None)
-        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
-        hint = "" if not known or key.rsplit(".", 1)[-1] in known else nearest(key.rsplit(".", 1)[-1], known)
-        message = " ".join(line.strip() for line in str(error).splitlines() if "_type=" not in line and "full_key" not in line)
-        raise ConfigError(f"{where}{key}{': ' if key else ''}{message}{hint}") from None
-
-
-def nearest(key: str, valid: list[str]) -> str:
-    near = difflib.get_close_matches(key, valid, n=3, cutoff=0.5)
-    return f" (did you mean {', '.join(near)}?)" if near else f" (there are: {', '.join(valid)})"
 
 
 def checked(study: Study) -> Study:

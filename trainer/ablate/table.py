@@ -10,9 +10,9 @@ import torch
 
 from trainer import __version__
 from trainer.ablate.programs import Program, measure
-from trainer.ablate.study import Job, Study, nearest
+from trainer.ablate.study import Job, Study
 from trainer.ablate.workers import FINISHED
-from trainer.config import ConfigError
+from trainer.config import ConfigError, nearest
 from trainer.intervals import Estimate, estimate
 
 Results = dict[tuple[str, int], dict[str, Any]]  # (arm, seed) -> the record of the job, with its "values"

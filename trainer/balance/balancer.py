@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.balance.guard import Guard
+from trainer.balance.losses import LossWeights
 from trainer.balance.rules import QuantileRule
 from trainer.balance.stats import RoutingStats, collect_required, collects_required, routing_metrics
 
@@ -49,24 +50,38 @@ class Balancer(nn.Module):
         self.rule, self.group, self.guard, self.observers = rule, group, guard, tuple(observers)
         self.required = required or getattr(rule, "needs_required", False)
         self._collect(self.required)
-        self.first_tail_step = steps - max(1, round(TAIL_SHARE * steps)) + 1
+        self.rate = 1.0  # on the rule's step, set by the program
         num_experts, on = (layers[0].expert_bias_E.numel(), layers[0].expert_bias_E.device) if layers else (0, None)
         shape_ME = (len(layers), num_experts)
         self.register_buffer("load_ME", torch.ones(shape_ME, dtype=torch.float32, device=on))
-        self.register_buffer("tail_step", torch.tensor(self.first_tail_step))  # where the counts below began
+        self.register_buffer("tail_step", torch.tensor(0))  # where the counts below began
         self.register_buffer("tail_counts_ME", torch.zeros(shape_ME, dtype=torch.int64, device=on))
         self.register_buffer("tail_3", torch.zeros(3, dtype=torch.float64, device=on))  # steps, sums of MaxVio and floor
+        self.end_at(steps)
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
-        """A run that is given more steps has another tail: counts of the old one are dropped."""
-        result = super().load_state_dict(state_dict, *args, **kwargs)
-        self._share_load()
-        if self.guard is not None:
-            self._obey(int(self.guard.last_alarm))
+    def end_at(self, steps: int) -> None:
+        """The run has this many steps. Counts of another tail are dropped."""
+        self.steps, self.first_tail_step = steps, steps - max(1, round(TAIL_SHARE * steps)) + 1
         if self.tail_step != self.first_tail_step:
             self.tail_step.fill_(self.first_tail_step)
             self.tail_counts_ME.zero_()
             self.tail_3.zero_()
+
+    def set(self, *, rate: float, loss_weights: LossWeights) -> None:
+        """What the program wants from the next step: a factor on the rule's step, and the losses; the guard may add to these."""
+        self.rate = rate
+        for layer in self.layers:
+            layer.loss_weights = loss_weights
+        if self.guard is not None:
+            self.guard.apply_loss(self.layers)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
+        """A run that has another number of steps now has another tail: `end_at` drops the counts of the old one."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self._share_load()
+        if self.guard is not None:
+            self._obey(int(self.guard.last_alarm))
+        self.end_at(self.steps)
         return result
 
     @torch.no_grad()
@@ -92,7 +107,7 @@ class Balancer(nn.Module):
         if self.guard is not None and self.guard.wants_solve(step):
             bias_ME += QuantileRule(bias_ME.shape)(stats, bias_ME)
         elif self.rule is not None:
-            bias_ME += self.rule(stats, bias_ME) * (self.guard.boost() if self.guard is not None else 1)
+            bias_ME += self.rule(stats, bias_ME) * self.rate * (self.guard.boost() if self.guard is not None else 1)
         finite_M = bias_ME.isfinite().all(-1)
         if not finite_M.all():
             what = f"step {step}: {type(self.rule).__name__} gives MoE layer {finite_M.int().argmin()} biases that are not finite"

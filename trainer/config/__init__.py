@@ -4,12 +4,13 @@ Plain dataclasses (schema); the YAML files under configs/ fill them through Hydr
 there, a value of the wrong type or out of range (limits) is refused before anything is built: `ConfigError` names the
 key, the value, the limit and what would work.
 
-`_target_` nodes (rules, optimizers, schedules, sources, trackers) have no dataclass: the constructor they name is their
+`_target_` nodes (rules, optimizers, sources, trackers) have no dataclass: the constructor they name is their
 schema, and its signature is checked (targets). Imports nothing of ours.
 """
 
 from trainer.config.compose import CONFIG_DIR, composed, load, resolved_yaml, usage
-from trainer.config.schema import BalanceConfig, Config, ConfigError, GuardConfig, ModelConfig, ParallelConfig
+from trainer.config.fill import filled, nearest
+from trainer.config.schema import BalanceConfig, Config, ConfigError, GuardConfig, ModelConfig, ParallelConfig, SpanConfig
 
 __all__ = [
     "CONFIG_DIR",
@@ -19,8 +20,11 @@ __all__ = [
     "GuardConfig",
     "ModelConfig",
     "ParallelConfig",
+    "SpanConfig",
     "composed",
+    "filled",
     "load",
+    "nearest",
     "resolved_yaml",
     "usage",
 ]

@@ -1,6 +1,7 @@
 """How do a command line and the YAML files under configs/ become a checked Config?"""
 
 import difflib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.config.fill import filled, nearest
 from trainer.config.limits import check
-from trainer.config.schema import Config, ConfigError
+from trainer.config.schema import Config, ConfigError, SpanConfig
 from trainer.config.targets import check_targets
 
 CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
@@ -28,15 +30,24 @@ def load(overrides: list[str]) -> Config:
     config = composed("train", overrides)
     assert isinstance(config, Config)
     check(config)
-    config.data.num_streams = config.data.num_streams or config.global_batch
+    config.stage = {name: _span(name, values) for name, values in config.stage.items()}
+    batches = [span.global_batch for span in config.stage.values()] or [None]
+    batches[0] = batches[0] or config.global_batch  # a first span with its own leaves no step for the run's
+    config.data.num_streams = config.data.num_streams or math.gcd(*filter(None, batches))
     return config
+
+
+def _span(name: str, values: Any) -> SpanConfig:
+    if not isinstance(values, dict):
+        raise ConfigError(f"stage.{name}={values}: must be a span, like {{steps: 100}}; ~stage.{name} leaves it out")
+    return filled(SpanConfig, values, where=f"stage.{name}: ")
 
 
 def composed(root: str, overrides: list[str]) -> Any:
     """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked, limits are not."""
     try:
         with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-            node = compose(root, overrides)
+            node = compose(root, _any_key_of_known_spans(root, overrides))
         check_targets(node)
         if missing := sorted(OmegaConf.missing_keys(node)):
             raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
@@ -45,6 +56,19 @@ def composed(root: str, overrides: list[str]) -> Any:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_explain(error, overrides, root)) from None
+
+
+def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
+    """A span of the program may be given keys that its file leaves out (++); a new span must be announced by a +."""
+    ours = [override for override in overrides if override.startswith("stage.")]
+    if not ours:
+        return overrides
+    known = list(compose(root, [override for override in overrides if override not in ours]).stage)
+    for override in ours:
+        name = override.split("=")[0].split(".")[1]
+        if name not in known:
+            raise ConfigError(f"{override!r}: there is no span {name}{nearest(name, known)}; +stage.{name}... adds one")
+    return [f"++{override}" if override in ours else override for override in overrides]
 
 
 def resolved_yaml(config: Any) -> str:

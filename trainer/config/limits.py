@@ -28,7 +28,8 @@ def check(config: Config) -> None:
 def _check_at_least(config: Config) -> None:
     m = config.model
     at_least = {
-        "steps": (config.steps, 1), "seq_len": (config.seq_len, 2), "global_batch": (config.global_batch, 1),
+        "steps": (1 if config.steps is None else config.steps, 1), "seq_len": (config.seq_len, 2),
+        "global_batch": (config.global_batch, 1),
         "micro_batch": (config.micro_batch, 1), "checkpoint.interval": (config.checkpoint.interval, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1), "logging.interval": (config.logging.interval, 1),
         "seed": (config.seed, 0), "model.num_dense_layers": (m.num_dense_layers, 0),

@@ -96,11 +96,34 @@ class LoggingConfig:
 
 
 @dataclass(kw_only=True)
+class SpanConfig:
+    """What changes while the program is in this span (trainer/program.py); null: as in the span before, the first one as in
+    the run's own keys of these names."""
+
+    tokens: float | None = None  # its length, one of four ways; one span may have none: what the others leave of `steps`
+    until: float | None = None  # [tokens] seen where it ends
+    steps: int | None = None
+    share: float | None = None  # of the run's `steps`
+    lr: Any = None  # factor on the peak rates: a number, or {from, to, shape: linear | cosine, until: a later span}
+    bias_rate: Any = None  # factor on the step of the balancing rule, likewise
+    global_batch: int | None = None
+    micro_batch: int | None = None
+    seq_len: int | None = None
+    z_loss_weight: float | None = None
+    sequence_loss_weight: float | None = None
+    switch_loss_weight: float | None = None
+    batch_loss_weight: float | None = None
+    router_z_loss_weight: float | None = None
+    mixture: dict[str, float] | None = None  # weights of the sources
+    buffer: int | None = None  # [documents] of the random sequential document buffer of a rank; 0: none
+
+
+@dataclass(kw_only=True)
 class Config:
     name: str = MISSING  # the run's directory is <run_dir>/<name>
     run_dir: str = "runs"
     seed: int = 0
-    steps: int = MISSING
+    steps: int | None = None  # the run ends here; null: at the end of the program, if all its spans have a length
     seq_len: int = MISSING  # L [tokens]
     global_batch: int = MISSING  # [sequences] per optimizer step, over all ranks
     micro_batch: int = MISSING  # [sequences] per forward and rank
@@ -112,8 +135,9 @@ class Config:
     timeout_s: float = 600.0  # [s] of a collective; a hung rank ends the job after this
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim.py)
-    schedule: Any = MISSING  # _target_: (step, steps) -> factor on every learning rate (trainer/optim.py)
+    optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim/)
+    stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
+    branch: str | None = None  # a run's directory, or one of its checkpoints, that a new run starts from
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

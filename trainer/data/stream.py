@@ -47,16 +47,17 @@ class TokenStream:
         on_bad: Literal["skip", "fatal"] = "skip", max_document_mb: float = 100.0, document_mask: bool = True,
         report: Callable[[BadDocument], None] = lambda bad: None,
     ) -> None:  # fmt: skip
-        check_split(global_batch=global_batch, num_streams=num_streams, num_ranks=num_ranks)
+        self.num_streams, self.num_ranks = num_streams, num_ranks
+        self.resize(seq_len=seq_len, global_batch=global_batch)
         self.num_documents = len(source) if isinstance(source, Sized) else None
         if self.num_documents == 0:
             raise ValueError("the corpus holds no document; check data.source")
-        self.source, self.seq_len, self.num_streams = source, seq_len, num_streams
+        self.source = source
         self.tokenizer, self.end_of_text = tokenizer, end_of_text_id(tokenizer) if tokenizer else None
         self.on_bad, self.max_document_mb, self.report = on_bad, max_document_mb, report
         self.shuffle, self.document_mask, self.totals = shuffle, document_mask, Counter[str]()
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
-        self.rows_per_stream, owned = global_batch // num_streams, num_streams // num_ranks
+        owned = num_streams // num_ranks
         self.streams = range(rank * owned, (rank + 1) * owned)
         self.move_to(np.stack([np.arange(num_streams), np.zeros(num_streams, int)], axis=1))
 
@@ -64,6 +65,11 @@ class TokenStream:
         self.cursor_V2, self.tokens_of = cursor_V2, dict[int, np.ndarray]()  # a stream's current document
         if self.num_documents is None:
             self.source.follow(int(cursor_V2[self.streams, 0].min()), wanted=self.wants)
+
+    def resize(self, *, seq_len: int, global_batch: int) -> None:
+        """Rows of another length, or another number of them, from the next step on; the streams read on where they are."""
+        check_split(global_batch=global_batch, num_streams=self.num_streams, num_ranks=self.num_ranks)
+        self.seq_len, self.rows_per_stream = seq_len, global_batch // self.num_streams
 
     def wants(self, n: int) -> bool:
         stream = n % self.num_streams

@@ -1,0 +1,85 @@
+"""Which parameter gets which optimizer, at which peak rate?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.afmoe import Head
+from trainer.model.router import Gate
+from trainer.optim.muon import Muon
+
+
+class Optimizers:
+    """Several torch optimizers as one."""
+
+    def __init__(self, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]):
+        self.optimizers = (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def set_learning_rate(self, factor: float) -> dict[str, float]:
+        """Every group gets factor times its peak rate. Returns the rates by name: lr of the first optimizer, lr_<name>
+        of each further one."""
+        rates = {}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["peak_lr"]
+            first = optimizer.param_groups[0]
+            rates[f"lr_{type(optimizer).__name__.lower()}" if rates else "lr"] = first["lr"]
+        return rates
+
+
+def adamw(model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on every parameter; weight decay on matrices only, never on norm gains.
+
+    lr: peak rate, reached where the program's factor is 1.
+    """
+    return _adamw(list(model.parameters()), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def muon(
+    model: nn.Module, *, lr: float, adamw_lr: float, momentum: float, betas: Sequence[float], eps: float, weight_decay: float,
+    dtype: str | None = None, router: str = "muon",
+) -> list[torch.optim.Optimizer]:  # fmt: skip
+    """Muon on hidden matrices, experts and their router included; AdamW on embedding, output head and norm gains.
+
+    lr, adamw_lr: peak rates. dtype: of the orthogonalisation; null: bfloat16 on a GPU, float32 on a CPU.
+    router: muon | adamw.
+    """
+    if router not in ("muon", "adamw"):
+        raise ValueError(f"optim.router={router}: must be muon or adamw")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"optim.dtype={dtype}: must be float32, bfloat16 or null")
+    by_adamw = (nn.Embedding, Head) if router == "muon" else (nn.Embedding, Head, Gate)
+    owners = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
+    hidden = [p for p, module in owners.items() if p.ndim >= 2 and not isinstance(module, by_adamw)]
+    others = [p for p in owners if p not in set(hidden)]
+    if dtype is None:
+        dtype = "bfloat16" if hidden[0].is_cuda else "float32"
+    group = {"params": hidden, "lr": lr, "peak_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    rest = _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return [Muon([group], dtype=getattr(torch, dtype)), rest]
+
+
+def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
+    if lr < 0 or eps <= 0 or weight_decay < 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(
+            f"optim: lr={lr} and weight_decay={weight_decay} must be 0 or more, eps={eps} above 0, "
+            f"betas={list(betas)} two numbers in [0, 1)"
+        )
+    matrices = [p for p in parameters if p.ndim >= 2]
+    gains = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g | {"peak_lr": lr} for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)

@@ -1,0 +1,288 @@
+"""What changes as tokens are seen, and when? One program for all of it: spans of tokens, one after another.
+
+A span states what is new; all else stays as it was (SpanConfig). A step belongs to the span in which it begins, so a
+span ends with the first step that reaches its end. Rates follow curves over tokens; a step takes the value in the
+middle of its tokens. Everything is a function of the tokens seen: a resumed run needs nothing else.
+
+Units: positions and lengths in tokens since the start of the run.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from trainer.config import Config, ConfigError, SpanConfig, nearest
+
+LENGTHS = ("tokens", "until", "steps", "share")
+CURVES = ("lr", "bias_rate")
+SHAPES = ("linear", "cosine")
+LOSSES = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
+KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, "mixture", "buffer")  # until a span says otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """From `first` at `start` to `last` at `end`, then flat."""
+
+    start: int
+    end: int
+    first: float
+    last: float
+    shape: str = "linear"
+
+    def at(self, position: float) -> float:
+        if position >= self.end:
+            return self.last
+        done = max(0.0, (position - self.start) / (self.end - self.start))
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.first + (self.last - self.first) * done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Now:
+    """What holds in one step."""
+
+    span: str
+    lr: float  # on every peak rate
+    bias_rate: float  # on the balancing rule's step
+    global_batch: int
+    micro_batch: int
+    seq_len: int
+    z_loss_weight: float
+    sequence_loss_weight: float
+    switch_loss_weight: float
+    batch_loss_weight: float
+    router_z_loss_weight: float
+    mixture: dict[str, float] | None = None
+    buffer: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the step."""
+        return self.global_batch * self.seq_len
+
+
+class Span(NamedTuple):
+    name: str
+    start: int
+    end: int
+    now: Now  # its lr and bias_rate are those at the span's start
+    lr: Curve
+    bias_rate: Curve
+
+    def steps_from(self, position: int) -> int:
+        """Steps that begin in this span, the first of them at `position`."""
+        return max(0, -(-(self.end - position) // self.now.tokens))
+
+
+@dataclass(frozen=True)
+class Program:
+    spans: tuple[Span, ...]
+    max_steps: int | None = None  # the run ends after this many, wherever the program is
+
+    @property
+    def end(self) -> int:
+        return self.spans[-1].end
+
+    def at(self, position: int) -> Now:
+        """What holds in the step that begins after `position` tokens; after the program's end, what held last."""
+        span = next((span for span in self.spans if position < span.end), self.spans[-1])
+        middle = position + span.now.tokens / 2
+        return replace(span.now, lr=span.lr.at(middle), bias_rate=span.bias_rate.at(middle))
+
+    def walk(self, position: int = 0) -> Iterator[tuple[Span, int, int]]:
+        """Each span that is still ahead, the position of its first step and its number of steps."""
+        for span in self.spans:
+            if num_steps := span.steps_from(position):
+                yield span, position, num_steps
+                position += num_steps * span.now.tokens
+
+    def last_step(self, *, step: int = 0, position: int = 0) -> int:
+        """The number of the run's last step, seen from a run that has made `step` steps and seen `position` tokens."""
+        ahead = step + sum(num_steps for _, _, num_steps in self.walk(position))
+        return ahead if self.max_steps is None else min(ahead, max(step, self.max_steps))
+
+    def check_split(self, *, num_ranks: int, num_streams: int) -> None:
+        """Raises: ConfigError if a span's batch cannot be split over data-parallel ranks, microbatches or virtual streams."""
+        for span in self.spans:
+            where, batch, micro = named(span.name), span.now.global_batch, span.now.micro_batch
+            if batch % num_ranks:
+                near = [b for b in (batch // num_ranks * num_ranks, -(-batch // num_ranks) * num_ranks) if b]
+                raise ConfigError(
+                    f"{where}global_batch={batch} sequences do not divide among {num_ranks} data-parallel ranks; "
+                    f"use global_batch={' or '.join(map(str, near))}"
+                )
+            if (rows := batch // num_ranks) % micro:
+                raise ConfigError(
+                    f"{where}micro_batch={micro} does not divide the {rows} sequences of a rank "
+                    f"(global_batch={batch} on {num_ranks} data-parallel ranks); use one of {divisors(rows)}"
+                )
+        batches = [span.now.global_batch for span in self.spans]
+        if any(batch % num_streams for batch in batches) or num_streams % num_ranks:
+            choices = [d for d in divisors(math.gcd(*batches)) if d % num_ranks == 0]
+            several = f"each of global_batch={sorted(set(batches))}" if len(set(batches)) > 1 else f"global_batch={batches[0]}"
+            use = f"data.num_streams from {choices}" if choices else f"batches with a common divisor that {num_ranks} divides"
+            given = f"data.num_streams={num_streams} must divide {several}"
+            raise ConfigError(f"{given} and be a multiple of the {num_ranks} data-parallel ranks; use {use}")
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def named(span: str) -> str:
+    return f"stage.{span}: " if span else ""
+
+
+# -- from the configuration -------------------------------------------------------------------------------
+
+
+def program_of(config: Config) -> Program:
+    """Raises: ConfigError where spans contradict each other or the run."""
+    stage = config.stage or {"": SpanConfig()}
+    first = {key: getattr(config, key) for key in ("global_batch", "micro_batch", "seq_len", "z_loss_weight")}
+    first |= {key: getattr(config.balance, key) for key in LOSSES}
+    nows = list(settings(stage, Now(span="", lr=1.0, bias_rate=1.0, **first)))
+    bounds = boundaries(stage, nows, config.steps)
+    curves = {key: follow(key, stage, bounds) for key in CURVES}
+    starts = [0, *bounds[:-1]]
+    spans = tuple(
+        Span(now.span, start, end, replace(now, lr=lr.at(start), bias_rate=bias_rate.at(start)), lr, bias_rate)
+        for now, start, end, lr, bias_rate in zip(nows, starts, bounds, curves["lr"], curves["bias_rate"], strict=True)
+    )
+    program = Program(spans, config.steps)
+    check_lengths(stage, program, config.steps)
+    return program
+
+
+def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
+    """What each span keeps and what it changes, curves aside."""
+    at_least = {"global_batch": 1, "micro_batch": 1, "seq_len": 2, "buffer": 0}
+    for name, span in stage.items():
+        given = {key: value for key in KEPT if (value := getattr(span, key)) is not None}
+        for key, value in given.items():
+            if key == "mixture":
+                check_mixture(name, value)
+            elif not at_least.get(key, 0) <= value < math.inf:
+                raise ConfigError(f"{named(name)}{key}={value}: must be at least {at_least.get(key, 0)}, and finite")
+        now = replace(now, span=name, **given)
+        yield now
+
+
+def check_mixture(name: str, weights: dict[str, float]) -> None:
+    if not weights or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
+        raise ConfigError(f"{named(name)}mixture={weights}: weights of sources, 0 or more, and not all 0")
+
+
+def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None) -> list[int]:
+    """Where each span ends. One span may be without a length: it gets the steps that the others leave of `steps`."""
+    given = {name: [key for key in LENGTHS if getattr(span, key) is not None] for name, span in stage.items()}
+    for name, keys in given.items():
+        check_length(name, {key: getattr(stage[name], key) for key in keys})
+    open_spans = [name for name, keys in given.items() if not keys]
+    shares = [name for name, keys in given.items() if keys == ["share"]]
+    if steps is None and (relative := open_spans or shares):
+        raise ConfigError(f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or stage.<span>.tokens")
+    if len(open_spans) > 1:
+        raise ConfigError(f"stage: {' and '.join(open_spans)} have no length; one span may go without, give the others one")
+    if (total := math.fsum(stage[name].share for name in shares)) > 1 + 1e-9:
+        raise ConfigError(f"stage: the shares of {' and '.join(shares)} add up to {total:g} of the steps; use at most 1 in all")
+    if open_spans and (fixed := [name for name, keys in given.items() if keys == ["until"]]):
+        until = f"{named(fixed[0])}until={stage[fixed[0]].until:g}"
+        raise ConfigError(f"{until} beside {open_spans[0]}, which has no length; give {open_spans[0]} one")
+    ends, taken = lay_out(stage, nows, steps, rest=0)
+    if not open_spans:
+        return ends
+    if taken > steps:
+        raise ConfigError(f"steps={steps}: the spans with a length take {taken}; use steps={taken} or more, or shorter spans")
+    return lay_out(stage, nows, steps, rest=steps - taken)[0]
+
+
+def check_length(name: str, given: dict[str, float]) -> None:
+    """The length of a span, given at most one way."""
+    if len(given) > 1:
+        one, *others = given
+        raise ConfigError(
+            f"{named(name)}{' and '.join(f'{key}={value:g}' for key, value in given.items())} each give its length; "
+            f"keep one, for example {' '.join(f'stage.{name}.{key}=null' for key in others)} to keep {one}"
+        )
+    for key, value in given.items():
+        if key == "share" and not 0 <= value <= 1:
+            raise ConfigError(f"{named(name)}share={value:g}: a share of the steps, between 0 and 1")
+        if key != "share" and not 0 < value < math.inf:
+            raise ConfigError(f"{named(name)}{key}={value:g}: must be above 0, and finite")
+
+
+def lay_out(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None, *, rest: int) -> tuple[list[int], int]:
+    """Where each span ends, and the steps of all of them. `rest`: steps of the span without a length."""
+    ends, end, first, total = list[int](), 0, 0, 0  # first: where the span's first step begins; the one before may overshoot
+    for span, now in zip(stage.values(), nows, strict=True):
+        if span.until is not None:
+            if round(span.until) <= end:
+                raise ConfigError(f"{named(now.span)}until={span.until:g}: the spans before it end at {end:g} tokens; use more")
+            end = round(span.until)
+        elif span.tokens is not None:
+            end += round(span.tokens)
+        else:
+            num_steps = round(span.share * steps) if span.share is not None else rest if span.steps is None else span.steps
+            end = first + num_steps * now.tokens
+        num_steps = max(0, -(-(end - first) // now.tokens))
+        first, total = first + num_steps * now.tokens, total + num_steps
+        ends.append(end)
+    return ends, total
+
+
+def check_lengths(stage: dict[str, SpanConfig], program: Program, steps: int | None) -> None:
+    """Every span gets a step, unless it is a share of too few; and `steps` is not more than the program has."""
+    reached = {span.name for span, _, _ in program.walk()}
+    for name, span in stage.items():
+        if name not in reached and any(getattr(span, key) is not None for key in ("tokens", "until", "steps")):
+            raise ConfigError(f"{named(name)}too short for one step; give it more tokens, or leave it out")
+    total = sum(num_steps for _, _, num_steps in program.walk())
+    if total == 0:
+        raise ConfigError(f"steps={steps}: the program has no step")
+    if steps is not None and steps > total:
+        shared = any(span.share is not None for span in stage.values())  # shares were rounded down, or leave something over
+        more = "or leave a span without a length: it gets the rest" if shared else "(null: all), or longer spans"
+        raise ConfigError(f"steps={steps}: the program ends after {total}; use at most that {more}")
+
+
+def follow(key: str, stage: dict[str, SpanConfig], bounds: Sequence[int]) -> list[Curve]:
+    """The curve of `key` that each span follows: its own, or that of the span before it."""
+    names, curves = list(stage), list[Curve]()
+    curve, owner, target = Curve(start=0, end=0, first=1.0, last=1.0), "", -1
+    for i, (name, span) in enumerate(stage.items()):
+        given, start = getattr(span, key), bounds[i - 1] if i else 0
+        if given is not None:
+            if i <= target:
+                raise ConfigError(
+                    f"{named(name)}{key} is set, but {key} of {owner} runs until {names[target]}; let it end before {name}"
+                )
+            curve, target = new_curve(f"{named(name)}{key}", given, names[i:], start, bounds[i:], before=curve.at(start))
+            owner, target = name, i + target
+        curves.append(curve)
+    return curves
+
+
+def new_curve(where: str, given: Any, names: list[str], start: int, bounds: Sequence[int], *, before: float) -> tuple[Curve, int]:
+    """The curve that begins with the first of `names`, and the index of the span at whose end it is through."""
+    if isinstance(given, int | float) and not isinstance(given, bool):
+        given = {"from": given, "to": given}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}={given!r}: must be a number, or from, to, shape and until, like {{from: 0, to: 1}}")
+    known = ["from", "to", "shape", "until"]
+    for wrong in (str(key) for key in given if key not in known):
+        raise ConfigError(f"{where}.{wrong}: there is no such key{nearest(wrong, known)}")
+    first, last = given.get("from", before), given.get("to", before)
+    shape, until = given.get("shape", "linear"), given.get("until", names[0])
+    for what, value in (("from", first), ("to", last)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ConfigError(f"{where}.{what}={value}: must be a number, 0 or more")
+    if shape not in SHAPES:
+        raise ConfigError(f"{where}.shape={shape}: must be one of {', '.join(SHAPES)}")
+    if until not in names:
+        raise ConfigError(f"{where}.until={until}: must be this span or a later one: {', '.join(names)}")
+    last_span = names.index(until)
+    return Curve(start=start, end=bounds[last_span], first=float(first), last=float(last), shape=shape), last_span
