@@ -13,7 +13,8 @@ MAX_LINES = 350
 LAYERS = [
     "config", "program", "balance", "device",
     "model.loss", "model.norm", "model.router", "model.moe", "model.afmoe", "model.init", "model.parallelize", "model.hf",
-    "data", "optim", "checkpoint", "metrics", "directory", "stop", "train", "page", "intervals", "simulate", "ablate", "preview",
+    "data", "optim", "checkpoint", "metrics", "directory", "stop", "build", "train", "page", "intervals", "simulate", "ablate",
+    "preview",
 ]  # fmt: skip
 PACKAGES = ["config", "balance", "data", "optim", "simulate", "ablate", "preview"]  # one layer each: a file may import any in it
 ENTRY_POINTS = ["export", "report"]  # may import everything, are imported by nobody
@@ -27,7 +28,7 @@ ONLY = {
 WALLS = {
     "torchtitan": ["device", "model."],
     "spmd_types": ["device", "model."],
-    "hydra": ["config.", "train", "simulate."],
+    "hydra": ["config.", "build", "train", "simulate."],
     "wandb": ["metrics"],
     "tensorboard": ["metrics"],
     "torch.utils.tensorboard": ["metrics"],

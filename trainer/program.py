@@ -123,9 +123,10 @@ class Program:
         if any(batch % num_streams for batch in batches) or num_streams % num_ranks:
             choices = [d for d in divisors(math.gcd(*batches)) if d % num_ranks == 0]
             several = f"each of global_batch={sorted(set(batches))}" if len(set(batches)) > 1 else f"global_batch={batches[0]}"
-            use = f"data.num_streams from {choices}" if choices else f"batches with a common divisor that {num_ranks} divides"
-            given = f"data.num_streams={num_streams} must divide {several}"
-            raise ConfigError(f"{given} and be a multiple of the {num_ranks} data-parallel ranks; use {use}")
+            raise ConfigError(
+                f"data.num_streams={num_streams} must divide {several} and be a multiple of the {num_ranks} data-parallel ranks; "
+                f"use data.num_streams from {choices}"
+            )
 
 
 def divisors(n: int) -> list[int]:

@@ -1,0 +1,176 @@
+"""How is a run put together, and how does it go on where it stopped?"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from trainer import device
+from trainer.balance import Balancer, Guard, LossWeights
+from trainer.checkpoint import set_training_state, training_state
+from trainer.config import BalanceConfig, Config, ConfigError
+from trainer.data import TokenStream, load_tokenizer
+from trainer.device import ParallelDims
+from trainer.directory import BadDocumentLog, find_checkpoint, run_directory
+from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
+from trainer.model.init import initialize
+from trainer.model.parallelize import build_parallel
+from trainer.optim import Optimizers
+from trainer.program import Now, Program, program_of
+from trainer.stop import StopRequest
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything that the loop touches."""
+
+    config: Config
+    device: torch.device
+    dims: ParallelDims
+    model: Afmoe
+    optimizer: Optimizers
+    program: Program
+    balancer: Balancer
+    stream: TokenStream
+    group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
+    stop: StopRequest
+    step: int = 0
+    tokens: int = 0  # trained on so far, over all ranks
+    last_step: int  # where the program ends, seen from here
+
+    @property
+    def directory(self) -> Path:
+        return run_directory(self.config)
+
+
+def build(config: Config) -> Run:
+    """Joins the process group and builds everything on this rank. Raises: ConfigError before any training."""
+    on = device.start(timeout_s=config.timeout_s)
+    has_experts = config.model.num_dense_layers < config.model.num_layers
+    dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
+    program = program_of(config)
+    first = program.spans[0].now
+    with refusing():
+        stream = build_stream(config, program, dims)
+        rule = instantiate(config.balance.rule)
+        num_moe = config.model.num_layers - config.model.num_dense_layers
+        rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
+    shape = afmoe_config(
+        config.model,
+        flex=on.type == "cuda",
+        loss_weights=loss_weights(first),
+        z_loss_weight=first.z_loss_weight,
+    )
+    model = build_parallel(
+        shape,
+        dims,
+        dtype=getattr(torch, config.dtype),
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+    )
+    initialize(model, device=on, seed=config.seed)
+    with refusing():
+        optimizer = Optimizers(instantiate(config.optim)(model))
+    mesh = dims.get_optional_mesh("loss")
+    group = mesh.get_group() if mesh is not None else None
+    required = config.balance.trace is not None and config.balance.trace_required
+    with refusing():
+        guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
+    balancer = Balancer(moe_layers(model), rule, steps=program.last_step(), group=group, guard=guard, required=required)
+    return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, program=program, balancer=balancer,
+               stream=stream, group=group, stop=StopRequest(), last_step=program.last_step())  # fmt: skip
+
+
+def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenStream:
+    """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
+    mesh = dims.get_optional_mesh("batch")
+    rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+    d, first = config.data, program.spans[0].now
+    for span in program.spans:
+        if span.now.mixture or span.now.buffer:
+            what = f"buffer={span.now.buffer}" if span.now.buffer else f"mixture={span.now.mixture}"
+            raise ConfigError(f"stage.{span.name}: {what}: training reads one source in order so far; set it to null to train")
+    program.check_split(num_ranks=num_ranks, num_streams=d.num_streams)
+    source = instantiate(d.source)
+    tokenizer = None
+    for turn in (0, 1):
+        if d.tokenizer is not None and turn == min(dist.get_rank(), 1):
+            tokenizer = load_tokenizer(d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir)
+        dist.barrier()
+    return TokenStream(
+        source=source,
+        tokenizer=tokenizer,
+        seq_len=first.seq_len,
+        global_batch=first.global_batch,
+        num_streams=d.num_streams,
+        seed=config.seed,
+        rank=rank,
+        num_ranks=num_ranks,
+        shuffle=d.shuffle,
+        on_bad=d.on_bad,
+        max_document_mb=d.max_document_mb,
+        document_mask=d.document_mask,
+        report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
+    )
+
+
+def loss_weights(of: BalanceConfig | Now) -> LossWeights:
+    return LossWeights(
+        sequence=of.sequence_loss_weight, switch=of.switch_loss_weight, batch=of.batch_loss_weight, z=of.router_z_loss_weight
+    )
+
+
+@contextmanager
+def refusing():
+    """What a constructor named in the configuration refuses is a refused configuration."""
+    try:
+        yield
+    except (ValueError, TypeError, InstantiationException) as error:
+        raise ConfigError(str(error.__cause__ or error)) from error
+
+
+def full_state(run: Run) -> dict[str, Any]:
+    """Everything that a resumed run needs, on any layout; collective."""
+    state = training_state(run.model, run.optimizer, run.balancer)
+    return {**state, "stream": global_stream_state(run), "step": torch.tensor(run.step), "tokens": torch.tensor(run.tokens)}
+
+
+def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
+    """Each rank knows its own streams; the sum is the state of all."""
+    state = {name: tensor.to(run.device) for name, tensor in run.stream.state_dict().items()}
+    if run.group is not None:
+        for tensor in state.values():
+            dist.all_reduce(tensor, group=run.group)
+    return state
+
+
+def resume(run: Run) -> Path | None:
+    """Continues from the newest checkpoint of this run's directory, else from that of `branch`. Returns what it loaded.
+
+    Raises: ConfigError.
+    """
+    found = find_checkpoint(run.config)
+    if found is None:
+        return None
+    checkpoints, step = found
+    state = checkpoints.load(step, full_state(run))
+    run.step, run.tokens = int(state["step"]), int(state["tokens"])
+    run.last_step = run.program.last_step(step=run.step, position=run.tokens)
+    run.balancer.end_at(run.last_step)
+    set_training_state(state, run.model, run.optimizer, run.balancer)
+    run.stream.load_state_dict({k: v.cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
+    refuse_past_end(run, where=checkpoints.path(step))
+    return checkpoints.path(step)
+
+
+def refuse_past_end(run: Run, *, where: Path) -> None:
+    if run.config.steps is not None and run.step > run.config.steps:
+        raise ConfigError(f"steps={run.config.steps}, but {where} is at step {run.step}; use steps={run.step} or more")
+    if run.tokens >= run.program.end + run.program.at(run.tokens).tokens:
+        given = f"stage: the program ends at {run.program.end} tokens, but {where} has seen {run.tokens}"
+        raise ConfigError(f"{given}; use a longer program")
