@@ -12,10 +12,12 @@ from trainer.optim.muon import Muon
 
 
 class Optimizers:
-    """Several torch optimizers as one."""
+    """Several torch optimizers as one. The rates that they come with are their peak rates."""
 
     def __init__(self, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]):
         self.optimizers = (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
+        for group in self.param_groups:
+            group["peak_lr"] = group["lr"]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -68,9 +70,8 @@ def muon(
     others = [p for p in owners if p not in set(hidden)]
     if dtype is None:
         dtype = "bfloat16" if hidden[0].is_cuda else "float32"
-    group = {"params": hidden, "lr": lr, "peak_lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    rest = _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)
-    return [Muon([group], dtype=getattr(torch, dtype)), rest]
+    by_muon = Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype))
+    return [by_muon, _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)]
 
 
 def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
@@ -82,4 +83,4 @@ def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: 
     matrices = [p for p in parameters if p.ndim >= 2]
     gains = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g | {"peak_lr": lr} for g in groups if g["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
