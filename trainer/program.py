@@ -173,7 +173,7 @@ def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
 
 
 def check_mixture(name: str, weights: dict[str, float]) -> None:
-    if not weights or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
+    if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
         raise ConfigError(f"{named(name)}mixture={weights}: weights of sources, 0 or more, and not all 0")
 
 
@@ -188,7 +188,7 @@ def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | N
         raise ConfigError(f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or stage.<span>.tokens")
     if len(open_spans) > 1:
         raise ConfigError(f"stage: {' and '.join(open_spans)} have no length; one span may go without, give the others one")
-    if (total := math.fsum(stage[name].share for name in shares)) > 1 + 1e-9:
+    if (total := math.fsum(stage[name].share for name in shares)) > 1:
         raise ConfigError(f"stage: the shares of {' and '.join(shares)} add up to {total:g} of the steps; use at most 1 in all")
     if open_spans and (fixed := [name for name, keys in given.items() if keys == ["until"]]):
         until = f"{named(fixed[0])}until={stage[fixed[0]].until:g}"
@@ -229,7 +229,7 @@ def lay_out(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None
         else:
             num_steps = round(span.share * steps) if span.share is not None else rest if span.steps is None else span.steps
             end = first + num_steps * now.tokens
-        num_steps = max(0, -(-(end - first) // now.tokens))
+        num_steps = -(-(end - first) // now.tokens)  # none: check_lengths refuses it
         first, total = first + num_steps * now.tokens, total + num_steps
         ends.append(end)
     return ends, total
