@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.config import load
 from trainer.model.init import local_window
-from trainer.optim.muon import Muon
+from trainer.optim.momentum import Muon
 from trainer.optim.newton_schulz import orthogonalize
 
 STEPS, LR, MOMENTUM, DECAY = 5, 0.02, 0.9, 0.1

@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.config import load
 from trainer.optim import Optimizers, adamw
-from trainer.optim.muon import Muon
+from trainer.optim.momentum import Muon
 
 
 @pytest.mark.parametrize(("wrong", "message"), [

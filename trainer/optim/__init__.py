@@ -5,5 +5,6 @@ several torch optimizers. Rates are peak rates: the program (trainer/program.py)
 """
 
 from trainer.optim.groups import Optimizers, adamw, muon
+from trainer.optim.momentum import Muon
 
-__all__ = ["Optimizers", "adamw", "muon"]
+__all__ = ["Muon", "Optimizers", "adamw", "muon"]

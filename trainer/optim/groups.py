@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.model.afmoe import Head
 from trainer.model.router import Gate
-from trainer.optim.muon import Muon
+from trainer.optim.momentum import Muon
 
 
 class Optimizers:
