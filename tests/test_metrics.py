@@ -2,9 +2,11 @@
 
 import json
 
+import numpy
 import pytest
+import torch
 
-from trainer.metrics import MetricsLog, TensorboardTracker, WandbTracker
+from trainer.metrics import MetricsLog, TensorboardTracker, WandbTracker, Window, batch_heterogeneity
 
 LINE = {"loss": 1.5, "tokens_per_s": 10.0, "balance/max_violation": 0.25}
 
@@ -73,3 +75,35 @@ def test_tensorboard_holds_what_was_logged(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, pytest.approx(1.25))]
+
+
+def test_batch_heterogeneity_by_hand():
+    """Means 2, 5 and 2; the microbatch without targets does not count: 5 - 3."""
+    loss_U, targets_U = torch.tensor([4.0, 10.0, 0.0, 6.0]), torch.tensor([2.0, 2.0, 0.0, 3.0])
+    assert batch_heterogeneity(loss_U, targets_U) == 2
+    assert batch_heterogeneity(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_kurtosis_of_the_last_values_by_numpy_and_after_a_restart():
+    values = numpy.random.default_rng(0).lognormal(size=(600, 2))
+    window, resumed = Window(), Window()
+    for step, (loss, grad_norm) in enumerate(values, 1):
+        got = window.add(loss=loss, grad_norm=grad_norm)
+        again = resumed.add(loss=loss, grad_norm=grad_norm)
+        if step in (7, 300):
+            other = Window()
+            other.load_state_dict({name: tensor.clone() for name, tensor in resumed.state_dict().items()})
+            resumed = other
+        assert again == got
+        if step < 16:
+            assert got == {}
+            continue
+        last = values[max(0, step - 256) : step]
+        off = last - last.mean(0)
+        expected = (off**4).mean(0) / (off**2).mean(0) ** 2
+        assert [got["loss_kurtosis"], got["grad_norm_kurtosis"]] == pytest.approx(expected.tolist())
+
+
+def test_kurtosis_of_equal_values_is_zero():
+    window = Window()
+    assert [window.add(loss=1.0, grad_norm=2.0) for _ in range(16)][-1] == {"loss_kurtosis": 0.0, "grad_norm_kurtosis": 0.0}

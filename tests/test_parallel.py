@@ -147,6 +147,15 @@ def test_clipping_scales_the_whole_gradient_to_the_limit(oracle):
     assert norm == pytest.approx(min(1.0, result["metrics"][0]["grad_norm"]), rel=1e-5)
 
 
+def test_batch_heterogeneity_is_that_of_all_ranks_microbatches():
+    """Four microbatches of two rows, on one rank or on four: the same rows, so the same worst one."""
+    one = run_ranks(worker, 1, ["micro_batch=2"], False)[0]
+    expected = [step["batch_het"] for step in one["metrics"]]
+    assert min(expected) > 1e-3
+    for result in run_ranks(worker, 4, ["parallel=hsdp_ep", "micro_batch=2"], False):
+        assert [step["batch_het"] for step in result["metrics"]] == pytest.approx(expected, rel=1e-3)
+
+
 def clip_worker(overrides):
     run = train.build(load(BASE + ["micro_batch=2", *overrides]))
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -17,7 +17,7 @@ from trainer.config import load
 REPOSITORY = Path(__file__).parent.parent
 QUICK = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32", "steps=4",
          "model.num_experts=8"]  # fmt: skip
-METRICS = ["step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "memory_gib", "balance/max_violation",
+METRICS = ["step", "tokens", "loss", "grad_norm", "lr", "batch_het", "tokens_per_s", "mfu", "memory_gib", "balance/max_violation",
            "balance/max_violation_worst_layer", "balance/floor", "balance/min_load", "balance/dead_experts",
            "balance/entropy", "balance/bias_rms", "balance/gain", "balance/logit_rms",
            *(f"balance/stability/{layer}" for layer in range(4))]  # fmt: skip

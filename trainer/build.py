@@ -1,7 +1,7 @@
 """How is a run put together, and how does it go on where it stopped?"""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainer.config import BalanceConfig, Config, ConfigError
 from trainer.data import TokenStream, load_tokenizer
 from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, find_checkpoint, run_directory
+from trainer.metrics import Window
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
@@ -42,6 +43,7 @@ class Run:
     step: int = 0
     tokens: int = 0  # trained on so far, over all ranks
     last_step: int  # where the program ends, seen from here
+    window: Window = field(default_factory=Window)
 
     @property
     def directory(self) -> Path:
@@ -137,7 +139,8 @@ def refusing():
 def full_state(run: Run) -> dict[str, Any]:
     """Everything that a resumed run needs, on any layout; collective."""
     state = training_state(run.model, run.optimizer, run.balancer)
-    return {**state, "stream": global_stream_state(run), "step": torch.tensor(run.step), "tokens": torch.tensor(run.tokens)}
+    progress = {"step": torch.tensor(run.step), "tokens": torch.tensor(run.tokens), "window": run.window.state_dict()}
+    return {**state, **progress, "stream": global_stream_state(run)}
 
 
 def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
@@ -162,6 +165,7 @@ def resume(run: Run) -> Path | None:
     run.step, run.tokens = int(state["step"]), int(state["tokens"])
     run.last_step = run.program.last_step(step=run.step, position=run.tokens)
     run.balancer.end_at(run.last_step)
+    run.window.load_state_dict(state["window"])
     set_training_state(state, run.model, run.optimizer, run.balancer)
     run.stream.load_state_dict({k: v.cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
     refuse_past_end(run, where=checkpoints.path(step))

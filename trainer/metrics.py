@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +69,48 @@ class TensorboardTracker:
 
     def finish(self) -> None:
         self.writer.close()
+
+
+def batch_heterogeneity(loss_U: Tensor, targets_U: Tensor) -> float:
+    """[nats] How much worse than the mean the worst microbatch of a step is (arXiv:2602.17004, eq. 40).
+
+    loss_U: summed over the targets of each of U microbatches; those without a target do not count.
+    """
+    mean_U = (loss_U / targets_U)[targets_U > 0]
+    return (mean_U.max() - mean_U.mean()).item() if len(mean_U) else 0.0
+
+
+class Window:
+    """The last values of loss and gradient norm, and how heavy their tails are: kurtosis is 3 for a Gaussian, and large where
+    a few steps stand out. Its state belongs into a checkpoint."""
+
+    SIZE, LEAST = 256, 16  # [steps] kept, and before anything is said
+
+    def __init__(self) -> None:
+        self.values_2W = torch.zeros(2, self.SIZE, dtype=torch.float64)
+        self.seen = torch.zeros((), dtype=torch.int64)
+
+    def add(self, *, loss: float, grad_norm: float) -> dict[str, float]:
+        self.values_2W[:, self.seen % self.SIZE] = torch.tensor([loss, grad_norm], dtype=torch.float64)
+        self.seen += 1
+        if self.seen < self.LEAST:
+            return {}
+        values_2W = self.values_2W[:, : self.seen]
+        return {"loss_kurtosis": kurtosis(values_2W[0]), "grad_norm_kurtosis": kurtosis(values_2W[1])}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"values_2W": self.values_2W, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.values_2W.copy_(state["values_2W"])
+        self.seen.copy_(state["seen"])
+
+
+def kurtosis(values_W: Tensor) -> float:
+    """The fourth central moment over the squared variance; 0 if all are equal."""
+    off_W = values_W - values_W.mean()
+    variance = off_W.square().mean()
+    return (off_W.pow(4).mean() / variance.square()).item() if variance > 0 else 0.0
 
 
 class MetricsLog:

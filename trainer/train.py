@@ -24,7 +24,7 @@ from trainer.build import Run, build, full_state, global_stream_state, loss_weig
 from trainer.config import Config, ConfigError, load, resolved_yaml, usage
 from trainer.data import BAD_KINDS, COUNTED, Batch
 from trainer.directory import checkpoints_of, open_directory, record_start
-from trainer.metrics import MetricsLog
+from trainer.metrics import MetricsLog, batch_heterogeneity
 from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.model.loss import IGNORE
 from trainer.model.parallelize import scale_gradients, squared_gradient_norm
@@ -40,25 +40,27 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """One optimizer step on this rank's microbatches of the global batch.
 
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
-    One all-reduce agrees on the loss, the targets, the gradient norm and whether some rank was told to stop.
+    One all-reduce agrees on loss and targets of all U microbatches, the gradient norm, and whether some rank was told to stop.
     """
     now = run.program.at(run.tokens)
     rates = follow(run, now)
-    sums = torch.zeros(4, dtype=torch.float64, device=run.device)  # loss, targets, squared gradient norm, stop
-    for batch in batches:
+    first, num_micro = dist.get_rank(run.group) * len(batches), dist.get_world_size(run.group) * len(batches)
+    sums = torch.zeros(2 + 2 * num_micro, dtype=torch.float64, device=run.device)  # squared norm, stop; by microbatch
+    loss_U, targets_U = sums[2 : 2 + num_micro], sums[2 + num_micro :]
+    for m, batch in enumerate(batches, first):
         tokens_BL, labels_BL, positions_BL = (t.to(run.device, non_blocking=True) for t in batch)
         loss = run.model(tokens_BL, positions_BL, labels_BL)
         loss.backward()
-        sums[0] += loss.detach()
-        sums[1] += (labels_BL != IGNORE).sum()
-    sums[2] = squared_gradient_norm(run.model)
-    sums[3] = run.stop.signalled
+        loss_U[m] = loss.detach()
+        targets_U[m] = (labels_BL != IGNORE).sum()
+    sums[0] = squared_gradient_norm(run.model)
+    sums[1] = run.stop.signalled
     if run.group is not None:
         dist.all_reduce(sums, group=run.group)
-    loss_sum, num_targets, squared_norm, stop = sums.tolist()
-    num_targets = max(num_targets, 1)
-    run.stop.agreed = stop > 0
-    loss_mean, grad_norm = loss_sum / num_targets, math.sqrt(squared_norm) / num_targets
+    (squared_norm, stop), loss_U, targets_U = sums.cpu().split([2, num_micro, num_micro])  # the step's one wait for a GPU
+    num_targets = max(targets_U.sum().item(), 1)
+    run.stop.agreed = stop.item() > 0
+    loss_mean, grad_norm = loss_U.sum().item() / num_targets, math.sqrt(squared_norm.item()) / num_targets
     if not math.isfinite(grad_norm) or not math.isfinite(loss_mean):
         raise FloatingPointError(
             f"step {run.step + 1}: loss {loss_mean}, gradient norm {grad_norm}; the weights were not touched. "
@@ -71,7 +73,8 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
     run.stop.agreed |= run.balancer.guard.wants_stop
     run.tokens += now.tokens
-    return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, **rates, **balance}
+    spread = {"batch_het": batch_heterogeneity(loss_U, targets_U), **run.window.add(loss=loss_mean, grad_norm=grad_norm)}
+    return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, **rates, **spread, **balance}
 
 
 def follow(run: Run, now: Now) -> dict[str, float]:
