@@ -49,6 +49,11 @@ def test_overrides_reach_the_config():
     assert config.balance.rule["lr"] == 1e-3
 
 
+def test_what_is_blamed_is_the_key_and_not_the_choice_of_its_group():
+    with pytest.raises(ConfigError, match=r"'optim.adamw_rl=1': .*did you mean optim.adamw_lr"):
+        load(["experiment=demo", "optim=muon", "optim.adamw_rl=1"])
+
+
 REFUSED = {  # override: what the message must contain
     "stpes=3": "did you mean steps",
     "model.dimm=64": "did you mean model.dim",

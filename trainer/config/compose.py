@@ -96,15 +96,21 @@ def _explain(error: Exception, overrides: list[str], root: str) -> str:
     noise = ("full_key", "object_type", "reference_type", "Config search path", "provider=", "See https")
     message = " ".join(line for line in lines if not line.startswith(noise))
     text = f"{error} {text}"
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~")
-        if key and (key in text or override in text):
-            return f"{override!r}: {message}{_nearest(key, root)}"
-    return message
+    keys = {override: override.split("=")[0].lstrip("+~") for override in overrides}
+    meant = [override for override, key in keys.items() if key and (key in text or override in text)]
+    if not meant:
+        return message
+    override = max(meant, key=lambda override: len(keys[override]))  # optim.lr=x rather than optim=muon
+    groups = [other for other, key in keys.items() if "." not in key and other != override]
+    return f"{override!r}: {message}{_nearest(keys[override], root, groups)}"
 
 
-def _nearest(key: str, root: str) -> str:
-    valid = list(_all_keys(root))
+def _nearest(key: str, root: str, groups: list[str]) -> str:
+    """groups: overrides that choose what the keys are, like optim=muon."""
+    try:
+        valid = list(_all_keys(root, groups))
+    except (HydraException, OmegaConfBaseException):
+        valid = list(_all_keys(root, []))
     if key in valid:
         return ""
     by_leaf = [v for v in valid if v.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
@@ -114,10 +120,10 @@ def _nearest(key: str, root: str) -> str:
     return f" (top-level keys: {', '.join(sorted({v.split('.')[0] for v in valid}))})"
 
 
-def _all_keys(root: str) -> Iterator[str]:
-    """Every key of the schema, the keys of the default `_target_` nodes included, and the config groups."""
+def _all_keys(root: str, groups: list[str]) -> Iterator[str]:
+    """Every key of the schema, those of the chosen `_target_` nodes included, and the config groups."""
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-        node = compose(root, [])
+        node = compose(root, groups)
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in node:
