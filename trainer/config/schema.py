@@ -41,7 +41,7 @@ class DataConfig:
     source: Any = None  # _target_: where documents come from (trainer/data/)
     sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
     mixture: dict[str, float] | None = field(default_factory=dict)  # weights of sources, shares of tokens; none: equal ones
-    buffer: int = 0  # [documents] that stay open in each virtual stream, b to 2 b; 0: one after another (trainer/data/buffer.py)
+    buffer: int = 0  # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
     tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
     shuffle: bool = True

@@ -52,8 +52,8 @@ class DocumentBuffer:
             return 0
         if 2 * self.num_open <= len(self.slots):
             self.close_up()
-        num_slots = len(self.slots)
-        while self.slots[slot := self.draw(num_slots)] is None:
+        slots = self.slots
+        while slots[slot := self.draw(len(slots))] is None:
             pass
         return slot
 
@@ -66,9 +66,10 @@ class DocumentBuffer:
 
     def draw(self, n: int) -> int:
         """Uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at most.)"""
-        block, k = divmod(self.draws, BLOCK)
-        if block != self.block:
-            random = np.random.Philox(key=self.key, counter=[block * BLOCK // 4, 0, 0, DRAWS])  # a count is 4 words
-            self.bits, self.block = (random.random_raw(BLOCK) >> np.uint64(32)).tolist(), block
-        self.draws += 1
-        return self.bits[k] * n >> 32
+        draw = self.draws
+        if draw // BLOCK != self.block:
+            self.block = draw // BLOCK
+            random = np.random.Philox(key=self.key, counter=[self.block * BLOCK // 4, 0, 0, DRAWS])  # a count is 4 words
+            self.bits = (random.random_raw(BLOCK) >> np.uint64(32)).tolist()
+        self.draws = draw + 1
+        return self.bits[draw % BLOCK] * n >> 32

@@ -27,8 +27,6 @@ class Credits:
         self.credit_S = [math.inf] * num_sources
 
     def next_source(self, weights_S: Sequence[float], *, next_length: Callable[[int], int]) -> int:
-        if len(weights_S) == 1:
-            return 0
         wanted = [s for s, weight in enumerate(weights_S) if weight > 0]
         begun = [s for s in wanted if self.credit_S[s] == math.inf]
         for s in begun:
@@ -38,6 +36,5 @@ class Credits:
         return min(wanted, key=lambda s: (next_length(s) / 2 - self.credit_S[s]) / weights_S[s])
 
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
-        if len(weights_S) > 1:
-            self.credit_S = [credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)]
-            self.credit_S[source] -= length
+        self.credit_S = [credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)]
+        self.credit_S[source] -= length

@@ -57,8 +57,9 @@ class Reader:
     def tokens(self, n: int, *, max_mb: float) -> np.ndarray:
         """uint32, the end of text included. Raises: BadDocument."""
         document = self.source[self.place(n)]
-        given = document.tokens
-        tokens = self.tokenized(document, max_mb=max_mb) if given is None else given.astype(np.uint32, copy=False)
+        tokens = self.tokenized(document, max_mb=max_mb) if document.tokens is None else document.tokens
+        if tokens.dtype != np.uint32:
+            tokens = tokens.astype(np.uint32)
         if not len(tokens):
             raise BadDocument("empty", document.where, "no token")
         return tokens

@@ -98,7 +98,7 @@ class TokenStream:
                 rows_3T, seq_len=self.seq_len, document_mask=self.document_mask, weights_S=self.weights_S, buffer_size=self.buffer
             )
         rows_3BL = torch.from_numpy(rows_3VT.reshape(3, num_rows, self.seq_len))
-        return [Batch(*batch_3BL) for batch_3BL in rows_3BL.split(micro_batch, dim=1)]
+        return list(map(Batch, *(rows_BL.split(micro_batch) for rows_BL in rows_3BL)))
 
     def refuse(self, bad: BadDocument) -> None:
         if self.on_bad == "fatal":

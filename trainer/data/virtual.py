@@ -65,17 +65,17 @@ class VirtualStream:
         self.totals["open"] -= filled
 
     def refill(self, buffer_size: int, weights_S: Sequence[float]) -> None:
-        room = self.buffer.room(buffer_size)
+        room, opened = self.buffer.room(buffer_size), 0
         self.buffer.close_up()
         for _ in range(room):
-            source = self.credits.next_source(weights_S, next_length=self.next_length)
-            tokens = self.ahead.pop(source, None)
-            if tokens is None:
-                tokens = self.read_next(source)
-            self.credits.charge(source, len(tokens), weights_S)
+            source = self.credits.next_source(weights_S, next_length=self.next_length) if len(weights_S) > 1 else 0
+            tokens = self.ahead.pop(source) if source in self.ahead else self.read_next(source)
+            if len(weights_S) > 1:
+                self.credits.charge(source, len(tokens), weights_S)
             self.buffer.add(OpenDocument(source, self.next_S[source], 0, tokens))
             self.next_S[source] += self.num_streams
-            self.totals["open"] += len(tokens)
+            opened += len(tokens)
+        self.totals["open"] += opened
 
     def next_length(self, source: int) -> int:
         """Of the document of `source` that is opened next; it is kept for then."""
