@@ -76,15 +76,34 @@ def ranks(num_ranks: int, source: object, **changes: object) -> list[TokenStream
     return [make_stream(source, rank=rank, num_ranks=num_ranks, **changes) for rank in range(num_ranks)]
 
 
-def summed(streams: list[TokenStream]) -> dict[str, torch.Tensor]:
-    states = [stream.state_dict() for stream in streams]
-    return {name: sum(state[name] for state in states) for name in states[0]}
+def gathered(streams: list[TokenStream]) -> dict[str, torch.Tensor]:
+    """The state of the run: the streams of all ranks, and the sum of what they counted."""
+    num_slots = max(stream.num_slots for stream in streams)
+    states = [stream.state_dict(num_slots=num_slots) for stream in streams]
+    parts = {name: [state[name] for state in states] for name in states[0]}
+    return {name: sum(each) if name == "counts" else torch.cat(each) for name, each in parts.items()}
 
 
 def load(streams: list[TokenStream], state: dict[str, torch.Tensor]) -> list[TokenStream]:
     for stream in streams:
-        stream.load_state_dict(state, keep_counts=stream.streams.start == 0)
+        own = slice(stream.streams.start, stream.streams.stop)
+        part = {name: tensor if name == "counts" else tensor[own] for name, tensor in state.items()}
+        stream.load_state_dict(part, keep_counts=stream.streams.start == 0)
     return streams
+
+
+def cursor_of(stream: TokenStream) -> torch.Tensor:
+    """Document and tokens read of it, for each of a rank's streams: one source, no buffer. (V, 2)"""
+    state = stream.state_dict()
+    number_V, is_open_VC = torch.tensor(stream.streams), state["index_VC"] >= 0
+    assert (is_open_VC.sum(1) <= 1).all()
+    n_VC = number_V[:, None] + state["index_VC"] * stream.num_streams
+    n_V = torch.where(is_open_VC.any(1), (n_VC * is_open_VC).sum(1), state["next_VS"][:, 0])
+    return torch.stack([n_V, (state["read_VC"] * is_open_VC).sum(1)], dim=1)
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def reference_rows(documents: list[list[int]], *, stream: int, num_streams: int, num_rows: int, seq_len: int):
@@ -130,7 +149,7 @@ def first_epoch(source: ListSource, **changes: object) -> list[list[tuple[int, i
     num_streams, num_documents = 8, len(source)
     stream = make_stream(source, **changes)
     delivered: list[list] = [[[]] for _ in range(num_streams)]
-    while int(stream.cursor_V2[:, 0].min()) < num_documents + num_streams:
+    while int(cursor_of(stream)[:, 0].min()) < num_documents + num_streams:
         tokens, labels, _ = step_rows(stream).reshape(3, num_streams, -1)
         for v in range(num_streams):
             for pair in zip(tokens[v].tolist(), labels[v].tolist(), strict=True):
@@ -197,11 +216,11 @@ def test_resumes_in_the_middle_of_a_document_twice_in_a_row() -> None:
     for step, rows in enumerate(expected):
         if step in (3, 4, 7):
             state = resumed.state_dict()
-            assert (state["cursor_V2"][:, 1] > 0).any()  # it is the middle of a document
+            assert (cursor_of(resumed)[:, 1] > 0).any()  # it is the middle of a document
             resumed = make_stream(source)
             for _ in range(2):
                 resumed.load_state_dict(state, keep_counts=True)
-            assert torch.equal(resumed.state_dict()["cursor_V2"], state["cursor_V2"])
+            assert equal(resumed.state_dict(), state)
         assert torch.equal(step_rows(resumed), rows)
     assert resumed.counts == straight.counts
 
@@ -225,9 +244,8 @@ def test_chain_of_2_8_4_1_ranks_equals_one_run() -> None:
             load(streams, state)
         for _ in range(3):
             assert torch.equal(global_rows(streams), step_rows(straight))
-        state = summed(streams)
-    assert torch.equal(state["cursor_V2"], straight.state_dict()["cursor_V2"])
-    assert torch.equal(state["counts"], straight.state_dict()["counts"])  # also the empty ones, each once
+        state = gathered(streams)
+    assert equal(state, straight.state_dict())  # also the counts of the empty ones, each once
 
 
 def test_counts_are_what_was_read() -> None:
@@ -235,19 +253,20 @@ def test_counts_are_what_was_read() -> None:
     for _ in range(3):
         step_rows(stream)
     # 3 steps x 2 rows x 16 tokens = 96 tokens = 24 documents = 4 epochs of 6
-    expected = {"epoch": 4, "documents": 24, "tokens": 96, **dict.fromkeys(data.BAD_KINDS, 0)}
+    expected = {"epoch": 4, "documents": 24, "tokens": 96, "open": 0, **dict.fromkeys(data.BAD_KINDS, 0)}
     assert stream.counts == expected
-    state = {**stream.state_dict(), "cursor_V2": torch.tensor([[30, 0], [17, 1]])}
+    open_17 = {"index_VC": torch.tensor([[-2], [8]]), "read_VC": torch.tensor([[0], [1]])}  # 17 = 1 + 8 * 2
+    state = {**stream.state_dict(), **open_17, "next_VS": torch.tensor([[30], [19]])}
     stream.load_state_dict(state, keep_counts=False)
     assert stream.counts == {**dict.fromkeys(expected, 0), "epoch": 17 // 6}  # that of the slowest stream
 
 
 def test_foreign_states_are_refused() -> None:
     streams = ranks(2, ListSource(numbered(LENGTHS)))
-    with pytest.raises(ValueError, match="sum the state_dict of all its ranks"):
+    with pytest.raises(ValueError, match="not that of streams 0 to 3 of this run"):
         streams[0].load_state_dict(streams[1].state_dict(), keep_counts=True)
     with pytest.raises(ValueError, match=r"8 streams, this run 4; use data.num_streams=8"):
-        make_stream(ListSource([[1]]), num_streams=4).load_state_dict(summed(streams), keep_counts=True)
+        make_stream(ListSource([[1]]), num_streams=4).load_state_dict(gathered(streams), keep_counts=True)
     long, short = make_stream(ListSource([[1] * 100])), make_stream(ListSource([[1] * 3]))
     step_rows(long)
     short.load_state_dict(long.state_dict(), keep_counts=True)
@@ -304,7 +323,7 @@ def test_every_kind_of_bad_document_is_counted_and_located(tmp_path: Path, token
     path, reported = write_lines(tmp_path / "a.jsonl", lines), []
     stream = make_stream(data.JsonlSource(path), tokenizer=tokenizer, report=reported.append, num_streams=1,
                          global_batch=1, max_document_mb=0.001, shuffle=False)  # fmt: skip
-    while stream.cursor_V2[0, 0] < len(lines):
+    while cursor_of(stream)[0, 0] < len(lines):
         step_rows(stream)
     first = reported[: len(BAD_LINES)]  # the row may reach into the second epoch
     assert [bad.kind for bad in first] == list(BAD_LINES) == list(data.BAD_KINDS)
@@ -553,7 +572,7 @@ def test_streamed_rows_equal_those_of_the_indexed_corpus_on_any_ranks_and_after_
             load(streams, state)
         for _ in range(2):
             assert torch.equal(global_rows(streams), step_rows(indexed))
-        state = summed(streams)
+        state = gathered(streams)
     assert torch.equal(state["counts"], indexed.state_dict()["counts"])
     assert streams[0].counts == indexed.counts
     assert indexed.counts["epoch"] >= 2
@@ -564,18 +583,19 @@ def test_streaming_keeps_only_what_this_rank_still_wants(hub_dir: str, tokenizer
     streams = [make_stream(data.HubSource(hub_dir), rank=rank, **split) for rank in range(4)]
     opened = []
     for stream in streams:
-        follow = stream.source.follow
-        stream.source.follow = lambda *args, follow=follow, **kw: opened.append(args) or follow(*args, **kw)
+        source = stream.readers[0].source
+        follow = source.follow
+        source.follow = lambda *args, follow=follow, **kw: opened.append(args) or follow(*args, **kw)
     for step in range(30):
         if step == 15:  # a resume opens once, at the slowest stream
-            load(streams, state := summed(streams))
-            assert opened == [(int(state["cursor_V2"][stream.streams, 0].min()),) for stream in streams]
+            load(streams, gathered(streams))
+            assert opened == [(int(cursor_of(stream)[:, 0].min()),) for stream in streams]
         global_rows(streams)
         for stream in streams:
-            cursor = stream.cursor_V2[:, 0]
-            between = range(cursor[stream.streams].min(), cursor[stream.streams].max() + 1)
+            cursor = dict(zip(stream.streams, cursor_of(stream)[:, 0].tolist(), strict=True))
+            between = range(min(cursor.values()), max(cursor.values()) + 1)
             mine = {n for n in between if n % 8 in stream.streams}
-            assert set(stream.source.kept) <= {n for n in mine if n >= cursor[n % 8]}
+            assert set(stream.readers[0].source.kept) <= {n for n in mine if n >= cursor[n % 8]}
     assert len(opened) == 4  # forward only: nothing was read a second time
 
 

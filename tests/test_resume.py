@@ -1,6 +1,7 @@
 """A run that stopped and went on is the run that never stopped: bit for bit on one layout, within float32 on others."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, num_ranks, layout)
     moments = [name for name in whole if name.endswith("exp_avg")]
     biases = [name for name in whole if name.endswith("expert_bias_E")]
     assert moments and len(biases) == 4
-    for name in [*moments, *biases, "balancer.rule.momentum_ME", "balancer.tail_counts_ME", "stream.cursor_V2"]:
+    for name in [*moments, *biases, "balancer.rule.momentum_ME", "balancer.tail_counts_ME", "stream.next_VS"]:
         assert whole[name].any(), name
 
 
@@ -114,6 +115,74 @@ def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks
     one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any(name.endswith("momentum_buffer") and tensor.any() for name, tensor in one.items())
+
+
+FEW = "few: {_target_: trainer.data.SyntheticSource, vocab_size: 512, num_topics: 2, mean_length: 40, num_documents: 90}"
+MANY = "many: {_target_: trainer.data.SyntheticSource, vocab_size: 512, num_topics: 30, mean_length: 90, seed: 1}"
+MIXED = [
+    "data.source=null", f"data.sources={{{FEW}, {MANY}}}", "data.mixture={few: 1}", "data.num_streams=4", "steps=null",
+    "stage=constant", "~stage.run", "+stage.a={steps: 4}", "+stage.b={steps: 3, mixture: {few: 1, many: 3}, seq_len: 64}",
+    "+stage.c={steps: 4, buffer: 3}", "+stage.d={steps: 3, global_batch: 8, buffer: 5, mixture: {many: 1}}",
+    "+stage.e={steps: 3, buffer: 0, mixture: {few: 1, many: 1}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
+def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(tmp_path, num_ranks, layout, capfd):
+    where = [f"run_dir={tmp_path}", *layout]
+    run_ranks(train_worker, num_ranks, [*MIXED, "name=whole", *where], None)
+    conclusion = r"data: \d+ documents, 5376 tokens, none skipped, \d+ tokens were still in the buffer"
+    assert re.search(conclusion, capfd.readouterr().out)
+    for stop_at in (2, 6, 9, 13, 15):
+        assert set(run_ranks(train_worker, num_ranks, [*MIXED, "name=parts", *where], stop_at)) == {train.INTERRUPTED}
+    run_ranks(train_worker, num_ranks, [*MIXED, "name=parts", *where], None)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    # mixed from step 5 on, buffered from step 8 to 14
+    heads = {name: one[f"stream.{name}"] for name in ("next_VS", "draws_V", "index_VC", "read_VC", "source_VC")}
+    assert heads["next_VS"].min() >= 4 and heads["draws_V"].min() > 0 and heads["index_VC"].shape == heads["source_VC"].shape
+
+
+def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
+    """This rank's rows of each step that is left, without training on them."""
+    run = train.build(load([*BASE, *MIXED, *overrides]))
+    train.resume(run)
+    assert run.step == 9
+    seen = []
+    while run.step < run.last_step:
+        rows = [torch.stack(list(batch)) for batch in train.next_batches(run)]
+        seen.append(torch.cat(rows, dim=1))
+        run.tokens, run.step = run.tokens + run.program.at(run.tokens).tokens, run.step + 1
+    return seen
+
+
+def test_a_buffered_mixture_of_four_ranks_goes_on_on_one_and_on_two(tmp_path):
+    where = ["name=moving", f"run_dir={tmp_path}"]
+    run_ranks(train_worker, 4, [*MIXED, "parallel=hsdp_ep", *where], 9)
+    assert (tensors(tmp_path / "moving", 9)["stream.index_VC"] >= 0).sum() > 4 * 3  # in the middle of the buffer
+    one = run_ranks(next_tokens_worker, 1, where)[0]
+    assert len(one) == 8
+    for num_ranks, layout in [(2, "fsdp"), (4, "hsdp_ep")]:
+        parts = run_ranks(next_tokens_worker, num_ranks, [f"parallel={layout}", *where])
+        assert all(torch.equal(torch.cat(rows, dim=1), whole) for *rows, whole in zip(*parts, one, strict=True))
+    run_ranks(train_worker, 2, [*MIXED, "parallel=fsdp", *where, "steps=12"], None)  # and on from there, on other ranks again
+    assert run_ranks(train_worker, 1, [*MIXED, *where, "steps=14"], None)[0] in (train.OK, train.COLLAPSED)
+    same = run_ranks(train_worker, 1, [*MIXED, "name=same", f"run_dir={tmp_path}", "steps=14"], None)
+    assert same[0] in (train.OK, train.COLLAPSED)
+    moved, stayed = tensors(tmp_path / "moving", 14), tensors(tmp_path / "same", 14)
+    names = [name for name in stayed if name.startswith("stream.")]
+    assert len(names) == 7 and all(torch.equal(moved[name], stayed[name]) for name in names)
+
+
+def test_a_resume_may_have_another_mixture_and_buffer_and_no_other_sources(tmp_path):
+    where = ["name=remixed", f"run_dir={tmp_path}"]
+    run_ranks(train_worker, 1, [*MIXED, *where], 9)
+    other = ["stage.c.buffer=9", "stage.c.mixture={few: 3, many: 1}", "data.mixture={many: 1}", "data.buffer=2"]
+    assert run_ranks(train_worker, 1, [*MIXED, *where, *other, "steps=11"], None)[0] in (train.OK, train.COLLAPSED)
+    assert tensors(tmp_path / "remixed", 11)["stream.index_VC"].shape[1] == 18
+    with pytest.raises(train.ConfigError, match=r"data\.sources=.*'seed': 1.*'seed': 2"):
+        run_ranks(train_worker, 1, [*MIXED, *where, "data.sources.many.seed=2"], None)
 
 
 def biases_worker(overrides: list[str]) -> list[torch.Tensor]:
@@ -177,10 +246,15 @@ def test_a_growing_batch_is_the_same_on_any_number_of_ranks_and_microbatches():
             assert losses == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize("change", ["stage.run.mixture={a: 1}", "stage.run.buffer=64"])
-def test_what_the_token_stream_cannot_do_yet_is_refused(change):
-    with pytest.raises(train.ConfigError, match="one source in order so far"):
-        run_ranks(losses_worker, 1, ["name=no", "stage=constant", change])
+@pytest.mark.parametrize(("change", "message"), [
+    ("stage.run.mixture={a: 1}", r"stage.run: mixture={'a': 1.0}: weights, but there is one source, data.source"),
+    ("data.mixture={a: 1}", r"data.mixture={'a': 1.0}: weights, but there is one source"),
+    ("data.source=null|data.sources={gone: {_target_: trainer.data.TextSource, path: nowhere}}|stage.run.mixture={god: 1}",
+     "there is no source god .did you mean gone"),
+])  # fmt: skip
+def test_a_mixture_that_cannot_be_is_refused_before_anything_is_loaded(change, message):
+    with pytest.raises(train.ConfigError, match=message):
+        run_ranks(losses_worker, 1, ["name=no", "stage=constant", *change.split("|")])
 
 
 def test_only_the_newest_checkpoints_are_kept_and_a_draft_is_none(tmp_path):

@@ -9,20 +9,21 @@ import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch.distributed.tensor import DTensor, Shard
 
 from trainer import device
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import set_training_state, training_state
 from trainer.config import BalanceConfig, Config, ConfigError
-from trainer.data import TokenStream, load_tokenizer
+from trainer.data import COUNTED, TokenStream, load_tokenizer
 from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, find_checkpoint, run_directory
 from trainer.metrics import Window
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.init import initialize
-from trainer.model.parallelize import build_parallel
+from trainer.model.parallelize import build_parallel, local
 from trainer.optim import Optimizers
-from trainer.program import Now, Program, program_of
+from trainer.program import Now, Program, check_sources, program_of
 from trainer.stop import StopRequest
 
 
@@ -56,6 +57,7 @@ def build(config: Config) -> Run:
     has_experts = config.model.num_dense_layers < config.model.num_layers
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
     program = program_of(config)
+    check_sources(config, program)
     first = program.spans[0].now
     with refusing():
         stream = build_stream(config, program, dims)
@@ -93,12 +95,8 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
     mesh = dims.get_optional_mesh("batch")
     rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
     d, first = config.data, program.spans[0].now
-    for span in program.spans:
-        if span.now.mixture or span.now.buffer:
-            what = f"buffer={span.now.buffer}" if span.now.buffer else f"mixture={span.now.mixture}"
-            raise ConfigError(f"stage.{span.name}: {what}: training reads one source in order so far; set it to null to train")
     program.check_split(num_ranks=num_ranks, num_streams=d.num_streams)
-    source = instantiate(d.source)
+    source = {name: instantiate(d.sources[name]) for name in sorted(d.sources)} if d.sources else instantiate(d.source)
     tokenizer = None
     for turn in (0, 1):
         if d.tokenizer is not None and turn == min(dist.get_rank(), 1):
@@ -117,6 +115,8 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
         on_bad=d.on_bad,
         max_document_mb=d.max_document_mb,
         document_mask=d.document_mask,
+        mixture=first.mixture,
+        buffer=first.buffer,
         report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
     )
 
@@ -136,20 +136,39 @@ def refusing():
         raise ConfigError(str(error.__cause__ or error)) from error
 
 
-def full_state(run: Run) -> dict[str, Any]:
-    """Everything that a resumed run needs, on any layout; collective."""
+def full_state(run: Run, *, num_slots: int | None = None) -> dict[str, Any]:
+    """Everything that a resumed run needs, on any layout; collective. `num_slots`: of the stream's buffers, where it is known."""
     state = training_state(run.model, run.optimizer, run.balancer)
     progress = {"step": torch.tensor(run.step), "tokens": torch.tensor(run.tokens), "window": run.window.state_dict()}
-    return {**state, **progress, "stream": global_stream_state(run)}
+    return {**state, **progress, "stream": stream_state(run, num_slots=num_slots or agreed_slots(run))}
 
 
-def global_stream_state(run: Run) -> dict[str, torch.Tensor]:
-    """Each rank knows its own streams; the sum is the state of all."""
-    state = {name: tensor.to(run.device) for name, tensor in run.stream.state_dict().items()}
+def stream_state(run: Run, *, num_slots: int) -> dict[str, torch.Tensor]:
+    """Each rank holds its own virtual streams: all are saved once and cut anew for any number of ranks. Counts are summed."""
+    state, mesh = run.stream.state_dict(num_slots=num_slots), run.dims.get_optional_mesh("batch")
+    counts = agreed(run, state.pop("counts"))
+    own = {name: tensor.to(run.device) for name, tensor in state.items()}
+    if mesh is not None:
+        own = {name: DTensor.from_local(tensor, mesh, [Shard(0)]) for name, tensor in own.items()}
+    return {**own, "counts": counts}
+
+
+def agreed_slots(run: Run) -> int:
+    """Of the fullest buffer of all ranks."""
+    return max(1, int(agreed(run, torch.tensor(run.stream.num_slots), op=dist.ReduceOp.MAX)))
+
+
+def stream_counts(run: Run) -> dict[str, int]:
+    """What all ranks have read since the start of the run; collective."""
+    return dict(zip(COUNTED, agreed(run, run.stream.state_dict()["counts"]).tolist(), strict=True))
+
+
+def agreed(run: Run, numbers: torch.Tensor, *, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Over all ranks that read other tokens."""
+    numbers = numbers.to(run.device)
     if run.group is not None:
-        for tensor in state.values():
-            dist.all_reduce(tensor, group=run.group)
-    return state
+        dist.all_reduce(numbers, op=op, group=run.group)
+    return numbers
 
 
 def resume(run: Run) -> Path | None:
@@ -161,13 +180,14 @@ def resume(run: Run) -> Path | None:
     if found is None:
         return None
     checkpoints, step = found
-    state = checkpoints.load(step, full_state(run))
+    _, num_slots = checkpoints.shape(step, "stream.read_VC")
+    state = checkpoints.load(step, full_state(run, num_slots=num_slots))
     run.step, run.tokens = int(state["step"]), int(state["tokens"])
     run.last_step = run.program.last_step(step=run.step, position=run.tokens)
     run.balancer.end_at(run.last_step)
     run.window.load_state_dict(state["window"])
     set_training_state(state, run.model, run.optimizer, run.balancer)
-    run.stream.load_state_dict({k: v.cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
+    run.stream.load_state_dict({k: local(v).cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
     refuse_past_end(run, where=checkpoints.path(step))
     return checkpoints.path(step)
 

@@ -63,6 +63,13 @@ class Checkpoints:
         dcp.load(state, checkpoint_id=self.path(step), no_dist=alone())
         return state
 
+    def shape(self, step: int, name: str) -> tuple[int, ...]:
+        """Of a saved tensor."""
+        saved = dcp.FileSystemReader(self.path(step)).read_metadata().state_dict_metadata
+        if name not in saved:
+            raise ValueError(f"{self.path(step)} holds no {name}: another version of Triquetra wrote it; continue with that one")
+        return tuple(saved[name].size)
+
     def _agreed_steps(self) -> list[int]:
         """Rank 0's view, on all ranks: file systems of several hosts may differ for a moment."""
         agreed = [self.steps() if dist.get_rank() == 0 else []]

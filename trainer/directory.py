@@ -19,12 +19,12 @@ from omegaconf import OmegaConf
 
 from trainer.checkpoint import Checkpoints
 from trainer.config import Config, ConfigError, resolved_yaml
-from trainer.data import BadDocument, Source
+from trainer.data import BadDocument
 from trainer.program import Program
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
-FIXED = ("model", "seed", "data.source", "data.tokenizer", "data.num_streams", "data.shuffle", "data.document_mask",
-         "balance.rule._target_", "optim._target_")  # fmt: skip
+FIXED = ("model", "seed", "data.source", "data.sources", "data.tokenizer", "data.num_streams", "data.shuffle",
+         "data.document_mask", "balance.rule._target_", "optim._target_")  # fmt: skip
 
 
 def run_directory(config: Config) -> Path:
@@ -63,12 +63,12 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, lo
         file.write(json.dumps(line) + "\n")
 
 
-def open_directory(config: Config, *, source: Source, tokenizer) -> None:
+def open_directory(config: Config, *, corpus: str | dict[str, str], tokenizer) -> None:
     """Rank 0 writes what describes the run; all ranks refuse to continue another one. Collective. Raises: ConfigError."""
     answer: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            _open(config, source=source, tokenizer=tokenizer)
+            _open(config, corpus=corpus, tokenizer=tokenizer)
         except ConfigError as error:
             answer = [str(error)]
     dist.broadcast_object_list(answer)
@@ -76,11 +76,11 @@ def open_directory(config: Config, *, source: Source, tokenizer) -> None:
         raise ConfigError(answer[0])
 
 
-def _open(config: Config, *, source: Source, tokenizer) -> None:
+def _open(config: Config, *, corpus: str | dict[str, str], tokenizer) -> None:
     directory = run_directory(config)
     tokenizer_text = tokenizer.to_str() if tokenizer is not None else None
     digest = hashlib.sha256(tokenizer_text.encode()).hexdigest()[:16] if tokenizer_text else None
-    data = {"corpus": source.fingerprint, "tokenizer": digest}
+    data = {"corpus": corpus, "tokenizer": digest}
     if checkpoints_of(config).steps():
         _refuse_another_run(config, directory, data)
     elif config.branch is not None:

@@ -145,6 +145,10 @@ def program_of(config: Config) -> Program:
     stage = config.stage or {"": SpanConfig()}
     first = {key: getattr(config, key) for key in ("global_batch", "micro_batch", "seq_len", "z_loss_weight")}
     first |= {key: getattr(config.balance, key) for key in LOSSES}
+    if config.data.mixture:
+        check_mixture("data.", config.data.mixture)
+    equal = dict.fromkeys(config.data.sources, 1.0) if config.data.sources else None
+    first |= {"mixture": config.data.mixture or equal, "buffer": config.data.buffer}
     nows = list(settings(stage, Now(span="", lr=1.0, bias_rate=1.0, **first)))
     bounds = boundaries(stage, nows, config.steps)
     curves = {key: follow(key, stage, bounds) for key in CURVES}
@@ -165,16 +169,27 @@ def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
         given = {key: value for key in KEPT if (value := getattr(span, key)) is not None}
         for key, value in given.items():
             if key == "mixture":
-                check_mixture(name, value)
+                check_mixture(named(name), value)
             elif not at_least.get(key, 0) <= value < math.inf:
                 raise ConfigError(f"{named(name)}{key}={value}: must be at least {at_least.get(key, 0)}, and finite")
         now = replace(now, span=name, **given)
         yield now
 
 
-def check_mixture(name: str, weights: dict[str, float]) -> None:
+def check_mixture(where: str, weights: dict[str, float]) -> None:
     if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
-        raise ConfigError(f"{named(name)}mixture={weights}: weights of sources, 0 or more, and not all 0")
+        raise ConfigError(f"{where}mixture={weights}: weights of sources, 0 or more, and not all 0")
+
+
+def check_sources(config: Config, program: Program) -> None:
+    """Raises: ConfigError if a mixture names a source that the run does not have."""
+    given = {"data.": config.data.mixture} | {named(span.name): span.now.mixture for span in program.spans}
+    known = list(config.data.sources)
+    for where, mixture in given.items():
+        if mixture and not known:
+            raise ConfigError(f"{where}mixture={mixture}: weights, but there is one source, data.source; set data.sources")
+        for wrong in (name for name in mixture or () if name not in known):
+            raise ConfigError(f"{where}mixture={mixture}: there is no source {wrong}{nearest(wrong, known)}")
 
 
 def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None) -> list[int]:

@@ -20,9 +20,9 @@ from hydra.utils import instantiate
 
 from trainer import device
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, build, full_state, global_stream_state, loss_weights, refusing, resume
+from trainer.build import Run, build, full_state, loss_weights, refusing, resume, stream_counts
 from trainer.config import Config, ConfigError, load, resolved_yaml, usage
-from trainer.data import BAD_KINDS, COUNTED, Batch
+from trainer.data import BAD_KINDS, Batch
 from trainer.directory import checkpoints_of, open_directory, record_start
 from trainer.metrics import MetricsLog, batch_heterogeneity
 from trainer.model.afmoe import count_parameters, flops_per_token
@@ -87,7 +87,7 @@ def follow(run: Run, now: Now) -> dict[str, float]:
 def next_batches(run: Run) -> list[Batch]:
     """This rank's microbatches of the next step, as long and as many as the program says."""
     now = run.program.at(run.tokens)
-    run.stream.resize(seq_len=now.seq_len, global_batch=now.global_batch)
+    run.stream.set(seq_len=now.seq_len, global_batch=now.global_batch, mixture=now.mixture, buffer=now.buffer)
     return run.stream.next_step(now.micro_batch)
 
 
@@ -117,7 +117,7 @@ def train(config: Config) -> int:
     """The whole run on this rank. Returns the exit code."""
     run = build(config)
     is_first = dist.get_rank() == 0
-    open_directory(config, source=run.stream.source, tokenizer=run.stream.tokenizer)
+    open_directory(config, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer)
     run.stop.listen()
     with refusing():
         loaded = resume(run)
@@ -159,12 +159,14 @@ def conclude(run: Run) -> int:
     """Prints where everything is and what became of the experts. Returns the exit code, the same on all ranks."""
     done = run.step >= run.last_step
     verdict = run.balancer.verdict()
-    read = dict(zip(COUNTED, global_stream_state(run)["counts"].tolist(), strict=True))
+    read = stream_counts(run)
     if dist.get_rank() == 0:
         print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
         bad = ", ".join(f"{read[kind]} {kind}" for kind in BAD_KINDS if read[kind])
         skipped = f"skipped {bad} (bad_documents.*.txt)" if bad else "none skipped"
-        print(f"data: {read['documents']} documents, {read['tokens']} tokens, {skipped}")
+        buffered = any(span.now.buffer for span in run.program.spans)
+        left = f", {read['open']} tokens were still in the buffer" if buffered else ""
+        print(f"data: {read['documents']} documents, {read['tokens']} tokens, {skipped}{left}")
         if done:
             print(verdict)
         else:

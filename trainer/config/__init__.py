@@ -10,13 +10,23 @@ schema, and its signature is checked (targets). Imports nothing of ours.
 
 from trainer.config.compose import CONFIG_DIR, composed, load, resolved_yaml, usage
 from trainer.config.fill import filled, nearest
-from trainer.config.schema import BalanceConfig, Config, ConfigError, GuardConfig, ModelConfig, ParallelConfig, SpanConfig
+from trainer.config.schema import (
+    BalanceConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    GuardConfig,
+    ModelConfig,
+    ParallelConfig,
+    SpanConfig,
+)
 
 __all__ = [
     "CONFIG_DIR",
     "BalanceConfig",
     "Config",
     "ConfigError",
+    "DataConfig",
     "GuardConfig",
     "ModelConfig",
     "ParallelConfig",

@@ -47,7 +47,7 @@ def composed(root: str, overrides: list[str]) -> Any:
     """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked, limits are not."""
     try:
         with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-            node = compose(root, _any_key_of_known_spans(root, overrides))
+            node = compose(root, _any_key_of_known_spans(root, _any_source(overrides)))
         check_targets(node)
         if missing := sorted(OmegaConf.missing_keys(node)):
             raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
@@ -69,6 +69,11 @@ def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
         if name not in known:
             raise ConfigError(f"{override!r}: there is no span {name}{nearest(name, known)}; +stage.{name}... adds one")
     return [f"++{override}" if override in ours else override for override in overrides]
+
+
+def _any_source(overrides: list[str]) -> list[str]:
+    """Sources have names of the user's own, so they and their weights may be added without a +; what is wrong is found later."""
+    return [f"++{o}" if o.startswith(("data.sources", "data.mixture")) else o for o in overrides]
 
 
 def resolved_yaml(config: Any) -> str:

@@ -5,9 +5,10 @@ import logging
 import math
 from pathlib import Path
 
-from trainer.config.schema import Config, ConfigError, ModelConfig
+from trainer.config.schema import Config, ConfigError, DataConfig, ModelConfig
 
 DTYPES = ("float32", "bfloat16")
+MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open document
 log = logging.getLogger(__package__)
 
 
@@ -21,6 +22,7 @@ def check(config: Config) -> None:
         raise ConfigError("compile=true with float32 experts: torch compiles the grouped GEMM in bfloat16 only; "
                           "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false")  # fmt: skip
     _check_shape(config.model)
+    _check_sources(config.data)
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r}: must be one plain directory name, without / or ..")
 
@@ -32,7 +34,7 @@ def _check_at_least(config: Config) -> None:
         "global_batch": (config.global_batch, 1),
         "micro_batch": (config.micro_batch, 1), "checkpoint.interval": (config.checkpoint.interval, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1), "logging.interval": (config.logging.interval, 1),
-        "seed": (config.seed, 0), "model.num_dense_layers": (m.num_dense_layers, 0),
+        "seed": (config.seed, 0), "data.buffer": (config.data.buffer, 0), "model.num_dense_layers": (m.num_dense_layers, 0),
         "model.num_shared_experts": (m.num_shared_experts, 0), "parallel.dp_replicate": (config.parallel.dp_replicate, 1),
         "parallel.ep": (config.parallel.ep, 1),
     }  # fmt: skip
@@ -78,6 +80,18 @@ def _check_one_of(config: Config) -> None:
             near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(f"{key}={value}: must be one of {', '.join(map(str, options))}{hint}")
+
+
+def _check_sources(d: DataConfig) -> None:
+    if d.source is None and not d.sources:
+        raise ConfigError("not set: data.source. Choose a corpus (data=python), or give several in data.sources")
+    if d.source is not None and d.sources:
+        raise ConfigError(f"data.source and data.sources={{{', '.join(d.sources)}}} are both set; set one of them to null")
+    if d.sources and len(d.sources) > MAX_SOURCES:
+        raise ConfigError(f"data.sources: {len(d.sources)} of them; use at most {MAX_SOURCES}")
+    for name, node in d.sources.items():
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise ConfigError(f"data.sources.{name}={node}: must be a source, like {{_target_: trainer.data.PythonSource}}")
 
 
 def _check_shape(m: ModelConfig) -> None:

@@ -38,7 +38,10 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: Any = MISSING  # _target_: where documents come from (trainer/data/)
+    source: Any = None  # _target_: where documents come from (trainer/data/)
+    sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
+    mixture: dict[str, float] | None = field(default_factory=dict)  # weights of sources, shares of tokens; none: equal ones
+    buffer: int = 0  # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
     tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
     shuffle: bool = True
@@ -115,7 +118,7 @@ class SpanConfig:
     batch_loss_weight: float | None = None
     router_z_loss_weight: float | None = None
     mixture: dict[str, float] | None = None  # weights of the sources
-    buffer: int | None = None  # [documents] of the random sequential document buffer of a rank; 0: none
+    buffer: int | None = None  # [documents] of the random sequential document buffer of each virtual stream; 0: none
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -107,14 +108,20 @@ class TextSource:
 
 
 class PythonSource(TextSource):
-    """The running interpreter's standard library: real text that every machine has (3.11: 32 MB)."""
+    """The running interpreter's standard library: real text that every machine has (3.11: 32 MB).
 
-    def __init__(self) -> None:
+    `match`: a regular expression for the files' names below the library's directory; without it, all.
+    """
+
+    def __init__(self, match: str = ".*") -> None:
         root = Path(sysconfig.get_path("stdlib"))
         installed = (root / "site-packages", root / "dist-packages")
         packages = [path for path in root.iterdir() if path.is_dir() and path not in installed]
         files = [root.glob("*.py"), *(package.rglob("*.py") for package in packages)]
-        self.files = sorted(file for file in chain.from_iterable(files) if file.is_file())
+        found = sorted(file for file in chain.from_iterable(files) if file.is_file())
+        self.files = [file for file in found if re.fullmatch(match, file.relative_to(root).as_posix())]
+        if not self.files:
+            raise ValueError(f"match={match}: none of the library's {len(found)} files; an example is json/decoder.py")
         self.fingerprint = hashed_files(self.files)
 
 

@@ -1,32 +1,31 @@
-"""How does a document become rows of tokens: the same rows on any number of ranks, and after any restart?
+"""How do documents become rows of tokens: the same rows on any number of ranks, and after any restart?
 
-    source[i] --tokenizer--> tokens of document n --stream v--> rows --rank r--> tokens_BL, labels_BL,
-     (text)  + end of text   (uint32, one at a time) (packed)  (its streams)     positions_BL
+    source[i] --reader--> tokens of its document n --virtual stream v--> rows --rank r--> tokens_BL, labels_BL,
+     (text)    + end of text   (uint32)     (mixed, buffered, packed)   (its streams)     positions_BL
 
-The order is arithmetic, so there is little to save. The run's document n = 0, 1, 2, ... is document n % N of
-epoch n // N, in that epoch's own permutation. Virtual stream v reads documents v, v + V, v + 2V, ... and
-fills rows with them, one after another; a global batch takes G / V rows from each stream. A rank owns V / R
-neighbouring streams: a global batch does not depend on R. The state is V pairs (document, tokens read of it).
+The order is arithmetic, so there is little to save. A virtual stream draws on the sources by their weights (mixture.py), keeps
+some documents open (buffer.py) and fills rows from them (virtual.py); a global batch takes G / V rows from each stream. A rank
+owns V / R neighbouring streams: a global batch does not depend on R. The state holds read heads and no tokens.
 
-Letters: B rows of a microbatch, L tokens of a row, T tokens of one stream in one step, G rows of an optimizer
-step (the global batch), V virtual streams (not the vocabulary), R data-parallel ranks, N documents.
+Letters: B rows of a microbatch, L tokens of a row, T tokens of one stream in one step, G rows of an optimizer step (the global
+batch), V virtual streams (not the vocabulary; of a rank in shapes), R data-parallel ranks, S sources, C slots of a buffer.
 Units: offsets and lengths in tokens, `_mb` in 10^6 bytes of UTF-8, lines and rows of a file counted from 1.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sized
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from trainer.data.sources import BAD_KINDS, BadDocument, Document, Source, permutation
-from trainer.data.tokenizer import end_of_text_id
+from trainer.data.reader import Reader
+from trainer.data.sources import BAD_KINDS, BadDocument, Source
+from trainer.data.virtual import BEYOND, VirtualStream
 
-COUNTED = ("documents", "tokens", *BAD_KINDS)
-IGNORED = -100  # the label that cross entropy leaves out
+COUNTED = ("documents", "tokens", "open", *BAD_KINDS)  # open: tokens of opened documents that are still to be delivered
 
 
 class Batch(NamedTuple):
@@ -39,111 +38,67 @@ class Batch(NamedTuple):
 
 
 class TokenStream:
-    """The rows of one rank, step after step, without end."""
+    """The rows of one rank, step after step, without end. `source`: one, or several by name."""
 
     def __init__(
-        self, *, source: Source, tokenizer: Tokenizer | None, seq_len: int, global_batch: int,
+        self, *, source: Source | dict[str, Source], tokenizer: Tokenizer | None, seq_len: int, global_batch: int,
         num_streams: int, seed: int, rank: int, num_ranks: int, shuffle: bool = True,
         on_bad: Literal["skip", "fatal"] = "skip", max_document_mb: float = 100.0, document_mask: bool = True,
-        report: Callable[[BadDocument], None] = lambda bad: None,
+        report: Callable[[BadDocument], None] = lambda bad: None, mixture: dict[str, float] | None = None, buffer: int = 0,
     ) -> None:  # fmt: skip
         self.num_streams, self.num_ranks = num_streams, num_ranks
-        self.resize(seq_len=seq_len, global_batch=global_batch)
-        self.num_documents = len(source) if isinstance(source, Sized) else None
-        if self.num_documents == 0:
-            raise ValueError("the corpus holds no document; check data.source")
-        self.source = source
-        self.tokenizer, self.end_of_text = tokenizer, end_of_text_id(tokenizer) if tokenizer else None
-        self.on_bad, self.max_document_mb, self.report = on_bad, max_document_mb, report
-        self.shuffle, self.document_mask, self.totals = shuffle, document_mask, Counter[str]()
-        self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
+        self.names = sorted(source) if isinstance(source, dict) else []
+        sources = {f"data.sources.{name}": source[name] for name in self.names} or {"data.source": source}
+        self.set(seq_len=seq_len, global_batch=global_batch, mixture=mixture, buffer=buffer)
+        self.tokenizer, self.document_mask = tokenizer, document_mask
+        self.on_bad, self.report, self.totals = on_bad, report, Counter[str]()
+        settings = {"tokenizer": tokenizer, "seed": seed, "shuffle": shuffle, "max_document_mb": max_document_mb}
+        self.readers = [Reader(source, key=key, refuse=self.refuse, **settings) for key, source in sources.items()]
         owned = num_streams // num_ranks
         self.streams = range(rank * owned, (rank + 1) * owned)
-        self.move_to(np.stack([np.arange(num_streams), np.zeros(num_streams, int)], axis=1))
+        self.virtual = [
+            VirtualStream(v, num_streams=num_streams, readers=self.readers, seed=seed, totals=self.totals) for v in self.streams
+        ]
+        self.follow()
 
-    def move_to(self, cursor_V2: np.ndarray) -> None:
-        self.cursor_V2, self.tokens_of = cursor_V2, dict[int, np.ndarray]()  # a stream's current document
-        if self.num_documents is None:
-            self.source.follow(int(cursor_V2[self.streams, 0].min()), wanted=self.wants)
-
-    def resize(self, *, seq_len: int, global_batch: int) -> None:
-        """Rows of another length, or another number of them, from the next step on; the streams read on where they are."""
+    def set(self, *, seq_len: int, global_batch: int, mixture: dict[str, float] | None, buffer: int) -> None:
+        """Rows of another length, or another number of them; other weights of the sources (none: equal), another buffer: from
+        the next step on. The streams read on where they are."""
         check_split(global_batch=global_batch, num_streams=self.num_streams, num_ranks=self.num_ranks)
-        self.seq_len, self.rows_per_stream = seq_len, global_batch // self.num_streams
+        self.seq_len, self.rows_per_stream, self.buffer = seq_len, global_batch // self.num_streams, buffer
+        given = mixture or dict.fromkeys(self.names or [""], 1.0)
+        if unknown := set(given) - set(self.names or [""]):
+            raise ValueError(f"mixture={mixture}: there is no source {', '.join(sorted(unknown))}")
+        total = math.fsum(given.values())
+        self.weights_S = [given.get(name, 0.0) / total for name in self.names or [""]]
 
-    def wants(self, n: int) -> bool:
+    def follow(self) -> None:
+        """Tells sources that only read forward where to begin, and what to keep of what they pass."""
+        for s, reader in enumerate(self.readers):
+            if reader.num_documents is None:
+                unread = {n for stream in self.virtual for n in stream.unread(s)}
+                first = min(unread | {stream.next_S[s] for stream in self.virtual})
+                reader.source.follow(first, wanted=lambda n, s=s, unread=unread: n in unread or self.wants(s, n))
+
+    def wants(self, source: int, n: int) -> bool:
         stream = n % self.num_streams
-        return stream in self.streams and n >= self.cursor_V2[stream, 0]
+        return stream in self.streams and n >= self.virtual[stream - self.streams.start].next_S[source]
 
     # -- rows --
 
     def next_step(self, micro_batch: int) -> list[Batch]:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows."""
-        if (rows := len(self.streams) * self.rows_per_stream) % micro_batch:
-            given = f"micro_batch={micro_batch} does not divide the {rows} rows of a rank"
-            raise ValueError(f"{given}; use one of {divisors(rows)}")
-        rows_3BL = torch.from_numpy(np.concatenate([self.next_rows(stream) for stream in self.streams], 1))
-        return [Batch(*batch_3BL) for batch_3BL in rows_3BL.split(micro_batch, dim=1)]
-
-    def next_rows(self, stream: int) -> np.ndarray:
-        """The stream's rows of one step: tokens, labels and positions, (3, rows, L)."""
-        index_T = np.arange(self.rows_per_stream * self.seq_len)
-        tokens_T, labels_T = np.empty_like(index_T), np.full_like(index_T, IGNORED)
-        start_T = index_T // self.seq_len * self.seq_len  # of the row, or of the piece if that is later
-        filled = 0
-        while filled < len(index_T):
-            document, read = self.document(stream), int(self.cursor_V2[stream, 1])
-            piece = document[read : read + len(index_T) - filled]
-            targets = document[read + 1 : read + 1 + len(piece)]  # one fewer where the document ends
-            tokens_T[filled : filled + len(piece)] = piece
-            labels_T[filled : filled + len(targets)] = targets
-            if self.document_mask:
-                start_T[filled] = filled
-            filled += len(piece)
-            self.advance(stream, len(piece))
-        rows_3T = np.stack([tokens_T, labels_T, index_T - np.maximum.accumulate(start_T)])
-        return rows_3T.reshape(3, self.rows_per_stream, self.seq_len)
-
-    def document(self, stream: int) -> np.ndarray:
-        """The tokens of the stream's current document; passes over those that cannot be used."""
-        patience = 1000 + (self.num_documents or 100_000)  # an epoch, and more of it where the corpus is tiny
-        while stream not in self.tokens_of:
-            try:
-                self.tokens_of[stream] = self.read(stream)
-            except BadDocument as bad:
-                self.refuse(bad)
-                self.cursor_V2[stream] += (self.num_streams, 0)
-                if (patience := patience - 1) == 0:
-                    message = f"no usable document in a whole epoch, the last was {bad}; check data.source"
-                    raise ValueError(message) from bad
-        return self.tokens_of[stream]
-
-    def read(self, stream: int) -> np.ndarray:
-        n, offset = self.cursor_V2[stream].tolist()
-        document = self.source[self.place(n)]
-        tokens = self.tokenized(document) if document.tokens is None else document.tokens.astype(np.uint32)
-        if not len(tokens):
-            raise BadDocument("empty", document.where, "no token")
-        if offset >= len(tokens):
-            remedy = "resume with the corpus and the tokenizer of the checkpoint"
-            raise ValueError(f"{document.where}: no token {offset}, the document has {len(tokens)}; {remedy}")
-        return tokens
-
-    def place(self, n: int) -> int:
-        """Where in the corpus the run's document n is."""
-        if self.num_documents is None:
-            return n
-        epoch, position = divmod(n, self.num_documents)
-        return int(self.order(epoch)[position]) if self.shuffle else position
-
-    def tokenized(self, document: Document) -> np.ndarray:
-        if self.tokenizer is None:
-            raise ValueError(f"{document.where} is text; set data.tokenizer")
-        if (size_mb := len(document.text.encode()) / 1e6) > self.max_document_mb:
-            limit = f"max_document_mb={self.max_document_mb:g}"
-            raise BadDocument("huge", document.where, f"{size_mb:.2f} MB, {limit}")
-        ids = self.tokenizer.encode_batch_fast([document.text], add_special_tokens=False)[0].ids
-        return np.array([*ids, self.end_of_text] if ids else [], np.uint32)
+        num_rows = len(self.streams) * self.rows_per_stream
+        if num_rows % micro_batch:
+            given = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
+            raise ValueError(f"{given}; use one of {divisors(num_rows)}")
+        rows_3VT = np.empty((3, len(self.streams), self.rows_per_stream * self.seq_len), np.int64)
+        for stream, rows_3T in zip(self.virtual, rows_3VT.swapaxes(0, 1), strict=True):
+            stream.fill(
+                rows_3T, seq_len=self.seq_len, document_mask=self.document_mask, weights_S=self.weights_S, buffer_size=self.buffer
+            )
+        rows_3BL = torch.from_numpy(rows_3VT.reshape(3, num_rows, self.seq_len))
+        return list(map(Batch, *(rows_BL.split(micro_batch) for rows_BL in rows_3BL)))
 
     def refuse(self, bad: BadDocument) -> None:
         if self.on_bad == "fatal":
@@ -152,40 +107,75 @@ class TokenStream:
         self.totals[bad.kind] += 1
         self.report(bad)
 
-    def advance(self, stream: int, num_tokens: int) -> None:
-        self.totals["tokens"] += num_tokens
-        self.cursor_V2[stream, 1] += num_tokens
-        if self.cursor_V2[stream, 1] == len(self.tokens_of[stream]):
-            del self.tokens_of[stream]
-            self.cursor_V2[stream] = (self.cursor_V2[stream, 0] + self.num_streams, 0)
-            self.totals["documents"] += 1
-
     # -- state --
 
     @property
+    def fingerprint(self) -> str | dict[str, str]:
+        """Of the corpus: one, or that of each source."""
+        prints = [reader.source.fingerprint for reader in self.readers]
+        return dict(zip(self.names, prints, strict=True)) if self.names else prints[0]
+
+    @property
     def counts(self) -> dict[str, int]:
-        """What this rank has read since the start of the run, and the epoch its slowest stream is in."""
-        num_documents = self.num_documents or self.source.num_rows
-        epoch = int(self.cursor_V2[self.streams, 0].min()) // num_documents if num_documents else 0
+        """What this rank has read since the start of the run, and the epoch its slowest stream is in, of the source most read."""
+        slowest = [min(stream.slowest(s) for stream in self.virtual) for s in range(len(self.readers))]
+        epoch = max(reader.epoch(n) for reader, n in zip(self.readers, slowest, strict=True))
         return {"epoch": epoch, **{name: self.totals[name] for name in COUNTED}}
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """This rank's part: the state of the run is the sum over its ranks."""
-        cursor_V2 = torch.zeros(self.num_streams, 2, dtype=torch.int64)
-        cursor_V2[self.streams] = torch.from_numpy(self.cursor_V2[self.streams])
-        return {"cursor_V2": cursor_V2, "counts": torch.tensor([self.totals[name] for name in COUNTED])}
+    @property
+    def num_slots(self) -> int:
+        """Of the fullest buffer of this rank."""
+        return max(len(stream.buffer.slots) for stream in self.virtual)
+
+    def state_dict(self, *, num_slots: int | None = None) -> dict[str, torch.Tensor]:
+        """This rank's part. The state of the run has the streams of all ranks in their order, and the sum of the counts.
+
+        `num_slots`: room for open documents, equal on all ranks; 9 bytes each. index_VC: of a document in its stream's share of
+        its source; -1: an empty slot, -2: none.
+        """
+        heads_V3C = np.stack([stream.heads(max(1, num_slots or self.num_slots)) for stream in self.virtual])
+        return {
+            "next_VS": torch.tensor([stream.next_S for stream in self.virtual]),
+            "credit_VS": torch.tensor([stream.credits.credit_S for stream in self.virtual], dtype=torch.float64),
+            "draws_V": torch.tensor([stream.buffer.draws for stream in self.virtual]),
+            "index_VC": torch.from_numpy(narrowed(heads_V3C[:, 0], np.int32)),
+            "read_VC": torch.from_numpy(narrowed(heads_V3C[:, 1], np.int32)),
+            "source_VC": torch.from_numpy(narrowed(heads_V3C[:, 2], np.uint8)),
+            "counts": torch.tensor([self.totals[name] for name in COUNTED]),
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor], *, keep_counts: bool) -> None:
-        """Goes on from a summed state. `keep_counts` on one rank only, for their sum to stay right."""
-        cursor_V2 = state["cursor_V2"].numpy().copy()
-        if len(cursor_V2) != self.num_streams:
-            given = f"the checkpoint has {len(cursor_V2)} streams, this run {self.num_streams}"
-            raise ValueError(f"{given}; use data.num_streams={len(cursor_V2)}")
-        if (cursor_V2[:, 0] % self.num_streams != np.arange(self.num_streams)).any():
-            raise ValueError("the state is not one run's: sum the state_dict of all its ranks, each once")
+        """Goes on from this rank's part of a state. `keep_counts` on one rank only, for their sum to stay right."""
+        self.check(state)
         counts = state["counts"].tolist() if keep_counts else [0] * len(COUNTED)
-        self.totals = Counter(dict(zip(COUNTED, counts, strict=True)))
-        self.move_to(cursor_V2)
+        self.totals.clear()
+        self.totals.update(dict(zip(COUNTED, counts, strict=True)))
+        heads_V3C = np.stack([state[name].numpy().astype(np.int64) for name in ("index_VC", "read_VC", "source_VC")], axis=1)
+        parts = (state["next_VS"].tolist(), state["credit_VS"].tolist(), state["draws_V"].tolist(), heads_V3C)
+        for stream, next_S, credit_S, draws, heads_3C in zip(self.virtual, *parts, strict=True):
+            stream.restore(next_S, credit_S=credit_S, draws=draws, heads_3C=heads_3C)
+        self.follow()
+
+    def check(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises: ValueError if the state is not one of these streams."""
+        num_rows, num_sources = state["next_VS"].shape
+        if num_rows != len(self.streams):
+            found = num_rows * self.num_ranks
+            raise ValueError(f"the checkpoint has {found} streams, this run {self.num_streams}; use data.num_streams={found}")
+        if num_sources != len(self.readers):
+            raise ValueError(f"the checkpoint has {num_sources} sources, this run {len(self.readers)}; set data.sources back")
+        number_V1 = torch.arange(self.streams.start, self.streams.stop)[:, None]
+        next_VS, index_VC, source_VC = state["next_VS"], state["index_VC"].long(), state["source_VC"].long()
+        own = (next_VS % self.num_streams == number_V1).all() and (next_VS >= 0).all() and (source_VC < num_sources).all()
+        is_behind = own and (number_V1 + index_VC * self.num_streams < next_VS.gather(1, source_VC)).all()
+        if not is_behind or (index_VC < BEYOND).any() or (state["read_VC"] < 0).any() or (state["draws_V"] < 0).any():
+            raise ValueError(f"the state is not that of streams {self.streams.start} to {self.streams.stop - 1} of this run")
+
+
+def narrowed(values: np.ndarray, dtype: type) -> np.ndarray:
+    if values.size and values.max() > np.iinfo(dtype).max:
+        raise OverflowError(f"{values.max()} does not fit the state's {np.dtype(dtype).name}")
+    return values.astype(dtype)
 
 
 def divisors(n: int) -> list[int]:

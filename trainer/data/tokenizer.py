@@ -2,7 +2,7 @@
 import os
 import uuid
 from collections.abc import Iterator, Sized
-from itertools import count, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 
 import tokenizers
@@ -17,9 +17,9 @@ FORMAT = 1  # of the cached tokenizers: raise it when `train_tokenizer` changes
 
 
 def load_tokenizer(
-    spec: str | None, *, source: Source, vocab_size: int, cache_dir: str | Path | None = None
+    spec: str | None, *, source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None = None
 ) -> Tokenizer | None:  # fmt: skip
-    """`spec`: "train" (on the source), a tokenizer.json, its directory, a hub name; None: no text."""
+    """`spec`: "train" (on the source; of several, equally), a tokenizer.json, its directory, a hub name; None: no text."""
     if spec is None:
         return None
     path = cached_tokenizer(source, vocab_size, cache_dir) if spec == "train" else Path(spec).expanduser()
@@ -45,10 +45,11 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return found[0]
 
 
-def cached_tokenizer(source: Source, vocab_size: int, cache_dir: str | Path | None) -> Path:
-    """The file of the tokenizer trained on this source, trained now if it is the first time."""
+def cached_tokenizer(source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None) -> Path:
+    """The file of the tokenizer trained on this source or these, trained now if it is the first time."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triquetra"
-    key = hashed(source.fingerprint, vocab_size, tokenizers.__version__, FORMAT)
+    prints = {name: of.fingerprint for name, of in source.items()} if isinstance(source, dict) else source.fingerprint
+    key = hashed(prints, vocab_size, tokenizers.__version__, FORMAT)
     path = Path(cache_dir or default).expanduser() / f"tokenizer-{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def cached_tokenizer(source: Source, vocab_size: int, cache_dir: str | Path | No
     return path
 
 
-def train_tokenizer(source: Source, vocab_size: int) -> Tokenizer:
+def train_tokenizer(source: Source | dict[str, Source], vocab_size: int) -> Tokenizer:
     """Byte-level BPE: 256 bytes, the end of text (id 0) and merges, `vocab_size` entries exactly."""
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = Tokenizer(tokenizers.models.BPE())
@@ -68,16 +69,18 @@ def train_tokenizer(source: Source, vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    tokenizer.train_from_iterator(sample(source), trainer)
+    parts = list(source.values()) if isinstance(source, dict) else [source]
+    texts = chain.from_iterable(sample(part, size_mb=SAMPLE_MB / len(parts)) for part in parts)
+    tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) != vocab_size:
         remedy = f"use model.vocab_size={size}" if size > 257 else "use a larger vocabulary or corpus"
         raise ValueError(f"model.vocab_size={vocab_size}: the corpus gives a vocabulary of {size}; {remedy}")
     return tokenizer
 
 
-def sample(source: Source) -> Iterator[str]:
-    """The first SAMPLE_MB of text, in a fixed order: the tokenizer must not depend on the run's seed."""
-    remaining = int(SAMPLE_MB * 1e6)
+def sample(source: Source, *, size_mb: float) -> Iterator[str]:
+    """The first of its text, in a fixed order: the tokenizer must not depend on the run's seed."""
+    remaining = int(size_mb * 1e6)
     once = takewhile(lambda i: i < (source.num_rows or i + 1), count())  # of a stream that begins again
     for i in permutation(len(source), seed=0, epoch=0).tolist() if isinstance(source, Sized) else once:
         try:

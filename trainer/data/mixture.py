@@ -1,0 +1,40 @@
+"""Which source is the next document of a virtual stream from? Weights are shares of tokens.
+
+    a document of length l from source s:  credit += weights * l;  credit[s] -= l
+
+A credit is what a source is owed [tokens]. Its next document, of length l, is due when half of it is owed, that is after
+(l / 2 - credit) / weight more tokens; the one due first is next. So what was delivered lies around the share on both sides,
+whatever the lengths are. (Merely the largest credit favours sources of long documents by half a document in each stream.)
+
+Streams must not take turns in step with each other: a source that is wanted for the first time starts with a random credit of
+half its first document more or less. A source that was never wanted has an infinite credit.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+START = 2  # what random bits are for: the last word of their counter, so that no two uses share any
+
+
+class Credits:
+    """Of one virtual stream."""
+
+    def __init__(self, num_sources: int, *, seed: int, stream: int) -> None:
+        bits_S = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, START]).random_raw(num_sources)
+        self.start_S = ((bits_S >> np.uint64(11)) * 2.0**-53 - 0.5).tolist()  # [documents] from -1/2 to 1/2
+        self.credit_S = [math.inf] * num_sources
+
+    def next_source(self, weights_S: Sequence[float], *, next_length: Callable[[int], int]) -> int:
+        wanted = [s for s, weight in enumerate(weights_S) if weight > 0]
+        begun = [s for s in wanted if self.credit_S[s] == math.inf]
+        for s in begun:
+            self.credit_S[s] = 0.0
+        for s in begun:
+            self.charge(s, self.start_S[s] * next_length(s), weights_S)
+        return min(wanted, key=lambda s: (next_length(s) / 2 - self.credit_S[s]) / weights_S[s])
+
+    def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
+        self.credit_S = [credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)]
+        self.credit_S[source] -= length
