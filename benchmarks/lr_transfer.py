@@ -1,4 +1,4 @@
-"""Draws the losses of `study=lr_transfer` over the learning rate, one line for each width.
+"""Draws the losses of `study=lr_transfer` over the learning rate, one line for each width, from that at 2e-2 of the same seed.
 
     python -m trainer.ablate study=lr_transfer
     python -m benchmarks.lr_transfer runs/ablate/lr_transfer docs/studies/lr_transfer.svg      (needs matplotlib)
@@ -17,6 +17,8 @@ matplotlib.use("svg")
 matplotlib.rcParams["svg.hashsalt"] = "triquetra"  # the same file each time
 from matplotlib import pyplot  # noqa: E402
 
+REFERENCE = 2e-2
+
 
 def losses(directory: Path) -> dict[int, dict[float, list[float]]]:
     """By width and learning rate, one for each seed: the mean over the last tenth of the steps, as the study's table has it."""
@@ -33,12 +35,15 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for width, by_rate in sorted(losses(directory).items()):
         rates = sorted(by_rate)
+        by_rate = {r: [loss - start for loss, start in zip(by_rate[r], by_rate[REFERENCE], strict=True)] for r in rates}
         means = [statistics.mean(by_rate[rate]) for rate in rates]
+        print(f"d = {width}: " + ", ".join(f"{rate:g}: {mean:+.3f}" for rate, mean in zip(rates, means, strict=True)))
         (line,) = axes.plot(rates, means, marker="o", label=f"d = {width}")
         color = line.get_color()
         axes.fill_between(rates, [min(by_rate[r]) for r in rates], [max(by_rate[r]) for r in rates], color=color, alpha=0.2)
         axes.plot(rates[means.index(min(means))], min(means), marker="o", markersize=12, fillstyle="none", color=color)
-    axes.set(xscale="log", xlabel="Muon's peak learning rate", ylabel="loss [nats]", title="Circled: the best rate of a width")
+    axes.set(xscale="log", xlabel="Muon's peak learning rate", ylabel="loss, from that at 2e-2 [nats]")
+    axes.set_title("Circled: the best rate of a width")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(out, metadata={"Date": None})

@@ -109,7 +109,7 @@ def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks
     # 6 steps of 4 x 32 tokens, 4 of 4 x 64, ceil(1000 / 512) of 8 x 64, 5 of them again; nominal ends: 768, 1792, 2792, 5352
     tokens = [128 * n for n in range(1, 7)] + [768 + 256 * n for n in range(1, 5)] + [1792 + 512 * n for n in range(1, 8)]
     assert [line["tokens"] for line in whole] == tokens
-    assert [line["lr"] for line in whole[:6]] == pytest.approx([1e-3 * (2 * n + 1) / 12 for n in range(6)])
+    assert [line["lr"] for line in whole[:6]] == pytest.approx([2e-2 * (2 * n + 1) / 12 for n in range(6)])
     starts = [json.loads(line) for line in (tmp_path / "parts" / "starts.jsonl").read_text().splitlines()]
     assert [(start["step"], start["tokens"]) for start in starts] == [(0, 0), (3, 384), (8, 1280), (11, 2304), (14, 3840)]
     one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
