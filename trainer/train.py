@@ -40,7 +40,8 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     """One optimizer step on this rank's microbatches of the global batch.
 
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
-    One all-reduce agrees on loss and targets of all U microbatches, the gradient norm, and whether some rank was told to stop.
+    One all-reduce agrees on loss and targets of the U microbatches of all ranks, the gradient norm, and whether some rank
+    was told to stop.
     """
     now = run.program.at(run.tokens)
     rates = follow(run, now)
