@@ -17,7 +17,7 @@ from torchtitan.distributed import parallel_dims
 from torchtitan.distributed import utils as titan_utils
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from trainer.config import ConfigError, ParallelConfig
+from trainer.config import ConfigError, ParallelConfig, divisors
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = {"cuda": "nccl", "cpu": "gloo"}[DEVICE_TYPE]
@@ -90,10 +90,6 @@ def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDi
     )
     dims.build_mesh()
     return dims
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def use_plain_sum(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from trainer.config import Config, ConfigError, SpanConfig, nearest
+from trainer.config import Config, ConfigError, SpanConfig, divisors, nearest
 
 LENGTHS = ("tokens", "until", "steps", "share")
 CURVES = ("lr", "bias_rate")
@@ -127,10 +127,6 @@ class Program:
                 f"data.num_streams={num_streams} must divide {several} and be a multiple of the {num_ranks} data-parallel ranks; "
                 f"use data.num_streams from {choices}"
             )
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def named(span: str) -> str:

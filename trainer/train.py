@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from trainer import device
 from trainer.balance.trace import TraceWriter
 from trainer.build import Run, build, full_state, loss_weights, refusing, resume, stream_counts
-from trainer.config import Config, ConfigError, load, resolved_yaml, usage
+from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, Batch
 from trainer.directory import checkpoints_of, open_directory, record_start
 from trainer.metrics import MetricsLog, batch_heterogeneity
@@ -179,11 +179,8 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     overrides = sys.argv[1:]
     try:
-        if {"-h", "--help"} & set(overrides):
-            print(usage(__doc__))
-            return OK
-        if "--cfg" in overrides:
-            print(resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])), end="")
+        if (text := looked_up(overrides, __doc__)) is not None:
+            print(text)
             return OK
         return train(load(overrides))
     except ConfigError as error:

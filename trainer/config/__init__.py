@@ -8,8 +8,9 @@ key, the value, the limit and what would work.
 schema, and its signature is checked (targets). Imports nothing of ours.
 """
 
-from trainer.config.compose import CONFIG_DIR, composed, load, resolved_yaml, usage
+from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, resolved_yaml
 from trainer.config.fill import filled, nearest
+from trainer.config.limits import divisors
 from trainer.config.schema import (
     BalanceConfig,
     Config,
@@ -32,9 +33,10 @@ __all__ = [
     "ParallelConfig",
     "SpanConfig",
     "composed",
+    "divisors",
     "filled",
     "load",
+    "looked_up",
     "nearest",
     "resolved_yaml",
-    "usage",
 ]

@@ -80,6 +80,15 @@ def resolved_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
+def looked_up(overrides: list[str], doc: str | None) -> str | None:
+    """What --help or --cfg job asks for, in place of doing anything; None if neither does. Raises: ConfigError."""
+    if {"-h", "--help"} & set(overrides):
+        return usage(doc)
+    if "--cfg" in overrides:
+        return resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])).rstrip("\n")
+    return None
+
+
 def usage(doc: str | None) -> str:
     """What `--help` of trainer/train.py prints: its docstring `doc` and the choices of each group."""
     others = {"ablation", "level", "scores"}  # of the other programs

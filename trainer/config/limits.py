@@ -12,6 +12,11 @@ MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open documen
 log = logging.getLogger(__package__)
 
 
+def divisors(n: int) -> list[int]:
+    """What a refusal offers where something must be cut into equal parts."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def check(config: Config) -> None:
     """Limits that a type cannot express. Raises ConfigError with the value, the limit and the remedy."""
     _check_at_least(config)

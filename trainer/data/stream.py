@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from trainer.config import divisors
 from trainer.data.reader import Reader
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
 from trainer.data.virtual import BEYOND, VirtualStream
@@ -176,10 +177,6 @@ def narrowed(values: np.ndarray, dtype: type) -> np.ndarray:
     if values.size and values.max() > np.iinfo(dtype).max:
         raise OverflowError(f"{values.max()} does not fit the state's {np.dtype(dtype).name}")
     return values.astype(dtype)
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def check_split(*, global_batch: int, num_streams: int, num_ranks: int) -> None:

@@ -17,7 +17,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from trainer.config import Config, ConfigError, load, resolved_yaml, usage
+from trainer.config import Config, ConfigError, load, looked_up
 from trainer.directory import run_directory
 from trainer.preview.page import write_page
 from trainer.preview.table import Preview, stretches, table, totals
@@ -32,11 +32,8 @@ def main() -> int:
     own = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:]) if key in OWN}
     overrides = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in OWN]
     try:
-        if {"-h", "--help"} & set(overrides):
-            print(usage(__doc__))
-            return OK
-        if "--cfg" in overrides:
-            print(resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])), end="")
+        if (text := looked_up(overrides, __doc__)) is not None:
+            print(text)
             return OK
         preview = preview_of(overrides, own)
         print_table(preview)
