@@ -336,9 +336,9 @@ def trained(overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop
         Guard.reasons = lambda self: ["told so"] if self.seen.item() in alarms_at else []  # type: ignore[method-assign]
     step = train.train_step
 
-    def stopping_step(run: train.Run, batches: list) -> dict[str, float]:
+    def stopping_step(run: train.Run, batches: list, **timing: float) -> dict[str, float]:
         run.stop.signalled = run.step + 1 == stop_at
-        return step(run, batches)
+        return step(run, batches, **timing)
 
     train.train_step = stopping_step
     logging.getLogger().handlers.clear()  # pytest's; without them warnings go to stderr

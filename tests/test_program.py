@@ -106,7 +106,7 @@ def test_settings_stay_until_a_span_says_otherwise():
         switch_loss_weight=0.75, batch_loss_weight=0.125, router_z_loss_weight=0.0625, mixture={"web": 1.0}, buffer=0,
     )  # fmt: skip
     assert b == replace(a, span="b", seq_len=16, z_loss_weight=1e-6, buffer=3)
-    assert c == replace(b, span="c", global_batch=2, micro_batch=2, mixture={"code": 0.5}, batch_loss_weight=0.25)
+    assert c == replace(b, span="c", phase=1, global_batch=2, micro_batch=2, mixture={"code": 0.5}, batch_loss_weight=0.25)
     assert (a.tokens, b.tokens, c.tokens) == (32, 64, 32)
 
 

@@ -24,10 +24,10 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
     config = load(BASE + overrides)
     step = train.train_step
 
-    def stopping_step(run, batches):
+    def stopping_step(run, batches, **timing):
         if run.step + 1 == stop_at and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             run.stop.signalled = True
-        return step(run, batches)
+        return step(run, batches, **timing)
 
     train.train_step = stopping_step
     return train.train(config)
@@ -328,7 +328,7 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         def dying_step(run, batches):
             if run.step == 3:
                 raise KeyboardInterrupt
-            return step(run, batches)
+            return step(run, batches, **timing)
 
         train.train_step = dying_step
         train.train(config)

@@ -107,7 +107,8 @@ def slow_rows(documents: list[list[int]], *, stream: int, num_streams: int, seed
 
 def settings(stream: TokenStream, **changes: object) -> None:
     """What next_batches does when the program goes on."""
-    now = {"seq_len": stream.seq_len, "global_batch": stream.rows_per_stream * stream.num_streams, "mixture": None, "buffer": 0}
+    batch = stream.now.rows_per_stream * stream.num_streams
+    now = {"seq_len": stream.now.seq_len, "global_batch": batch, "mixture": None, "buffer": 0}
     stream.set(**{**now, **changes})
 
 
@@ -295,10 +296,10 @@ def test_with_a_buffer_shares_hold_once_it_has_turned_over() -> None:
     for name, share in shares(tokens).items():
         assert abs(share - MIXTURES[1][name]) < 0.02
     opened = np.zeros(3)
-    for s, source in enumerate(stream.readers):
+    for s in range(3):
         for v in range(4):
             for n in range(v, stream.virtual[v].next_S[s], 4):
-                opened[s] += len(source.tokens(n, max_mb=1))
+                opened[s] += len(stream.intake.again(s, n, pending=None))
     assert (np.abs(opened / opened.sum() - [0.7, 0.2, 0.1]) < 0.005).all()  # of what was opened, exactly as without
 
 
@@ -325,7 +326,7 @@ def test_another_mixture_holds_from_the_very_next_document_on() -> None:
     assert [row[:2] for row in after] == [row[:2] for row in before]  # not a document more of a and b
     assert all(new[2] > old[2] for old, new in zip(before, after, strict=True))
     rest = {int(token) for token in torch.unique(tokens) if token < 20_000_000}
-    old = [stream.readers[s].tokens(n, max_mb=1) for s, n in begun if s < 2]
+    old = [stream.intake.again(s, n, pending=None) for s, n in begun if s < 2]
     assert rest <= {int(token) for document in old for token in document}
 
 

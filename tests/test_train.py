@@ -20,6 +20,7 @@ QUICK = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32"
 METRICS = ["step", "tokens", "loss", "grad_norm", "lr", "batch_het", "tokens_per_s", "mfu", "memory_gib", "balance/max_violation",
            "balance/max_violation_worst_layer", "balance/floor", "balance/min_load", "balance/dead_experts",
            "balance/entropy", "balance/bias_rms", "balance/gain", "balance/logit_rms",
+           *(f"data/{name}" for name in ("documents", "open", "padding", "truncated", "skipped", "wait_s")),
            *(f"balance/stability/{layer}" for layer in range(4))]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """How is a run put together, and how does it go on where it stopped?"""
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard
 from trainer import device
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import set_training_state, training_state
-from trainer.config import BalanceConfig, Config, ConfigError
-from trainer.data import COUNTED, TokenStream, load_tokenizer
+from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
+from trainer.data import COUNTED, Source, TokenStream, load_tokenizer
 from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, find_checkpoint, run_directory
 from trainer.metrics import Window
@@ -45,6 +46,11 @@ class Run:
     tokens: int = 0  # trained on so far, over all ranks
     last_step: int  # where the program ends, seen from here
     window: Window = field(default_factory=Window)
+
+    def end_here(self) -> None:
+        """There is nothing left to train on."""
+        self.last_step = self.step
+        self.balancer.end_at(self.step)
 
     @property
     def directory(self) -> Path:
@@ -91,15 +97,14 @@ def build(config: Config) -> Run:
 
 
 def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenStream:
-    """This rank's share of the token stream. Rank 0 trains the tokenizer, if it must be trained, before the others look."""
+    """This rank's share of the token stream."""
     mesh = dims.get_optional_mesh("batch")
     rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
     d, first = config.data, program.spans[0].now
     program.check_split(num_ranks=num_ranks, num_streams=d.num_streams)
-    source = {name: instantiate(d.sources[name]) for name in sorted(d.sources)} if d.sources else instantiate(d.source)
-    tokenizer = None
-    for turn in (0, 1):
-        if d.tokenizer is not None and turn == min(dist.get_rank(), 1):
+    for turn in (0, 1):  # the first rank of a host unpacks files and trains the tokenizer, the others find them
+        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+            source = sources_of(d)
             tokenizer = load_tokenizer(d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir)
         dist.barrier()
     return TokenStream(
@@ -117,8 +122,28 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
         document_mask=d.document_mask,
         mixture=first.mixture,
         buffer=first.buffer,
+        packing=d.packing,
+        at_end=d.at_end,
+        backend=d.backend,
+        workers=d.workers,
+        prefetch=d.prefetch,
+        retries=d.retries,
+        retry_s=d.retry_s,
+        with_sources=d.source_loss,
         report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
     )
+
+
+def sources_of(d: DataConfig) -> Source | dict[str, Source]:
+    """Raises: ConfigError that names the source."""
+    nodes = {f"data.sources.{name}": d.sources[name] for name in sorted(d.sources)} or {"data.source": d.source}
+    found = dict[str, Source]()
+    for key, node in nodes.items():
+        try:
+            found[key.removeprefix("data.sources.")] = instantiate(node)
+        except Exception as error:  # of a user's own class, too
+            raise ConfigError(f"{key}: {error.__cause__ or error}") from error
+    return found if d.sources else found["data.source"]
 
 
 def loss_weights(of: BalanceConfig | Now) -> LossWeights:

@@ -18,7 +18,8 @@ LENGTHS = ("tokens", "until", "steps", "share")
 CURVES = ("lr", "bias_rate")
 SHAPES = ("linear", "cosine")
 LOSSES = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
-KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, "mixture", "buffer")  # until a span says otherwise
+STREAM = ("mixture", "buffer", "drain")
+KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, *STREAM)  # until a span says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class Now:
     router_z_loss_weight: float
     mixture: dict[str, float] | None = None
     buffer: int = 0
+    drain: bool = False
+    phase: int = 0  # how often the mixture has changed
 
     @property
     def tokens(self) -> int:
@@ -144,7 +147,7 @@ def program_of(config: Config) -> Program:
     if config.data.mixture:
         check_mixture("data.", config.data.mixture)
     equal = dict.fromkeys(config.data.sources, 1.0) if config.data.sources else None
-    first |= {"mixture": config.data.mixture or equal, "buffer": config.data.buffer}
+    first |= {"mixture": config.data.mixture or equal, "buffer": config.data.buffer, "drain": config.data.drain}
     nows = list(settings(stage, Now(span="", lr=1.0, bias_rate=1.0, **first)))
     bounds = boundaries(stage, nows, config.steps)
     curves = {key: follow(key, stage, bounds) for key in CURVES}
@@ -155,6 +158,9 @@ def program_of(config: Config) -> Program:
     )
     program = Program(spans, config.steps)
     check_lengths(stage, program, config.steps)
+    if config.data.packing == "fit" and (buffered := next((span for span in spans if span.now.buffer), None)):
+        given = f"{named(buffered.name)}buffer={buffered.now.buffer} with data.packing=fit, which keeps no document open"
+        raise ConfigError(f"{given}; use buffer=0 or data.packing=stream")
     return program
 
 
@@ -168,7 +174,8 @@ def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
                 check_mixture(named(name), value)
             elif not at_least.get(key, 0) <= value < math.inf:
                 raise ConfigError(f"{named(name)}{key}={value}: must be at least {at_least.get(key, 0)}, and finite")
-        now = replace(now, span=name, **given)
+        changed = "mixture" in given and dict(given["mixture"]) != now.mixture
+        now = replace(now, span=name, phase=now.phase + (changed and bool(now.span)), **given)
         yield now
 
 

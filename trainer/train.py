@@ -3,13 +3,14 @@
     python -m trainer.train experiment=demo
     torchrun --nproc-per-node 4 -m trainer.train experiment=demo parallel=hsdp_ep
 
-Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 130 interrupted, saved.
+Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 4 data cannot be read · 130 interrupted, saved.
 """
 
 import logging
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -17,48 +18,51 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
+from torch import Tensor
 
 from trainer import device
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, build, full_state, loss_weights, refusing, resume, stream_counts
+from trainer.build import Run, agreed, build, full_state, loss_weights, refusing, resume, stream_counts
 from trainer.config import Config, ConfigError, load, looked_up
-from trainer.data import BAD_KINDS, Batch
+from trainer.data import BAD_KINDS, COUNTED, BadDocument, Batch, DataError, SourcedBatch
 from trainer.directory import checkpoints_of, open_directory, record_start
 from trainer.metrics import MetricsLog, batch_heterogeneity
 from trainer.model.afmoe import count_parameters, flops_per_token
-from trainer.model.loss import IGNORE
+from trainer.model.loss import IGNORE, Groups
 from trainer.model.parallelize import scale_gradients, squared_gradient_norm
 from trainer.program import Now
 
-OK, REFUSED, COLLAPSED, INTERRUPTED = 0, 2, 3, 130
+OK, REFUSED, COLLAPSED, NO_DATA, INTERRUPTED = 0, 2, 3, 4, 130
 
 
 # -- the step ---------------------------------------------------------------------------------------------
 
 
-def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
+def train_step(run: Run, batches: list[Batch] | list[SourcedBatch], *, waited_s: float = 0.0) -> dict[str, float]:
     """One optimizer step on this rank's microbatches of the global batch.
 
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
-    One all-reduce agrees on loss and targets of the U microbatches of all ranks, the gradient norm, and whether some rank
-    was told to stop.
+    One all-reduce agrees on loss and targets of the U microbatches of all ranks and of the sources, the gradient norm, what was
+    read and waited for, and whether some rank was told to stop.
     """
     now = run.program.at(run.tokens)
     rates = follow(run, now)
     first, num_micro = dist.get_rank(run.group) * len(batches), dist.get_world_size(run.group) * len(batches)
-    sums = torch.zeros(2 + 2 * num_micro, dtype=torch.float64, device=run.device)  # squared norm, stop; by microbatch
-    loss_U, targets_U = sums[2 : 2 + num_micro], sums[2 + num_micro :]
+    loss_2U, loss_2S = (torch.zeros(2, n, dtype=torch.float64, device=run.device) for n in (num_micro, len(run.stream.names)))
     for m, batch in enumerate(batches, first):
-        tokens_BL, labels_BL, positions_BL = (t.to(run.device, non_blocking=True) for t in batch)
-        loss = run.model(tokens_BL, positions_BL, labels_BL)
+        tokens_BL, labels_BL, positions_BL, *sources = (t.to(run.device, non_blocking=True) for t in batch)
+        loss = run.model(tokens_BL, positions_BL, labels_BL, Groups(sources[0].flatten(), loss_2S) if sources else None)
         loss.backward()
-        loss_U[m] = loss.detach()
-        targets_U[m] = (labels_BL != IGNORE).sum()
-    sums[0] = squared_gradient_norm(run.model)
-    sums[1] = run.stop.signalled
+        loss_2U[0, m] = loss.detach()
+        loss_2U[1, m] = (labels_BL != IGNORE).sum()
+    told = torch.tensor([run.stop.signalled, waited_s, *run.stream.state_counts], dtype=torch.float64).to(run.device)
+    parts = [squared_gradient_norm(run.model).double().view(1), told, loss_2S.flatten(), loss_2U.flatten()]
+    sums = torch.cat(parts)
     if run.group is not None:
         dist.all_reduce(sums, group=run.group)
-    (squared_norm, stop), loss_U, targets_U = sums.cpu().split([2, num_micro, num_micro])  # the step's one wait for a GPU
+    # The step's one wait for a GPU:
+    (squared_norm,), (stop, waited_s, *counts), loss_2S, loss_2U = sums.cpu().split(list(map(len, parts)))
+    (loss_U, targets_U), loss_2S = loss_2U.view(2, -1), loss_2S.view(2, -1)
     num_targets = max(targets_U.sum().item(), 1)
     run.stop.agreed = stop.item() > 0
     loss_mean, grad_norm = loss_U.sum().item() / num_targets, math.sqrt(squared_norm.item()) / num_targets
@@ -75,7 +79,17 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, float]:
     run.stop.agreed |= run.balancer.guard.wants_stop
     run.tokens += now.tokens
     spread = {"batch_het": batch_heterogeneity(loss_U, targets_U), **run.window.add(loss=loss_mean, grad_norm=grad_norm)}
-    return {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm, **rates, **spread, **balance}
+    read = {**data_metrics(counts, loss_2S, run.stream.names), "data/wait_s": waited_s.item() / dist.get_world_size(run.group)}
+    values = {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm}
+    return {**values, **rates, **spread, **read, **balance}
+
+
+def data_metrics(counts: Sequence[Tensor], loss_2S: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """What all ranks have read since the start of the run, and the mean loss [nats] of each source that had targets."""
+    by_name = {name: int(count) for name, count in zip(COUNTED, counts, strict=True)}
+    skipped = {"skipped": sum(by_name.pop(kind) for kind in BAD_KINDS)}
+    loss_S = {f"loss/{name}": (loss / n).item() for name, loss, n in zip(names, *loss_2S, strict=True) if n}
+    return loss_S | {f"data/{name}": count for name, count in {**by_name, **skipped}.items() if name != "tokens"}
 
 
 def follow(run: Run, now: Now) -> dict[str, float]:
@@ -85,10 +99,15 @@ def follow(run: Run, now: Now) -> dict[str, float]:
     return run.optimizer.set_learning_rate(now.lr)
 
 
-def next_batches(run: Run) -> list[Batch]:
-    """This rank's microbatches of the next step, as long and as many as the program says."""
+def next_batches(run: Run) -> list[Batch] | list[SourcedBatch] | None:
+    """This rank's microbatches of the next step, as long and as many as the program says; None: all ranks are at the end."""
     now = run.program.at(run.tokens)
-    run.stream.set(seq_len=now.seq_len, global_batch=now.global_batch, mixture=now.mixture, buffer=now.buffer)
+    run.stream.set(
+        seq_len=now.seq_len, global_batch=now.global_batch, mixture=now.mixture, buffer=now.buffer, phase=now.phase,
+        drain=now.drain,
+    )  # fmt: skip
+    if run.config.data.at_end == "stop" and not agreed(run, torch.tensor(int(run.stream.has_more()))):
+        return None
     return run.stream.next_step(now.micro_batch)
 
 
@@ -100,7 +119,12 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
     start_s = time.perf_counter()
     while run.step < run.last_step and not run.stop.agreed:
         now = run.program.at(run.tokens)
-        values = train_step(run, next_batches(run))
+        if (batches := next_batches(run)) is None:
+            run.end_here()
+            if run.step not in checkpoints.steps():
+                checkpoints.save(run.step, full_state(run))
+            break
+        values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         tokens_per_s = now.tokens / (time.perf_counter() - start_s)
         mfu = flop_at(seq_len=now.seq_len) * tokens_per_s / peak
         values |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gib": device.memory_gib(run.device)}
@@ -136,6 +160,7 @@ def train(config: Config) -> int:
     try:
         loop(run, metrics)
     finally:
+        run.stream.close()
         if metrics is not None:
             metrics.close()
     return conclude(run)
@@ -186,6 +211,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    except (BadDocument, DataError) as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return NO_DATA
     except KeyboardInterrupt:
         print("interrupted before the first step; nothing to save", file=sys.stderr)
         return INTERRUPTED

@@ -39,7 +39,9 @@ def _check_at_least(config: Config) -> None:
         "global_batch": (config.global_batch, 1),
         "micro_batch": (config.micro_batch, 1), "checkpoint.interval": (config.checkpoint.interval, 1),
         "checkpoint.keep": (config.checkpoint.keep, 1), "logging.interval": (config.logging.interval, 1),
-        "seed": (config.seed, 0), "data.buffer": (config.data.buffer, 0), "model.num_dense_layers": (m.num_dense_layers, 0),
+        "seed": (config.seed, 0), "data.buffer": (config.data.buffer, 0), "data.workers": (config.data.workers, 0),
+        "data.prefetch": (config.data.prefetch, 1), "data.retries": (config.data.retries, 0),
+        "model.num_dense_layers": (m.num_dense_layers, 0),
         "model.num_shared_experts": (m.num_shared_experts, 0), "parallel.dp_replicate": (config.parallel.dp_replicate, 1),
         "parallel.ep": (config.parallel.ep, 1),
     }  # fmt: skip
@@ -68,7 +70,7 @@ def _check_above_zero(config: Config) -> None:
 def _check_zero_or_more(config: Config) -> None:
     losses = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
     not_negative = {f"balance.{name}": getattr(config.balance, name) for name in losses}
-    not_negative["z_loss_weight"] = config.z_loss_weight
+    not_negative |= {"z_loss_weight": config.z_loss_weight, "data.retry_s": config.data.retry_s}
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{key}={value}: must be 0 or more")
@@ -79,7 +81,9 @@ def _check_one_of(config: Config) -> None:
     one_of = {"dtype": (config.dtype, DTYPES), "model.expert_dtype": (m.expert_dtype, (None, *DTYPES)),
               "model.router_dtype": (m.router_dtype, DTYPES),
               "activation_checkpoint": (config.activation_checkpoint, ("none", "selective", "full")),
-              "data.on_bad": (config.data.on_bad, ("skip", "fatal"))}  # fmt: skip
+              "data.on_bad": (config.data.on_bad, ("skip", "fatal")), "data.packing": (config.data.packing, ("stream", "fit")),
+              "data.at_end": (config.data.at_end, ("repeat", "stop")),
+              "data.backend": (config.data.backend, ("tokenizers", "fastokens", "gigatoken"))}  # fmt: skip
     for key, (value, options) in one_of.items():
         if value not in options:
             near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)

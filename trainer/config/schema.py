@@ -42,6 +42,9 @@ class DataConfig:
     sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
     mixture: dict[str, float] | None = field(default_factory=dict)  # weights of sources, shares of tokens; none: equal ones
     buffer: int = 0  # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
+    drain: bool = False  # where the mixture changes, read open documents to their ends before new ones; false: among new ones
+    packing: str = "stream"  # stream: documents one after another, cut by rows | fit: cut at seq_len, whole in a row, padded
+    at_end: str = "repeat"  # of a source: another epoch | stop: the others share its weight, the run ends with the last of them
     tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
     shuffle: bool = True
@@ -49,6 +52,12 @@ class DataConfig:
     on_bad: str = "skip"  # skip (counted and reported) | fatal
     max_document_mb: float = 100.0  # [MB] a larger document is a bad document
     cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
+    backend: str = "tokenizers"  # tokenizers | fastokens | gigatoken: who turns text into the tokenizer's ids
+    workers: int = 1  # processes of each rank that read and tokenise ahead; 0: in the step
+    prefetch: int = 4  # [steps] how far ahead
+    retries: int = 4  # of a read that fails, after 1, 2, 4, ... times retry_s; then the run ends
+    retry_s: float = 1.0  # [s]
+    source_loss: bool = False  # also log the loss of each source
 
 
 @dataclass(kw_only=True)
@@ -119,6 +128,7 @@ class SpanConfig:
     router_z_loss_weight: float | None = None
     mixture: dict[str, float] | None = None  # weights of the sources
     buffer: int | None = None  # [documents] of the random sequential document buffer of each virtual stream; 0: none
+    drain: bool | None = None  # read documents that are open when the mixture changes to their ends first
 
 
 @dataclass(kw_only=True)

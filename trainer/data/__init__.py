@@ -1,5 +1,6 @@
-"""Documents to rows of tokens: `sources` -> `tokenizer` -> `stream`."""
+"""Documents to rows of tokens: `sources` -> `reader` -> `intake` -> `virtual` -> `stream`."""
 
+from trainer.data.reader import DataError
 from trainer.data.sources import (
     BAD_KINDS,
     BadDocument,
@@ -13,7 +14,7 @@ from trainer.data.sources import (
     TextSource,
     permutation,
 )
-from trainer.data.stream import COUNTED, Batch, TokenStream, check_split
+from trainer.data.stream import COUNTED, Batch, SourcedBatch, TokenStream, check_split
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer
 
 __all__ = [
@@ -21,12 +22,14 @@ __all__ = [
     "COUNTED",
     "BadDocument",
     "Batch",
+    "DataError",
     "Document",
     "HubSource",
     "JsonlSource",
     "ParquetSource",
     "PythonSource",
     "Source",
+    "SourcedBatch",
     "SyntheticSource",
     "TextSource",
     "TokenStream",

@@ -1,68 +1,44 @@
 """What are the tokens of a source's document n, and which documents are passed over?
 
 A source's documents are numbered 0, 1, 2, ... over the whole run: document n is document n % N of epoch n // N, in that
-epoch's own permutation. What a number stands for needs no state, so any process can read any document.
+epoch's own permutation. What a number stands for needs no state, so any process can read any document. (A stream on the hub
+is read by one thread, forward.)
 """
 
-from collections.abc import Callable, Sized
+import math
+import time
+from collections.abc import Mapping, Sized
 from functools import lru_cache
 
-import numpy as np
-from tokenizers import Tokenizer
-
-from trainer.data.sources import BadDocument, Document, Source, permutation
-from trainer.data.tokenizer import end_of_text_id
+from trainer.data.sources import Document, Source, permutation
 
 FOREIGN = "resume with the corpus and the tokenizer of the checkpoint"
 
 
+class DataError(ValueError):
+    """The stream cannot go on; the message says where and why."""
+
+
 class Reader:
-    """The documents of one source as tokens. `key`: what the source is called in the configuration."""
+    """The documents of one source. `key`: what the source is called in the configuration.
+
+    retries: how often a read that the operating system or the network refuses is tried again, after 1, 2, 4, ... times wait_s.
+    """
 
     def __init__(
-        self, source: Source, *, key: str, tokenizer: Tokenizer | None, seed: int, shuffle: bool, max_document_mb: float,
-        refuse: Callable[[BadDocument], None],
+        self, source: Source, *, key: str, seed: int, shuffle: bool, num_streams: int, repeat: bool = True,
+        retries: int = 4, wait_s: float = 1.0,
     ) -> None:  # fmt: skip
         self.num_documents = len(source) if isinstance(source, Sized) else None
         if self.num_documents == 0:
             raise ValueError(f"the corpus holds no document; check {key}")
-        self.source, self.key, self.shuffle, self.refuse = source, key, shuffle, refuse
-        self.tokenizer, self.end_of_text = tokenizer, end_of_text_id(tokenizer) if tokenizer else None
-        self.max_document_mb = max_document_mb
+        self.source, self.key, self.shuffle, self.repeat = source, key, shuffle, repeat
+        self.num_streams, self.retries, self.wait_s = num_streams, retries, wait_s
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
+        self.due: dict[int, int] = {}  # of a forward source: the document that each stream reads next
+        self.unread = set[int]()  # and those that were open before a resume
 
-    def next_usable(self, n: int, *, step: int) -> tuple[int, np.ndarray]:
-        """The first of the documents n, n + step, ... that can be used, and its tokens."""
-        patience = 1000 + (self.num_documents or 100_000)  # an epoch, and more of it where the corpus is tiny
-        while True:
-            try:
-                return n, self.tokens(n, max_mb=self.max_document_mb)
-            except BadDocument as bad:
-                self.refuse(bad)
-                n += step
-                if (patience := patience - 1) == 0:
-                    raise ValueError(f"no usable document in a whole epoch, the last was {bad}; check {self.key}") from bad
-
-    def again(self, n: int, *, read: int) -> np.ndarray:
-        """The tokens of a document of which `read` were delivered before a resume: it is finished, whatever the limits are."""
-        try:
-            tokens = self.tokens(n, max_mb=float("inf"))
-        except BadDocument as bad:
-            raise ValueError(f"{bad}; {FOREIGN}") from bad
-        if read >= len(tokens):
-            where = self.source[self.place(n)].where if self.num_documents else f"{self.key}:{n + 1}"
-            raise ValueError(f"{where}: no token {read}, the document has {len(tokens)}; {FOREIGN}")
-        return tokens
-
-    def tokens(self, n: int, *, max_mb: float) -> np.ndarray:
-        """uint32, the end of text included. Raises: BadDocument."""
-        document = self.source[self.place(n)]
-        tokens = self.tokenized(document, max_mb=max_mb) if document.tokens is None else document.tokens
-        if tokens.dtype != np.uint32:
-            tokens = tokens.astype(np.uint32)
-        if not len(tokens):
-            raise BadDocument("empty", document.where, "no token")
-        return tokens
+    # -- numbers --
 
     def place(self, n: int) -> int:
         """Where in the corpus document n is."""
@@ -72,13 +48,56 @@ class Reader:
         return int(self.order(epoch)[position]) if self.shuffle else position
 
     def epoch(self, n: int) -> int:
-        num_documents = self.num_documents or self.source.num_rows
+        num_documents = self.size
         return n // num_documents if num_documents else 0
 
-    def tokenized(self, document: Document, *, max_mb: float) -> np.ndarray:
-        if self.tokenizer is None:
-            raise ValueError(f"{document.where} is text; set data.tokenizer")
-        if (size_mb := len(document.text.encode()) / 1e6) > max_mb:
-            raise BadDocument("huge", document.where, f"{size_mb:.2f} MB, max_document_mb={max_mb:g}")
-        ids = self.tokenizer.encode_batch_fast([document.text], add_special_tokens=False)[0].ids
-        return np.array([*ids, self.end_of_text] if ids else [], np.uint32)
+    def is_over(self, n: int) -> bool:
+        """Is document n behind the end?"""
+        return not self.repeat and self.size is not None and n >= self.size
+
+    @property
+    def size(self) -> int | None:
+        """N; of a forward source None until its end was seen."""
+        return self.num_documents if self.num_documents is not None else self.source.num_rows
+
+    @property
+    def patience(self) -> int:
+        """Bad documents in a row of one stream: an epoch, and more of it where the corpus is tiny."""
+        return 1000 + (self.num_documents or 100_000)
+
+    # -- documents --
+
+    def read(self, i: int) -> Document | None:
+        """The document at place i; None: it is behind the end. Raises: BadDocument, DataError."""
+        for attempt in range(self.retries + 1):
+            try:
+                return self.read_forward(i) if self.num_documents is None else self.source[i]
+            except OSError as error:
+                if attempt == self.retries:
+                    waited_s = self.wait_s * (2**attempt - 1)
+                    given = f"{self.key}: document {i} cannot be read, tried {attempt + 1} times in {waited_s:g} s"
+                    raise DataError(f"{given}: {type(error).__name__}: {error}") from error
+                time.sleep(self.wait_s * 2**attempt)
+        raise AssertionError
+
+    def read_forward(self, n: int) -> Document | None:
+        try:
+            document = self.source[n]
+        finally:  # a bad one was read too
+            self.unread.discard(n)
+            self.due[n % self.num_streams] = max(n + self.num_streams, self.due.get(n % self.num_streams, 0))
+        return None if self.is_over(n) else document
+
+    def follow(self, due: Mapping[int, int], unread: set[int]) -> None:
+        """Tells a source that only reads forward where to begin, and what to keep of what it passes."""
+        self.due, self.unread = dict(due), unread
+        self.source.follow(min(unread | set(due.values())), wanted=self.wants)
+
+    def wants(self, n: int) -> bool:
+        return n in self.unread or n >= self.due.get(n % self.num_streams, math.inf)
+
+    def foreign(self, what: object) -> DataError:
+        return DataError(f"{what}; {FOREIGN}")
+
+    def where(self, n: int) -> str:
+        return self.source[self.place(n)].where if self.num_documents else f"{self.key}:{n + 1}"

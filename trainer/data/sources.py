@@ -39,6 +39,9 @@ class BadDocument(Exception):
         super().__init__(f"{where}: {kind}: {detail}")
         self.kind, self.where, self.detail = kind, where, detail
 
+    def __reduce__(self) -> tuple:
+        return BadDocument, (self.kind, self.where, self.detail)
+
 
 class Source(Protocol):
     """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `follow`."""

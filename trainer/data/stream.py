@@ -1,11 +1,16 @@
-"""How do documents become rows of tokens: the same rows on any number of ranks, and after any restart?
+"""How do documents become rows of tokens: the same rows on any number of ranks and workers, and after any restart?
 
-    source[i] --reader--> tokens of its document n --virtual stream v--> rows --rank r--> tokens_BL, labels_BL,
-     (text)    + end of text   (uint32)     (mixed, buffered, packed)   (its streams)     positions_BL
+    sources --reader--> document n --intake--> tokens --virtual stream v--> rows --rank r--> tokens_BL, labels_BL,
+    (files,   (order,    (in workers: text     (uint32)   (mixed, buffered,     (its streams)  positions_BL
+     hub)      retries)   to tokens, ahead)                packed)
 
 The order is arithmetic, so there is little to save. A virtual stream draws on the sources by their weights (mixture.py), keeps
 some documents open (buffer.py) and fills rows from them (virtual.py); a global batch takes G / V rows from each stream. A rank
-owns V / R neighbouring streams: a global batch does not depend on R. The state holds read heads and no tokens.
+owns V / R neighbouring streams: a global batch does not depend on R. Workers only read and tokenise, ahead of time (intake.py,
+workers.py): it does not depend on them either. The state holds read heads and no tokens.
+
+Memory: of each stream, 2 b open documents (4 bytes a token), and ahead of it, with workers, those of the next `prefetch` steps
+and of one refill (b). No more is asked for until some of it was used.
 
 Letters: B rows of a microbatch, L tokens of a row, T tokens of one stream in one step, G rows of an optimizer step (the global
 batch), V virtual streams (not the vocabulary; of a rank in shapes), R data-parallel ranks, S sources, C slots of a buffer.
@@ -13,6 +18,7 @@ Units: offsets and lengths in tokens, `_mb` in 10^6 bytes of UTF-8, lines and ro
 """
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -22,11 +28,15 @@ import torch
 from tokenizers import Tokenizer
 
 from trainer.config import divisors
+from trainer.data.encoder import Encoder
+from trainer.data.intake import AGAIN, Intake
 from trainer.data.reader import Reader
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
-from trainer.data.virtual import BEYOND, VirtualStream
+from trainer.data.tokenizer import end_of_text_id
+from trainer.data.virtual import BEYOND, Settings, VirtualStream
 
-COUNTED = ("documents", "tokens", "open", *BAD_KINDS)  # open: tokens of opened documents that are still to be delivered
+# Since the start of the run. documents: read to their ends; open: tokens of opened documents that are still to be delivered.
+COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS)
 
 
 class Batch(NamedTuple):
@@ -38,68 +48,114 @@ class Batch(NamedTuple):
     positions_BL: torch.Tensor
 
 
+class SourcedBatch(NamedTuple):
+    """A Batch that also says which source each token is from: its number in the order of names."""
+
+    tokens_BL: torch.Tensor
+    labels_BL: torch.Tensor
+    positions_BL: torch.Tensor
+    sources_BL: torch.Tensor
+
+
 class TokenStream:
-    """The rows of one rank, step after step, without end. `source`: one, or several by name."""
+    """The rows of one rank, step after step. `source`: one, or several by name.
+
+    packing: "stream" cuts documents at the ends of rows and reads on in a later row; "fit" never does, and pads.
+    at_end: "repeat" begins another epoch; "stop" pads when all is read, and `has_more` says so.
+    """
 
     def __init__(
         self, *, source: Source | dict[str, Source], tokenizer: Tokenizer | None, seq_len: int, global_batch: int,
         num_streams: int, seed: int, rank: int, num_ranks: int, shuffle: bool = True,
         on_bad: Literal["skip", "fatal"] = "skip", max_document_mb: float = 100.0, document_mask: bool = True,
         report: Callable[[BadDocument], None] = lambda bad: None, mixture: dict[str, float] | None = None, buffer: int = 0,
+        packing: Literal["stream", "fit"] = "stream", at_end: Literal["repeat", "stop"] = "repeat", backend: str = "tokenizers",
+        workers: int = 0, prefetch: int = 4, retries: int = 4, retry_s: float = 1.0, with_sources: bool = False,
     ) -> None:  # fmt: skip
         self.num_streams, self.num_ranks = num_streams, num_ranks
         self.names = sorted(source) if isinstance(source, dict) else []
         sources = {f"data.sources.{name}": source[name] for name in self.names} or {"data.source": source}
         self.set(seq_len=seq_len, global_batch=global_batch, mixture=mixture, buffer=buffer)
-        self.tokenizer, self.document_mask = tokenizer, document_mask
-        self.on_bad, self.report, self.totals = on_bad, report, Counter[str]()
-        settings = {"tokenizer": tokenizer, "seed": seed, "shuffle": shuffle, "max_document_mb": max_document_mb}
-        self.readers = [Reader(source, key=key, refuse=self.refuse, **settings) for key, source in sources.items()]
+        self.tokenizer, self.packing, self.batch = tokenizer, packing, SourcedBatch if with_sources else Batch
+        self.on_bad, self.report, self.totals, self.prefetch = on_bad, report, Counter[str](), prefetch
+        order = {"seed": seed, "shuffle": shuffle, "num_streams": num_streams, "repeat": at_end == "repeat"}
+        self.readers = [Reader(of, key=key, retries=retries, wait_s=retry_s, **order) for key, of in sources.items()]
         owned = num_streams // num_ranks
         self.streams = range(rank * owned, (rank + 1) * owned)
-        self.virtual = [
-            VirtualStream(v, num_streams=num_streams, readers=self.readers, seed=seed, totals=self.totals) for v in self.streams
-        ]
+        self.intake = Intake(
+            self.readers,
+            encode=Encoder(tokenizer, backend=backend) if tokenizer else None,
+            end_of_text=end_of_text_id(tokenizer) if tokenizer else None,
+            max_document_mb=max_document_mb,
+            workers=workers,
+        )
+        self.close = weakref.finalize(self, self.intake.close)  # ends the workers, at the latest with the interpreter
+        of_all = {"num_streams": num_streams, "intake": self.intake, "seed": seed, "totals": self.totals, "refuse": self.refuse}
+        self.virtual = [VirtualStream(number=v, document_mask=document_mask, **of_all) for v in self.streams]
         self.follow()
+        self.read_ahead(self.prefetch)
 
-    def set(self, *, seq_len: int, global_batch: int, mixture: dict[str, float] | None, buffer: int) -> None:
+    def set(
+        self, *, seq_len: int, global_batch: int, mixture: dict[str, float] | None, buffer: int, phase: int = 0,
+        drain: bool = False,
+    ) -> None:  # fmt: skip
         """Rows of another length, or another number of them; other weights of the sources (none: equal), another buffer: from
-        the next step on. The streams read on where they are."""
+        the next step on. The streams read on where they are, or first to the ends of open documents (`drain`)."""
         check_split(global_batch=global_batch, num_streams=self.num_streams, num_ranks=self.num_ranks)
-        self.seq_len, self.rows_per_stream, self.buffer = seq_len, global_batch // self.num_streams, buffer
         given = mixture or dict.fromkeys(self.names or [""], 1.0)
         if unknown := set(given) - set(self.names or [""]):
             raise ValueError(f"mixture={mixture}: there is no source {', '.join(sorted(unknown))}")
         total = math.fsum(given.values())
-        self.weights_S = [given.get(name, 0.0) / total for name in self.names or [""]]
+        self.now = Settings(
+            seq_len=seq_len,
+            rows_per_stream=global_batch // self.num_streams,
+            weights_S=[given.get(name, 0.0) / total for name in self.names or [""]],
+            buffer=buffer,
+            phase=phase,
+            drain=drain,
+        )
 
     def follow(self) -> None:
-        """Tells sources that only read forward where to begin, and what to keep of what they pass."""
+        """After a start: tells sources that only read forward where to begin, and asks for what was open before a resume."""
+        open_documents = [(stream, (d.source, d.n)) for stream in self.virtual for d in stream.open()]
         for s, reader in enumerate(self.readers):
             if reader.num_documents is None:
-                unread = {n for stream in self.virtual for n in stream.unread(s)}
-                first = min(unread | {stream.next_S[s] for stream in self.virtual})
-                reader.source.follow(first, wanted=lambda n, s=s, unread=unread: n in unread or self.wants(s, n))
-
-    def wants(self, source: int, n: int) -> bool:
-        stream = n % self.num_streams
-        return stream in self.streams and n >= self.virtual[stream - self.streams.start].next_S[source]
+                unread = {n for _, (source, n) in open_documents if source == s}
+                self.intake.follow(s, {stream.number: stream.next_S[s] for stream in self.virtual}, unread)
+        if self.intake.workers.num:
+            open_documents.sort(key=lambda of: of[1])  # the order of a source that reads forward
+            pending = self.intake.request([wanted for _, wanted in open_documents], priority=AGAIN)
+            for (stream, wanted), document in zip(open_documents, pending, strict=True):
+                stream.again[wanted] = document
 
     # -- rows --
 
-    def next_step(self, micro_batch: int) -> list[Batch]:
-        """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows."""
-        num_rows = len(self.streams) * self.rows_per_stream
+    def next_step(self, micro_batch: int) -> list[Batch] | list[SourcedBatch]:
+        """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises: BadDocument, DataError."""
+        now, num_rows = self.now, len(self.streams) * self.now.rows_per_stream
         if num_rows % micro_batch:
             given = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{given}; use one of {divisors(num_rows)}")
-        rows_3VT = np.empty((3, len(self.streams), self.rows_per_stream * self.seq_len), np.int64)
-        for stream, rows_3T in zip(self.virtual, rows_3VT.swapaxes(0, 1), strict=True):
-            stream.fill(
-                rows_3T, seq_len=self.seq_len, document_mask=self.document_mask, weights_S=self.weights_S, buffer_size=self.buffer
-            )
-        rows_3BL = torch.from_numpy(rows_3VT.reshape(3, num_rows, self.seq_len))
-        return list(map(Batch, *(rows_BL.split(micro_batch) for rows_BL in rows_3BL)))
+        if not self.intake.workers.num:
+            self.read_ahead(1)
+        rows_NVT = np.empty((len(self.batch._fields), len(self.streams), now.num_tokens), np.int64)
+        for stream, rows_NT in zip(self.virtual, rows_NVT.swapaxes(0, 1), strict=True):
+            (stream.fit if self.packing == "fit" else stream.fill)(rows_NT, now)
+        if self.intake.workers.num:
+            self.read_ahead(self.prefetch)
+        rows_NBL = torch.from_numpy(rows_NVT.reshape(-1, num_rows, now.seq_len))
+        return list(map(self.batch, *(rows_BL.split(micro_batch) for rows_BL in rows_NBL)))
+
+    def has_more(self) -> bool:
+        """Is there another token for this rank? Always, unless `at_end` is "stop"."""
+        return self.intake.repeats or any(stream.has_more(self.now) for stream in self.virtual)
+
+    def read_ahead(self, steps: int) -> None:
+        """Asks for the documents of so many steps that were not asked for, those of all streams together."""
+        missing = [(stream, stream.missing(stream.soon(self.now, steps=steps), self.now.weights_S)) for stream in self.virtual]
+        pending = iter(self.intake.request([wanted for _, of_stream in missing for wanted in of_stream]))
+        for stream, wanted in missing:
+            stream.asked(wanted, [next(pending) for _ in wanted])
 
     def refuse(self, bad: BadDocument) -> None:
         if self.on_bad == "fatal":
@@ -124,8 +180,13 @@ class TokenStream:
         return {"epoch": epoch, **{name: self.totals[name] for name in COUNTED}}
 
     @property
+    def state_counts(self) -> list[int]:
+        """In the order of COUNTED. Their sum over all ranks is that of the run, before and after a resume."""
+        return [self.totals[name] for name in COUNTED]
+
+    @property
     def num_slots(self) -> int:
-        """Of the fullest buffer of this rank."""
+        """Of this rank's fullest buffer."""
         return max(len(stream.buffer.slots) for stream in self.virtual)
 
     def state_dict(self, *, num_slots: int | None = None) -> dict[str, torch.Tensor]:
@@ -139,10 +200,11 @@ class TokenStream:
             "next_VS": torch.tensor([stream.next_S for stream in self.virtual]),
             "credit_VS": torch.tensor([stream.credits.credit_S for stream in self.virtual], dtype=torch.float64),
             "draws_V": torch.tensor([stream.buffer.draws for stream in self.virtual]),
+            "phase_V": torch.tensor([stream.phase for stream in self.virtual]),
             "index_VC": torch.from_numpy(narrowed(heads_V3C[:, 0], np.int32)),
             "read_VC": torch.from_numpy(narrowed(heads_V3C[:, 1], np.int32)),
             "source_VC": torch.from_numpy(narrowed(heads_V3C[:, 2], np.uint8)),
-            "counts": torch.tensor([self.totals[name] for name in COUNTED]),
+            "counts": torch.tensor(self.state_counts),
         }
 
     def load_state_dict(self, state: dict[str, torch.Tensor], *, keep_counts: bool) -> None:
@@ -152,9 +214,10 @@ class TokenStream:
         self.totals.clear()
         self.totals.update(dict(zip(COUNTED, counts, strict=True)))
         heads_V3C = np.stack([state[name].numpy().astype(np.int64) for name in ("index_VC", "read_VC", "source_VC")], axis=1)
-        parts = (state["next_VS"].tolist(), state["credit_VS"].tolist(), state["draws_V"].tolist(), heads_V3C)
-        for stream, next_S, credit_S, draws, heads_3C in zip(self.virtual, *parts, strict=True):
-            stream.restore(next_S, credit_S=credit_S, draws=draws, heads_3C=heads_3C)
+        names = ("next_VS", "credit_VS", "draws_V", "phase_V")
+        parts = (*(state[name].tolist() for name in names), heads_V3C)
+        for stream, next_S, credit_S, draws, phase, heads_3C in zip(self.virtual, *parts, strict=True):
+            stream.restore(next_S, credit_S=credit_S, draws=draws, phase=phase, heads_3C=heads_3C)
         self.follow()
 
     def check(self, state: dict[str, torch.Tensor]) -> None:

@@ -1,103 +1,260 @@
 """What does one virtual stream deliver, and what must be remembered for it to go on?
 
-    credits -> a source -> its next document -> open documents -> pieces -> rows
+    queues of documents asked for, one a source -> credits choose -> open documents -> pieces -> rows
 
 Virtual stream v of V reads documents v, v + V, v + 2V, ... of each source. What it delivers is a function of the corpus, the
-tokenizer, the seed, the program and its position: it knows of no ranks and of no other stream.
+tokenizer, the seed, the program and its position: it knows of no ranks, of no other stream, and not of who reads ahead.
 
-Letters: T tokens of the stream in one step, L of a row, S sources, C slots of the buffer, P pieces.
+Letters: T tokens of the stream in one step, L of a row, N planes, S sources, C slots of the buffer.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from trainer.data.buffer import DocumentBuffer, OpenDocument
+from trainer.data.intake import Intake, Pending, Wanted
 from trainer.data.mixture import Credits
-from trainer.data.reader import Reader
+from trainer.data.reader import DataError
+from trainer.data.sources import BadDocument
 
 IGNORED = -100  # the label that cross entropy leaves out
+PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
 EMPTY, BEYOND = -1, -2  # in a state: a slot without a document, and what is behind the last slot
+TOKENS, LABELS, POSITIONS, SOURCES = range(4)  # the N planes of rows
+NOTHING = np.zeros(0, np.uint32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a span of the program says about the stream."""
+
+    seq_len: int
+    rows_per_stream: int
+    weights_S: list[float]  # they sum to 1
+    buffer: int = 0
+    phase: int = 0  # how often the mixture has changed
+    drain: bool = False  # documents opened in an earlier phase are read to their ends before this one opens any
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows_per_stream * self.seq_len
+
+
+@dataclass(kw_only=True)
 class VirtualStream:
-    def __init__(self, number: int, *, num_streams: int, readers: Sequence[Reader], seed: int, totals: Counter[str]) -> None:
-        self.number, self.num_streams, self.readers, self.totals = number, num_streams, readers, totals
-        self.next_S = [number] * len(readers)  # the document of each source that is opened next
-        self.credits = Credits(len(readers), seed=seed, stream=number)
-        self.buffer = DocumentBuffer(seed=seed, stream=number)
-        self.ahead: dict[int, np.ndarray] = {}  # tokens of the next document of a source, read to know its length
+    number: int
+    num_streams: int
+    intake: Intake
+    seed: int
+    totals: Counter[str]
+    refuse: Callable[[BadDocument], None]
+    document_mask: bool = True
+    phase: int = 0  # in which documents were opened last
+    again: dict[Wanted, Pending] = field(default_factory=dict)  # documents that were open before a resume, asked for
+
+    def __post_init__(self) -> None:
+        num_sources = len(self.intake.readers)
+        self.next_S = [self.number] * num_sources  # the document of each source that is opened next
+        self.queue_S = [deque[Pending]() for _ in range(num_sources)]  # that one, and those behind it
+        self.ahead: dict[int, np.ndarray] = {}  # tokens of the next document of a source, once they were looked at
+        self.refused_S = [0] * num_sources  # bad documents in a row
+        self.credits = Credits(num_sources, seed=self.seed, stream=self.number)
+        self.buffer = DocumentBuffer(seed=self.seed, stream=self.number)
 
     # -- rows --
 
-    def fill(
-        self, rows_3T: np.ndarray, *, seq_len: int, document_mask: bool, weights_S: Sequence[float], buffer_size: int
-    ) -> None:  # fmt: skip
-        """Tokens, labels and positions of the rows of one step, in place."""
-        tokens_T, labels_T, positions_T = rows_3T
-        pieces, positions, ends, targets = list[np.ndarray](), list[np.ndarray](), list[int](), list[int]()
-        filled, num_tokens, buffer, index_L = 0, len(tokens_T), self.buffer, np.arange(seq_len)
+    def fill(self, rows_NT: np.ndarray, now: Settings) -> None:
+        """Tokens, labels, positions and, if there is room for them, sources of the rows of one step, in place."""
+        pieces, positions, ends, targets, sources = [], [], list[int](), list[int](), list[int]()
+        filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
+        buffer, buffer_size, index_L = self.buffer, now.buffer, np.arange(seq_len)
         while filled < num_tokens:
             if buffer.num_open <= buffer_size:
-                self.refill(buffer_size, weights_S)
+                self.refill(now)
+                if not buffer.num_open:  # the end of the corpus
+                    break
             slot = buffer.pick(buffer_size)
             document = buffer.slots[slot]
-            if document.tokens is None:
-                document.tokens = self.readers[document.source].again(document.n, read=document.read)
             tokens, read = document.tokens, document.read
+            if tokens is None:
+                tokens = document.tokens = self.reread(document)
             length = min(len(tokens) - read, seq_len - filled % seq_len)
             document.read = after = read + length
             pieces.append(tokens[read:after])
             positions.append(index_L[:length])
+            sources.append(document.source)
             if after < len(tokens):  # cut at the end of the row
                 targets.append(int(tokens[after]))
             else:
                 targets.append(IGNORED)
                 buffer.finish(slot)
             ends.append(filled := filled + length)
-        np.concatenate(pieces, out=tokens_T)
-        labels_T[:-1] = tokens_T[1:]
-        labels_T[np.array(ends) - 1] = targets
-        np.concatenate(positions if document_mask else [index_L] * (num_tokens // seq_len), out=positions_T)
         self.totals["documents"] += targets.count(IGNORED)
         self.totals["tokens"] += filled
         self.totals["open"] -= filled
+        self.write(rows_NT, seq_len, pieces=pieces, positions=positions, ends=ends, targets=targets, sources=sources)
 
-    def refill(self, buffer_size: int, weights_S: Sequence[float]) -> None:
-        room, opened = self.buffer.room(buffer_size), 0
+    def fit(self, rows_NT: np.ndarray, now: Settings) -> None:
+        """Whole documents, cut at the length of a row, each into the fullest row that has room for it; the rest is padding. The
+        step ends with the first document that finds no room."""
+        rows = [list[tuple[np.ndarray, int, int]]() for _ in range(now.rows_per_stream)]
+        room_R, index_L = [now.seq_len] * now.rows_per_stream, np.arange(now.seq_len)
+        while (source := self.choose(now.weights_S)) is not None:
+            tokens = self.ahead[source]
+            length = min(len(tokens), now.seq_len)
+            if not (fits := [r for r, room in enumerate(room_R) if room >= length]):
+                break
+            self.take(source, now.weights_S)
+            target = int(tokens[length]) if length < len(tokens) else IGNORED
+            best = min(fits, key=room_R.__getitem__)
+            rows[best].append((tokens[:length], target, source))
+            room_R[best] -= length
+            self.totals.update({"documents": 1, "tokens": length, "truncated": len(tokens) - length})
+        for r, row in enumerate(rows):
+            lengths = [len(tokens) for tokens, _, _ in row]
+            self.write(
+                rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len], now.seq_len,
+                pieces=[tokens for tokens, _, _ in row], positions=[index_L[:length] for length in lengths],
+                ends=np.cumsum(lengths).tolist(), targets=[target for _, target, _ in row], sources=[s for _, _, s in row],
+            )  # fmt: skip
+
+    def write(
+        self, rows_NT: np.ndarray, seq_len: int, *, pieces: list[np.ndarray], positions: list[np.ndarray], ends: list[int],
+        targets: list[int], sources: list[int],
+    ) -> None:  # fmt: skip
+        """Pieces one after another; behind the last one, padding."""
+        filled, num_tokens = ends[-1] if ends else 0, rows_NT.shape[1]
+        np.concatenate(pieces or [NOTHING], out=rows_NT[TOKENS, :filled])
+        rows_NT[TOKENS, filled:] = 0
+        labels_T = rows_NT[LABELS]
+        labels_T[:-1] = rows_NT[TOKENS, 1:]
+        labels_T[np.array(ends, int) - 1] = targets
+        labels_T[filled:] = IGNORED
+        if self.document_mask:
+            np.concatenate(positions or [NOTHING], out=rows_NT[POSITIONS, :filled])
+        else:
+            rows_NT[POSITIONS].reshape(-1, seq_len)[:] = np.arange(seq_len)
+        rows_NT[POSITIONS, filled:] = PADDING
+        if len(rows_NT) > SOURCES:
+            rows_NT[SOURCES, :filled] = np.repeat(sources, np.diff(ends, prepend=0))
+            rows_NT[SOURCES, filled:] = 0
+        self.totals["padding"] += num_tokens - filled
+
+    def has_more(self, now: Settings) -> bool:
+        return self.buffer.num_open > 0 or self.choose(now.weights_S) is not None
+
+    # -- opening documents --
+
+    def refill(self, now: Settings) -> None:
+        if self.phase != now.phase and now.drain and self.buffer.num_open:
+            return
+        self.phase = now.phase
+        if (room := self.buffer.room(now.buffer)) > 1:
+            self.ask(room, now.weights_S)
         self.buffer.close_up()
         for _ in range(room):
-            source = self.credits.next_source(weights_S, next_length=self.next_length) if len(weights_S) > 1 else 0
-            tokens = self.ahead.pop(source) if source in self.ahead else self.read_next(source)
-            if len(weights_S) > 1:
-                self.credits.charge(source, len(tokens), weights_S)
-            self.buffer.add(OpenDocument(source, self.next_S[source], 0, tokens))
-            self.next_S[source] += self.num_streams
-            opened += len(tokens)
-        self.totals["open"] += opened
+            if (source := self.choose(now.weights_S)) is None:
+                return
+            n = self.next_S[source]
+            tokens = self.take(source, now.weights_S)
+            self.buffer.add(OpenDocument(source, n, 0, tokens))
+            self.totals["open"] += len(tokens)
 
-    def next_length(self, source: int) -> int:
-        """Of the document of `source` that is opened next; it is kept for then."""
-        if source not in self.ahead:
-            self.ahead[source] = self.read_next(source)
-        return len(self.ahead[source])
+    def choose(self, weights_S: list[float]) -> int | None:
+        """The source of the next document; None: all are at their ends. One at its end leaves its share to the others."""
+        if len(weights_S) > 1:
+            weights_S = self.left(weights_S)
+            return self.credits.next_source(weights_S, next_length=self.next_length) if any(weights_S) else None
+        return 0 if self.next_length(0) is not None else None
 
-    def read_next(self, source: int) -> np.ndarray:
-        self.next_S[source], tokens = self.readers[source].next_usable(self.next_S[source], step=self.num_streams)
+    def left(self, weights_S: list[float]) -> list[float]:
+        """The weights of the sources that have a document left."""
+        if self.intake.repeats:
+            return weights_S
+        left_S = [weight if weight and self.next_length(s) is not None else 0.0 for s, weight in enumerate(weights_S)]
+        return [weight / total for weight in left_S] if (total := sum(left_S)) else left_S
+
+    def take(self, source: int, weights_S: list[float]) -> np.ndarray:
+        """The tokens of the next document of `source`, which is that no longer."""
+        if len(weights_S) > 1:
+            self.credits.charge(source, len(self.ahead[source]), self.left(weights_S))
+        tokens = self.ahead.pop(source)
+        self.advance(source)
+        self.intake.saw(source, len(tokens))
         return tokens
 
-    # -- what is still to be read --
+    def next_length(self, source: int) -> int | None:
+        """Of the document of `source` that is opened next; None: there is none. Bad documents are passed over."""
+        if source in self.ahead:
+            return len(self.ahead[source])
+        reader, queue = self.intake.readers[source], self.queue_S[source]
+        while not reader.is_over(self.next_S[source]):
+            if not queue:
+                queue += self.intake.request([(source, self.next_S[source])])
+            tokens = queue[0].get()
+            if isinstance(tokens, np.ndarray):
+                self.ahead[source], self.refused_S[source] = tokens, 0
+                return len(tokens)
+            if tokens is None:
+                return None
+            self.refuse(tokens)
+            self.advance(source)
+            self.refused_S[source] += 1
+            if self.refused_S[source] >= reader.patience:
+                raise DataError(f"no usable document in a whole epoch, the last was {tokens}; check {reader.key}")
+        return None
 
-    def unread(self, source: int) -> Iterator[int]:
-        """Documents of `source` that were open before a resume and have not been read again."""
-        slots = (document for document in self.buffer.slots if document is not None)
-        return (document.n for document in slots if document.source == source and document.tokens is None)
+    def advance(self, source: int) -> None:
+        self.queue_S[source].popleft()
+        self.next_S[source] += self.num_streams
+
+    # -- asking for documents --
+
+    def ask(self, documents: float, weights_S: list[float]) -> None:
+        """Asks for what is still missing of that many."""
+        wanted = self.missing(documents, weights_S)
+        self.asked(wanted, self.intake.request(wanted))
+
+    def missing(self, documents: float, weights_S: list[float]) -> list[Wanted]:
+        """What to ask for, so that about that many documents lie ahead, of each source as many as its weight makes likely."""
+        per_token_S = [weight / self.intake.mean_length(s) for s, weight in enumerate(weights_S)]
+        total, wanted = sum(per_token_S), list[Wanted]()
+        for s, share in enumerate(per_token_S):
+            if share:
+                reader, first = self.intake.readers[s], self.next_S[s]
+                numbers = range(len(self.queue_S[s]), math.ceil(documents * share / total))
+                wanted += [(s, n) for i in numbers if not reader.is_over(n := first + i * self.num_streams)]
+        return wanted
+
+    def asked(self, wanted: list[Wanted], pending: list[Pending]) -> None:
+        for (s, _), document in zip(wanted, pending, strict=True):
+            self.queue_S[s].append(document)
+
+    def soon(self, now: Settings, *, steps: int) -> float:
+        """How many documents the next steps, and the next refill, will open."""
+        tokens_per_document = 1 / sum(w / self.intake.mean_length(s) for s, w in enumerate(now.weights_S))
+        return steps * now.num_tokens / tokens_per_document + now.buffer
+
+    # -- what was open before a resume --
+
+    def reread(self, document: OpenDocument) -> np.ndarray:
+        pending = self.again.pop((document.source, document.n), None)
+        tokens = self.intake.again(document.source, document.n, pending=pending)
+        if document.read >= len(tokens):
+            reader = self.intake.readers[document.source]
+            raise reader.foreign(f"{reader.where(document.n)}: no token {document.read}, the document has {len(tokens)}")
+        return tokens
+
+    def open(self) -> Iterator[OpenDocument]:
+        return (document for document in self.buffer.slots if document is not None)
 
     def slowest(self, source: int) -> int:
         """The oldest document of `source` that is open, or the next one."""
-        slots = (document for document in self.buffer.slots if document is not None)
-        return min((document.n for document in slots if document.source == source), default=self.next_S[source])
+        return min((document.n for document in self.open() if document.source == source), default=self.next_S[source])
 
     # -- state --
 
@@ -107,10 +264,13 @@ class VirtualStream:
         beyond = [(BEYOND, 0, 0)] * (num_slots - len(slots))
         return np.array(slots + beyond, np.int64).reshape(num_slots, 3).T
 
-    def restore(self, next_S: list[int], *, credit_S: list[float], draws: int, heads_3C: np.ndarray) -> None:
-        self.next_S, self.credits.credit_S, self.ahead = next_S, credit_S, {}
+    def restore(self, next_S: list[int], *, credit_S: list[float], draws: int, phase: int, heads_3C: np.ndarray) -> None:
+        self.next_S, self.credits.credit_S, self.phase, self.ahead = next_S, credit_S, phase, {}
+        for queue in self.queue_S:
+            queue.clear()
         slots = [
             None if index == EMPTY else OpenDocument(source, self.number + index * self.num_streams, read, None)
             for index, read, source in heads_3C.T.tolist() if index != BEYOND
         ]  # fmt: skip
         self.buffer.restore(slots, draws=draws)
+        self.again = {}

@@ -34,7 +34,7 @@ from torchtitan.protocols.module import Module
 
 from trainer.balance import NO_LOSSES, LossWeights
 from trainer.config import ModelConfig
-from trainer.model.loss import linear_cross_entropy
+from trainer.model.loss import Groups, linear_cross_entropy
 from trainer.model.moe import Experts, MoE, TokenDispatcher
 from trainer.model.norm import RMSNorm
 from trainer.model.router import Gate, Router
@@ -154,10 +154,11 @@ class Head(Linear):
         super().__init__(config)
         self.z_loss_weight = config.z_loss_weight
 
-    def forward(self, x_BLD: Tensor, labels_BL: Tensor | None = None) -> Tensor:
+    def forward(self, x_BLD: Tensor, labels_BL: Tensor | None = None, groups: Groups | None = None) -> Tensor:
         if labels_BL is None:
             return F.linear(x_BLD, self.weight)
-        return linear_cross_entropy(x_BLD.flatten(0, 1), self.weight, labels_BL.flatten(), z_loss_weight=self.z_loss_weight)
+        x_TD, labels_T = x_BLD.flatten(0, 1), labels_BL.flatten()
+        return linear_cross_entropy(x_TD, self.weight, labels_T, z_loss_weight=self.z_loss_weight, groups=groups)
 
 
 class Afmoe(Decoder):
@@ -173,11 +174,14 @@ class Afmoe(Decoder):
         def get_nparams_and_flops(self, model, seq_len):
             raise NotImplementedError("see flops_per_token")
 
-    def forward(self, tokens_BL: Tensor, positions_BL: Tensor | None = None, labels_BL: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BL: Tensor, positions_BL: Tensor | None = None, labels_BL: Tensor | None = None, groups: Groups | None = None
+    ) -> Tensor:  # fmt: skip
         """Logits (B, L, V), or with labels the cross entropy [nats] summed over all tokens.
 
         positions_BL: of each token in its document: a 0 starts a document, PADDING (-1) marks padding; None:
         each row is one document. Tokens attend within their document only. labels_BL: loss.IGNORE = no label.
+        groups: sums of the loss by group, to be added to.
         """
         if positions_BL is None:
             positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
@@ -186,7 +190,7 @@ class Afmoe(Decoder):
         for layer in self.layers.values():
             x_BLD = layer(x_BLD, rows)
         x_BLD = self.norm(x_BLD)
-        return self.lm_head(x_BLD) if labels_BL is None else self.lm_head(x_BLD, labels_BL)
+        return self.lm_head(x_BLD) if labels_BL is None else self.lm_head(x_BLD, labels_BL, groups)
 
     def rows(self, positions_BL: Tensor) -> Rows:
         """Masks and rotary angles of a microbatch, from the positions alone."""
