@@ -1,12 +1,11 @@
 """Documents to rows of tokens: `sources` -> `tokenizer` -> `stream`."""
 
+from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
+from trainer.data.hub import HubSource
 from trainer.data.sources import (
     BAD_KINDS,
     BadDocument,
     Document,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
     PythonSource,
     Source,
     SyntheticSource,
@@ -19,6 +18,7 @@ from trainer.data.tokenizer import end_of_text_id, load_tokenizer
 __all__ = [
     "BAD_KINDS",
     "COUNTED",
+    "ArrowSource",
     "BadDocument",
     "Batch",
     "Document",
