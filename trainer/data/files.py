@@ -4,7 +4,9 @@ What the operating system refuses is an OSError with its number, and may succeed
 holds and no library can decode is damage: a ValueError when the file is opened, a BadDocument when it is read.
 """
 
+import io
 import json
+import math
 import os
 import random
 import shutil
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -105,7 +107,7 @@ def unpacked(path: Path, cache: Path) -> tuple[Path, bool]:
     """The plain copy of a compressed file, and whether the file is damaged: then the copy's last line says how."""
     stat = path.stat()
     key = hashed(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    whole, damaged = cache / f"unpacked-{key}.jsonl", cache / f"unpacked-{key}.damaged.jsonl"
+    whole, damaged = cache / f"unpacked-{key}.lines", cache / f"unpacked-{key}.damaged"  # no *.jsonl, wherever it lies
     if not whole.exists() and not damaged.exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = cache / f"unpacked-{key}.{uuid.uuid4().hex}"
@@ -139,18 +141,16 @@ def unpack(path: Path, target: Path) -> bool:
     return False
 
 
-class Fed:
-    """A file for pyarrow to read, from byte `fine_from` on one byte at a time."""
+class Fed(io.FileIO):
+    """A file that gives itself to pyarrow byte by byte from `fine_from` on."""
 
-    closed = False
+    def __init__(self, path: Path, fine_from: float) -> None:
+        super().__init__(path)
+        self.fine_from = fine_from
 
-    def __init__(self, file: IO[bytes], fine_from: int | None) -> None:
-        self.file, self.fine_from = file, fine_from
-
-    def read(self, size: int) -> bytes:
-        self.last = self.file.tell()
-        is_fine = self.fine_from is not None and self.last >= self.fine_from
-        return self.file.read(1 if is_fine else size)
+    def read(self, size: int = -1) -> bytes:
+        self.last = self.tell()
+        return super().read(size if self.last < self.fine_from else 1)
 
 
 def pieces(path: Path) -> Iterator[bytes]:
@@ -160,24 +160,23 @@ def pieces(path: Path) -> Iterator[bytes]:
     """
     import pyarrow as pa
 
-    done, fine_from = 0, None
     if not path.stat().st_size:
         raise Damage("the file is empty")
+    done, fine_from = 0, math.inf
     while True:
-        with path.open("rb", buffering=0) as file:
-            fed = Fed(file, fine_from)
+        with Fed(path, fine_from) as packed:
             try:
-                with decoding(), pa.CompressedInputStream(pa.PythonFile(fed, mode="r"), CODECS[path.suffix]) as stream:
+                with decoding(), pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), CODECS[path.suffix]) as stream:
                     for skipped in range(0, done, PIECE_BYTES):
                         stream.read(min(PIECE_BYTES, done - skipped))
-                    while piece := stream.read(PIECE_BYTES if fine_from is None else 1):
+                    while piece := stream.read(PIECE_BYTES if fine_from == math.inf else 1):
                         yield piece
                         done += len(piece)
                 return
             except Damage:
-                if fine_from is not None:
+                if fine_from < math.inf:
                     raise
-                fine_from = fed.last
+                fine_from = packed.last
 
 
 class ColumnSource:
@@ -269,6 +268,10 @@ class ArrowSource(ColumnSource):
     def __init__(self, path: str, field: str = "text") -> None:
         self.columns: list[Any] = []  # of all parts
         super().__init__(path, field)
+        for file in self.files:
+            if file.name.startswith("cache-") and (file.parent / "state.json").exists():
+                remedy = f"take it out or give path='{file.parent}/data-*.arrow'"
+                raise ValueError(f"{file}: what `datasets` once computed from the files beside it, the same documents; {remedy}")
 
     def opened(self, file: Path) -> tuple[list[str], list[int]]:
         import pyarrow as pa
