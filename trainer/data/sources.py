@@ -51,7 +51,8 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
     if root.suffix == ".manifest" and root.is_file():
         return manifest_files(root)
     if root.is_dir():
-        found = [file for file in root.rglob("*") if file.name.endswith(suffixes)]
+        below = os.walk(root, onerror=raised)  # `rglob` passes over what it may not list
+        found = [Path(folder, name) for folder, _, names in below for name in names if name.endswith(suffixes)]
     else:
         found = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]
     files = sorted(file for file in found if not file.is_dir())
@@ -63,6 +64,10 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
             why = "permission denied" if file.exists() else "a link to nothing"
             raise ValueError(f"{file}: cannot be read ({why}); make it readable or take it out of {path}")
     return files
+
+
+def raised(error: OSError) -> None:
+    raise error
 
 
 def manifest_files(manifest: Path) -> list[Path]:
