@@ -1,13 +1,12 @@
 """Documents to rows of tokens: `sources` -> `reader` -> `intake` -> `virtual` -> `stream`."""
 
+from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
+from trainer.data.hub import HubSource
 from trainer.data.reader import DataError
 from trainer.data.sources import (
     BAD_KINDS,
     BadDocument,
     Document,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
     PythonSource,
     Source,
     SyntheticSource,
@@ -20,6 +19,7 @@ from trainer.data.tokenizer import end_of_text_id, load_tokenizer
 __all__ = [
     "BAD_KINDS",
     "COUNTED",
+    "ArrowSource",
     "BadDocument",
     "Batch",
     "DataError",

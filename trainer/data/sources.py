@@ -2,26 +2,23 @@
 
 A source is a sequence of documents with random access (a stream on the hub: forward only); its constructor
 is its schema, configs/data/*.yaml name it. A user's own source is any class with `source[i]`, `fingerprint`
-and, unless it is endless, `len`.
+and, unless it is endless, `len`. It raises BadDocument where a document is unusable, and OSError where reading
+failed but may succeed when tried again. It is read in forked processes: it must not hold a file's position.
 """
 
 import glob
 import hashlib
-import json
 import math
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-BAD_KINDS = ("empty", "not_utf8", "huge", "missing_field", "broken_json")
-SCAN_BYTES = 1 << 26  # of a file at once, when its lines are indexed
+BAD_KINDS = ("empty", "not_utf8", "huge", "missing_field", "broken_json", "corrupt")
 
 
 class Document(NamedTuple):
@@ -51,14 +48,59 @@ class Source(Protocol):
     def __getitem__(self, i: int) -> Document: ...
 
 
-def find_files(path: str, *, suffix: str) -> list[Path]:
-    """The files that a file name, a directory or a glob stands for, in sorted order."""
+def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files that a file name, a directory or a glob stands for, sorted; those of a manifest in its own order."""
     root = Path(path).expanduser()
-    names = root.rglob(f"*{suffix}") if root.is_dir() else glob.glob(str(root), recursive=True)
-    files = [root] if root.is_file() else sorted(file for file in map(Path, names) if file.is_file())
+    if root.suffix == ".manifest" and root.is_file():
+        return manifest_files(root)
+    if root.is_dir():
+        below = os.walk(root, onerror=raised)  # `rglob` passes over what it may not list
+        found = [Path(folder, name) for folder, _, names in below for name in names if name.endswith(suffixes)]
+    else:
+        found = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]
+    files = sorted(file for file in found if not file.is_dir())
     if not files:
-        raise ValueError(f"{path}: no file matches; give a file, a directory with *{suffix} or a quoted glob")
+        wanted = ", ".join(f"*{suffix}" for suffix in suffixes)
+        raise ValueError(f"{path}: no file matches; give a file, a directory with {wanted}, a quoted glob or a *.manifest")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            why = "permission denied" if file.exists() else "a link to nothing"
+            raise ValueError(f"{file}: cannot be read ({why}); make it readable or take it out of {path}")
     return files
+
+
+def raised(error: OSError) -> None:
+    raise error
+
+
+def manifest_files(manifest: Path) -> list[Path]:
+    """The files of a list, one path a line: relative to the list's directory, and inside of it whatever links say."""
+    base, line_of, files = manifest.parent.resolve(), dict[Path, int](), list[Path]()
+    lines = manifest.read_text("utf-8-sig", errors="surrogateescape").splitlines()
+    for i, name in enumerate(map(str.strip, lines), start=1):
+        if not name or name.startswith("#"):
+            continue
+        file = manifest.parent / name
+        if refused := why_refused(file, is_absolute=os.path.isabs(name), base=base, line_of=line_of):
+            remedy = f"give each file once, by its path below {manifest.parent}"
+            raise ValueError(f"{manifest}:{i}: {name}: {refused}; {remedy}")
+        line_of[file.resolve()] = i
+        files.append(file)
+    if not files:
+        raise ValueError(f"{manifest}: no file is named; give one a line, by its path below {manifest.parent}")
+    return files
+
+
+def why_refused(file: Path, *, is_absolute: bool, base: Path, line_of: dict[Path, int]) -> str | None:
+    if is_absolute:
+        return "an absolute path"
+    if not os.path.isfile(file):  # unlike a Path's, it does not raise where a name cannot be one
+        return "a directory" if os.path.isdir(file) else "no such file"
+    if not (found := file.resolve()).is_relative_to(base):
+        return f"leads out of the manifest's directory, to {found}"
+    if found in line_of:
+        return f"the file of line {line_of[found]} again"
+    return None if os.access(found, os.R_OK) else "permission denied"
 
 
 def hashed(*parts: object) -> str:
@@ -79,7 +121,9 @@ def decoded(data: bytes, *, where: str) -> str:
 
 
 def from_field(value: object, *, field: str, where: str) -> Document:
-    """A document from one field of a record; None where the record has no such field."""
+    """A document from one field of a record; None where the record has no such field. Bytes must be UTF-8."""
+    if isinstance(value, bytes):
+        return Document(where, text=decoded(value, where=where))
     if not isinstance(value, str):
         raise BadDocument("missing_field", where, f"field {field!r} is {type(value).__name__}, not a string")
     try:
@@ -96,10 +140,10 @@ def locate(starts: np.ndarray, i: int) -> tuple[int, int]:
 
 
 class TextSource:
-    """One file, one document. `path`: a file, a directory (*.txt below it) or a glob."""
+    """One file, one document. `path`: a file, a directory (*.txt below it), a glob or a *.manifest."""
 
     def __init__(self, path: str) -> None:
-        self.files = find_files(path, suffix=".txt")
+        self.files = find_files(path, suffixes=(".txt",))
         self.fingerprint = hashed_files(self.files)
 
     def __len__(self) -> int:
@@ -126,139 +170,6 @@ class PythonSource(TextSource):
         if not self.files:
             raise ValueError(f"match={match}: none of the library's {len(found)} files; an example is json/decoder.py")
         self.fingerprint = hashed_files(self.files)
-
-
-class JsonlSource:
-    """One line, one JSON object, one document. `path`: a file, a directory (*.jsonl below it) or a glob."""
-
-    def __init__(self, path: str, field: str = "text") -> None:
-        self.files, self.field = find_files(path, suffix=".jsonl"), field
-        self.offsets = [line_offsets(file) for file in self.files]
-        self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
-        self.fingerprint = hashed_files(self.files, field)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, i: int) -> Document:
-        part, line = locate(self.starts, i)
-        where, (start, end) = f"{self.files[part]}:{line + 1}", self.offsets[part][line : line + 2]
-        with self.files[part].open("rb") as file:
-            file.seek(start)
-            text = decoded(file.read(end - start), where=where)
-        if not text.strip():
-            raise BadDocument("empty", where, "the line is blank")
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadDocument("broken_json", where, str(error)) from None
-        value = record.get(self.field) if isinstance(record, dict) else None
-        return from_field(value, field=self.field, where=where)
-
-
-def line_offsets(path: Path) -> np.ndarray:
-    """Byte at which each line starts, then the file's size: line k is [k] to [k + 1]. 8 bytes a line."""
-    found, size = [np.zeros(1, np.int64)], 0
-    with path.open("rb") as file:
-        while chunk := file.read(SCAN_BYTES):
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size + 1)
-            size += len(chunk)
-    offsets = np.concatenate(found)
-    return offsets if offsets[-1] == size else np.append(offsets, size)
-
-
-class ParquetSource:
-    """One row, one document. Holds the last 8 row groups it read: shuffled, it likes small row groups."""
-
-    def __init__(self, path: str, field: str = "text") -> None:
-        from pyarrow.parquet import ParquetFile
-
-        self.files, self.field = find_files(path, suffix=".parquet"), field
-        self.groups: list[tuple[Path, int, int]] = []  # file, row group, rows of the file before it
-        sizes = [0]
-        for name in self.files:
-            with ParquetFile(name) as file:
-                if field not in (columns := file.schema_arrow.names):
-                    raise ValueError(f"{name}: no column {field!r}; data.source.field is one of {columns}")
-                rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            before = np.cumsum([0, *rows]).tolist()
-            self.groups += [(name, group, before[group]) for group in range(len(rows))]
-            sizes += rows
-        self.starts = np.cumsum(sizes)
-        self.column = lru_cache(maxsize=8)(self.read_column)
-        self.fingerprint = hashed_files(self.files, field)
-
-    def read_column(self, part: int) -> Any:
-        from pyarrow.parquet import ParquetFile
-
-        path, group, _ = self.groups[part]
-        with ParquetFile(path) as file:
-            return file.read_row_group(group, columns=[self.field]).column(0)
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, i: int) -> Document:
-        part, row = locate(self.starts, i)
-        path, _, rows_before = self.groups[part]
-        where = f"{path}:{rows_before + row + 1}"
-        try:
-            return from_field(self.column(part)[row].as_py(), field=self.field, where=where)
-        except UnicodeDecodeError as error:
-            raise BadDocument("not_utf8", where, str(error)) from None
-
-
-class HubSource:
-    """A Hugging Face dataset (hub name or local directory), streamed; after its end it begins again.
-
-    It reads forward only. `source[i]` reads on to document i, and keeps those of the documents it passes that
-    are `wanted` later. A TokenStream wants what lies between the slowest and the fastest stream of its rank:
-    that bounds the memory; documents of other ranks are dropped. A document further back is found by starting
-    over: right, but slow. Opening at document n reads n documents, unless `datasets` can skip whole files.
-    """
-
-    def __init__(
-        self, name: str, split: str = "train", field: str = "text", subset: str | None = None
-    ) -> None:  # fmt: skip
-        import datasets
-
-        try:
-            self.dataset = datasets.load_dataset(name, subset, split=split, streaming=True)
-        except Exception as error:  # a dozen kinds: no network, no such name, subset or split
-            remedy = "check data.source.name, subset and split, the network and HF_HUB_OFFLINE"
-            raise ValueError(f"{name}: cannot open the dataset ({error}); {remedy}") from error
-        if (columns := self.dataset.column_names) and field not in columns:
-            raise ValueError(f"{name}: no column {field!r}; data.source.field is one of {columns}")
-        self.name, self.field = name, field
-        self.num_rows: int | None = None  # N, known as soon as the end was seen
-        self.fingerprint = hashed(name, split, field, subset)
-        self.follow(0, wanted=lambda i: False)
-
-    def follow(self, first: int, *, wanted: Callable[[int], bool]) -> None:
-        """Starts over at document `first`; of what it passes, it keeps what is `wanted`."""
-        self.position, self.wanted, self.kept = first, wanted, dict[int, object]()
-        self.rows = self.rows_from(first)
-
-    def rows_from(self, start: int) -> Iterator[dict[str, object]]:
-        while True:
-            end = start
-            for row in self.dataset.skip(start):
-                yield row
-                end += 1
-            self.num_rows = end if end > start else sum(1 for _ in self.dataset)  # `start` may lie beyond N
-            if not self.num_rows:
-                raise ValueError(f"{self.name}: the dataset holds no row; check data.source.split")
-            start = 0 if end > start else start % self.num_rows
-
-    def __getitem__(self, i: int) -> Document:
-        if i < self.position and i not in self.kept:
-            self.follow(i, wanted=self.wanted)
-        while i not in self.kept:
-            row = next(self.rows)
-            if self.position == i or self.wanted(self.position):
-                self.kept[self.position] = row.get(self.field)
-            self.position += 1
-        return from_field(self.kept.pop(i), field=self.field, where=f"{self.name}:{i + 1}")
 
 
 class SyntheticSource:
