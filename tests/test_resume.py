@@ -44,7 +44,7 @@ def tensors(directory: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def metrics(directory: Path) -> list[dict]:
-    timed = ("tokens_per_s", "mfu", "memory_gib")
+    timed = ("tokens_per_s", "mfu", "memory_gib", "data/wait_s")
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 

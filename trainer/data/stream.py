@@ -21,6 +21,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -152,10 +153,13 @@ class TokenStream:
 
     def read_ahead(self, steps: int) -> None:
         """Asks for the documents of so many steps that were not asked for, those of all streams together."""
-        missing = [(stream, stream.missing(stream.soon(self.now, steps=steps), self.now.weights_S)) for stream in self.virtual]
-        pending = iter(self.intake.request([wanted for _, of_stream in missing for wanted in of_stream]))
+        now = self.now
+        documents = steps * now.num_tokens / self.intake.mean_length(now.weights_S) + now.buffer  # and those of the next refill
+        goal_S = self.intake.goals(documents, now.weights_S)
+        missing = [(stream, wanted) for stream in self.virtual if (wanted := stream.missing(goal_S))]
+        pending = iter(self.intake.request(wanted for _, of_stream in missing for wanted in of_stream))
         for stream, wanted in missing:
-            stream.asked(wanted, [next(pending) for _ in wanted])
+            stream.asked(wanted, islice(pending, len(wanted)))
 
     def refuse(self, bad: BadDocument) -> None:
         if self.on_bad == "fatal":

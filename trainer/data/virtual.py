@@ -8,10 +8,10 @@ tokenizer, the seed, the program and its position: it knows of no ranks, of no o
 Letters: T tokens of the stream in one step, L of a row, N planes, S sources, C slots of the buffer.
 """
 
-import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -25,7 +25,11 @@ IGNORED = -100  # the label that cross entropy leaves out
 PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
 EMPTY, BEYOND = -1, -2  # in a state: a slot without a document, and what is behind the last slot
 TOKENS, LABELS, POSITIONS, SOURCES = range(4)  # the N planes of rows
-NOTHING = np.zeros(0, np.uint32)
+
+
+@lru_cache(maxsize=8)
+def up_to(seq_len: int) -> np.ndarray:
+    return np.arange(seq_len)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ class VirtualStream:
         """Tokens, labels, positions and, if there is room for them, sources of the rows of one step, in place."""
         pieces, positions, ends, targets, sources = [], [], list[int](), list[int](), list[int]()
         filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
-        buffer, buffer_size, index_L = self.buffer, now.buffer, np.arange(seq_len)
+        buffer, buffer_size, index_L = self.buffer, now.buffer, up_to(seq_len)
         while filled < num_tokens:
             if buffer.num_open <= buffer_size:
                 self.refill(now)
@@ -102,7 +106,7 @@ class VirtualStream:
         """Whole documents, cut at the length of a row, each into the fullest row that has room for it; the rest is padding. The
         step ends with the first document that finds no room."""
         rows = [list[tuple[np.ndarray, int, int]]() for _ in range(now.rows_per_stream)]
-        room_R, index_L = [now.seq_len] * now.rows_per_stream, np.arange(now.seq_len)
+        room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
         while (source := self.choose(now.weights_S)) is not None:
             tokens = self.ahead[source]
             length = min(len(tokens), now.seq_len)
@@ -128,21 +132,22 @@ class VirtualStream:
     ) -> None:  # fmt: skip
         """Pieces one after another; behind the last one, padding."""
         filled, num_tokens = ends[-1] if ends else 0, rows_NT.shape[1]
-        np.concatenate(pieces or [NOTHING], out=rows_NT[TOKENS, :filled])
-        rows_NT[TOKENS, filled:] = 0
-        labels_T = rows_NT[LABELS]
-        labels_T[:-1] = rows_NT[TOKENS, 1:]
-        labels_T[np.array(ends, int) - 1] = targets
-        labels_T[filled:] = IGNORED
+        if filled < num_tokens:
+            rows_NT[:, filled:] = np.array([0, IGNORED, PADDING, 0])[: len(rows_NT), None]
+            self.totals["padding"] += num_tokens - filled
+            if not filled:
+                return
+        rows_NT = rows_NT[:, :filled]
+        tokens_T, labels_T = rows_NT[TOKENS], rows_NT[LABELS]
+        np.concatenate(pieces, out=tokens_T)
+        labels_T[:-1] = tokens_T[1:]
+        labels_T[np.array(ends) - 1] = targets
         if self.document_mask:
-            np.concatenate(positions or [NOTHING], out=rows_NT[POSITIONS, :filled])
+            np.concatenate(positions, out=rows_NT[POSITIONS])
         else:
-            rows_NT[POSITIONS].reshape(-1, seq_len)[:] = np.arange(seq_len)
-        rows_NT[POSITIONS, filled:] = PADDING
+            rows_NT[POSITIONS] = np.arange(filled) % seq_len
         if len(rows_NT) > SOURCES:
-            rows_NT[SOURCES, :filled] = np.repeat(sources, np.diff(ends, prepend=0))
-            rows_NT[SOURCES, filled:] = 0
-        self.totals["padding"] += num_tokens - filled
+            rows_NT[SOURCES] = np.repeat(sources, np.diff(ends, prepend=0))
 
     def has_more(self, now: Settings) -> bool:
         return self.buffer.num_open > 0 or self.choose(now.weights_S) is not None
@@ -154,7 +159,8 @@ class VirtualStream:
             return
         self.phase = now.phase
         if (room := self.buffer.room(now.buffer)) > 1:
-            self.ask(room, now.weights_S)
+            goal_S = self.intake.goals(room, now.weights_S)
+            self.asked(wanted := self.missing(goal_S), self.intake.request(wanted))
         self.buffer.close_up()
         for _ in range(room):
             if (source := self.choose(now.weights_S)) is None:
@@ -214,30 +220,19 @@ class VirtualStream:
 
     # -- asking for documents --
 
-    def ask(self, documents: float, weights_S: list[float]) -> None:
-        """Asks for what is still missing of that many."""
-        wanted = self.missing(documents, weights_S)
-        self.asked(wanted, self.intake.request(wanted))
-
-    def missing(self, documents: float, weights_S: list[float]) -> list[Wanted]:
-        """What to ask for, so that about that many documents lie ahead, of each source as many as its weight makes likely."""
-        per_token_S = [weight / self.intake.mean_length(s) for s, weight in enumerate(weights_S)]
-        total, wanted = sum(per_token_S), list[Wanted]()
-        for s, share in enumerate(per_token_S):
-            if share:
-                reader, first = self.intake.readers[s], self.next_S[s]
-                numbers = range(len(self.queue_S[s]), math.ceil(documents * share / total))
-                wanted += [(s, n) for i in numbers if not reader.is_over(n := first + i * self.num_streams)]
+    def missing(self, goal_S: Sequence[int]) -> list[Wanted]:
+        """What to ask for, so that so many documents of each source lie ahead."""
+        wanted = list[Wanted]()
+        for s, goal in enumerate(goal_S):
+            if goal > (num_ahead := len(self.queue_S[s])):
+                first, is_over = self.next_S[s], self.intake.readers[s].is_over
+                numbers = range(first + num_ahead * self.num_streams, first + goal * self.num_streams, self.num_streams)
+                wanted += [(s, n) for n in numbers if not is_over(n)]
         return wanted
 
-    def asked(self, wanted: list[Wanted], pending: list[Pending]) -> None:
+    def asked(self, wanted: list[Wanted], pending: Iterable[Pending]) -> None:
         for (s, _), document in zip(wanted, pending, strict=True):
             self.queue_S[s].append(document)
-
-    def soon(self, now: Settings, *, steps: int) -> float:
-        """How many documents the next steps, and the next refill, will open."""
-        tokens_per_document = 1 / sum(w / self.intake.mean_length(s) for s, w in enumerate(now.weights_S))
-        return steps * now.num_tokens / tokens_per_document + now.buffer
 
     # -- what was open before a resume --
 
