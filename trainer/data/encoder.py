@@ -112,10 +112,10 @@ HARD = (
     "\n\n\nlines\n \n  \n", "dos\r\nline\r\n\r\n  end\r", "\xa0no\u2003em\u3000wide\u2028line\u200bzero \x85\x0b\x0c\x1f",
     "1 12 123 1234 1234567 12345678901234567890", "3.14 1,234,567.89 -1e-9 0x1F ١٢٣٤ ४५६७ ²³ Ⅻ ½",
     "I'm you're WE'VE they'D he'll it's can’t 'tis 's 't 'ſ '", "!?... --- $%^&*() ([{}]) \"'`~ __a__ // => <=",
-    "<|endoftext|></s> <eos><|eos|> <s><pad>[CLS] <|im_start|>x<|", "Grüße naïve Straße ſßẞ İı Æ ŉ", "Привет Ελληνικά ქართული ʰª ǅ",
-    "e\u0301 a\u0323\u0308 \u0301 x\u0361\u035f\u0489\u0336", "日本語とカタカナ 中文。한국어 \u1112\u1161\u11ab ภาษาไทย हिन्दी தமிழ் 漢abc字1",
-    "مرحبا שלום \u202eright\u202c \u200fabc\u200e", "👍👍🏽 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈🇩🇪🇫 1\ufe0f\u20e3 ☺",
-    "\ue000\uf8ff\U000f0000\U0010fffd \ufffd\uffff 𝔘𝕟𝒾 ﬁ Ａ１ \U0001f9ff\U00010348", "CamelCaseXMLRequest snake_case mIxEd aB1c2 v1.2",
+    "<|endoftext|></s> <eos><|eos|> <s><pad>[CLS] <|im_start|>x<|", "Grüße naïve Straße ſßẞ İı Æ ŉ", "Привет Ελληνικά ქართ ʰª ǅ",
+    "e\u0301 a\u0323\u0308 \u0301 x\u0361\u035f\u0489\u0336", "日本語とカタカナ 中文。한국어 \u1112\u1161\u11ab 漢abc字1",
+    "ภาษาไทย हिन्दी தமிழ்", "مرحبا שלום \u202eright\u202c \u200fabc\u200e", "👍👍🏽 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈🇩🇪🇫 1\ufe0f\u20e3 ☺",
+    "\ue000\uf8ff\U000f0000\U0010fffd \ufffd\uffff 𝔘𝕟𝒾 ﬁ Ａ１ \U0001f9ff\U00010348", "CamelCaseXMLRequest snake_case mIxEd",
     "def f(x):\n    return {\n\t'a': 1,  # x\n    }\n\n\n", "https://a.org/b?c=d&e=%20#f C:\\x",
 )  # fmt: skip
 RUNS = ("a", "xyz", "E", "é", "漢", "0", "=", " ", "\n", " \n", "\r\n", "'s", "🏽", "\u0301")  # very long words and the like
@@ -126,6 +126,5 @@ def hard_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:
     beside = [f"a{token}b {token}  {token}\n{token}{token}" for token in added]
     drawn = random.Random(0)
     mixed = ["".join(drawn.choices(" ".join(HARD), k=30)) for _ in range(200)]
-    line = " ".join(" ".join(HARD).split())  # no line ends
-    line = (line * 200).encode()[:100_000].decode(errors="ignore")
+    line = ("".join(" ".join(HARD).splitlines()) * 200).encode()[:100_000].decode(errors="ignore")
     return [*HARD, *added, *beside, "".join(added), *mixed, *(run * 1000 for run in RUNS), line]
