@@ -114,8 +114,8 @@ HARD = (
     "I'm you're WE'VE they'D he'll it's can’t 'tis 's 't 'ſ '", "!?... --- $%^&*() ([{}]) \"'`~ __a__ // => <=",
     "<|endoftext|></s> <eos><|eos|> <s><pad>[CLS] <|im_start|>x<|", "Grüße naïve Straße ſßẞ İı Æ ŉ", "Привет Ελληνικά ქართ ʰª ǅ",
     "e\u0301 a\u0323\u0308 \u0301 x\u0361\u035f\u0489\u0336", "日本語とカタカナ 中文。한국어 \u1112\u1161\u11ab 漢abc字1",
-    "ภาษาไทย हिन्दी தமிழ்", "مرحبا שלום \u202eright\u202c \u200fabc\u200e", "👍👍🏽 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈🇩🇪🇫 1\ufe0f\u20e3 ☺",
-    "\ue000\uf8ff\U000f0000\U0010fffd \ufffd\uffff 𝔘𝕟𝒾 ﬁ Ａ１ \U0001f9ff\U00010348", "CamelCaseXMLRequest snake_case mIxEd",
+    "ภาษาไทย हिन्दी தமிழ்", "مرحبا שלום \u202eright\u202c \u200fabc\u200e", "\ue000\uf8ff\U000f0000\U0010fffd \ufffd\uffff 𝔘𝕟𝒾 ﬁ Ａ１",
+    "👍👍🏽 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈🇩🇪🇫 1\ufe0f\u20e3 ☺ \U0001f9ff\U00010348", "CamelCaseXMLRequest snake_case mIxEd",
     "def f(x):\n    return {\n\t'a': 1,  # x\n    }\n\n\n", "https://a.org/b?c=d&e=%20#f C:\\x",
 )  # fmt: skip
 RUNS = ("a", "xyz", "E", "é", "漢", "0", "=", " ", "\n", " \n", "\r\n", "'s", "🏽", "\u0301")  # very long words and the like
