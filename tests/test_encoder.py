@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from trainer.data.encoder import FAST, HARD, Encoder, hard_texts
 
@@ -40,6 +40,8 @@ def make_tokenizer(*splits: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(saved))
     tokenizer.add_special_tokens(["<|im_start|>", "</s>"])
     tokenizer.add_tokens([AddedToken("<|tool|>", normalized=False), AddedToken("[x]", lstrip=True, rstrip=True), "naïve"])
+    begin = ("</s>", tokenizer.token_to_id("</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[begin])  # not asked for
     tokenizer.encode_special_tokens = True
     return tokenizer
 

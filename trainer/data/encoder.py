@@ -19,19 +19,19 @@ REMEDY = "use data.backend=tokenizers"
 class Encoder:
     """Text to token ids, by `tokenizers` or a faster library that was seen to give the same.
 
-    It may be used before a fork and in its children: neither fast library has threads here, so children share what the parent
-    has loaded. `check_every`: of the texts of a process, by how many one is encoded by both; 0: none.
+    May be used before a fork and in its children, which share what the parent has loaded: the fast ones have no threads here.
+    `check_every`: of so many texts of a process one is encoded by both; 0: none.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, backend: str = "tokenizers", check_every: int = 1000) -> None:
         self.tokenizer, self.backend, self.check_every = tokenizer, backend, check_every
         self.num_texts = 0
-        self.fast = None if backend == "tokenizers" else loaded(backend, tokenizer)
-        self.check(hard_texts(tokenizer) if self.fast else [])
+        self.fast = self.right if backend == "tokenizers" else loaded(backend, tokenizer)
+        self.check(hard_texts(tokenizer))
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """uint32 ids of each text, without an end of text; the arrays may be read-only."""
-        if self.fast is None:
+        if self.backend == "tokenizers":
             return self.reference(texts)
         ids = [self.encoded(text) for text in texts]
         if self.check_every:
@@ -44,15 +44,18 @@ class Encoder:
     def reference(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(e.ids, np.uint32) for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def right(self, text: str) -> np.ndarray:
+        return self.reference([text])[0]
+
     def encoded(self, text: str) -> np.ndarray:
         try:
             return self.fast(text)
         except (ValueError, RuntimeError):  # it says so itself, as where a regex runs out of stack: the data stays the same
-            return self.reference([text])[0]
+            return self.right(text)
 
     def check(self, texts: Iterable[str]) -> None:
         """Raises ValueError where the ids of one of these texts, shortest first, are not the reference's."""
-        for text in sorted(texts, key=len) if self.fast else []:
+        for text in sorted(texts, key=len) if self.backend != "tokenizers" else ():
             try:
                 ids = self.fast(text)
             except (ValueError, RuntimeError) as error:
@@ -62,7 +65,7 @@ class Encoder:
 
     def wrong(self, text: str, ids: np.ndarray) -> str:
         """How `ids` differ from the reference's, told of the shortest piece found that differs; empty: they do not."""
-        right = self.reference([text])[0]
+        right = self.right(text)
         if np.array_equal(ids, right):
             return ""
         half = len(text) // 2
