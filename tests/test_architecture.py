@@ -35,6 +35,8 @@ WALLS = {
     "datasets": ["data", "data."],
     "tokenizers": ["data", "data."],
     "pyarrow": ["data", "data."],
+    "fastokens": ["data."],
+    "gigatoken": ["data."],
     "plotly": ["page"],
     "transformers": [],
 }
