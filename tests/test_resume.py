@@ -131,7 +131,7 @@ MIXED = [
 def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(tmp_path, num_ranks, layout, capfd):
     where = [f"run_dir={tmp_path}", *layout]
     run_ranks(train_worker, num_ranks, [*MIXED, "name=whole", *where], None)
-    conclusion = r"data: \d+ documents, 5376 tokens, none skipped, \d+ tokens were still in the buffer"
+    conclusion = r"data: \d+ documents, 5376 tokens, none skipped\nbuffer: \d+ documents are still open, \d+ of their tokens"
     assert re.search(conclusion, capfd.readouterr().out)
     for stop_at in (2, 6, 9, 13, 15):
         assert set(run_ranks(train_worker, num_ranks, [*MIXED, "name=parts", *where], stop_at)) == {train.INTERRUPTED}
@@ -325,7 +325,7 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     def killed_worker():
         config, step = load(BASE + where), train.train_step
 
-        def dying_step(run, batches):
+        def dying_step(run, batches, **timing):
             if run.step == 3:
                 raise KeyboardInterrupt
             return step(run, batches, **timing)

@@ -24,7 +24,7 @@ from trainer.program import Program
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
 FIXED = ("model", "seed", "data.source", "data.sources", "data.tokenizer", "data.num_streams", "data.shuffle",
-         "data.document_mask", "balance.rule._target_", "optim._target_")  # fmt: skip
+         "data.document_mask", "data.packing", "balance.rule._target_", "optim._target_")  # fmt: skip
 
 
 def run_directory(config: Config) -> Path:

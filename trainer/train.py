@@ -120,6 +120,8 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
     while run.step < run.last_step and not run.stop.agreed:
         now = run.program.at(run.tokens)
         if (batches := next_batches(run)) is None:
+            if dist.get_rank() == 0:
+                print(f"the corpus is at its end after step {run.step} of {run.last_step}")
             run.end_here()
             if run.step not in checkpoints.steps():
                 checkpoints.save(run.step, full_state(run))
@@ -186,18 +188,28 @@ def conclude(run: Run) -> int:
     done = run.step >= run.last_step
     verdict = run.balancer.verdict()
     read = stream_counts(run)
+    num_open, tokens_read = agreed(run, torch.tensor(run.stream.open_documents)).tolist()
     if dist.get_rank() == 0:
         print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
         bad = ", ".join(f"{read[kind]} {kind}" for kind in BAD_KINDS if read[kind])
         skipped = f"skipped {bad} (bad_documents.*.txt)" if bad else "none skipped"
-        buffered = any(span.now.buffer for span in run.program.spans)
-        left = f", {read['open']} tokens were still in the buffer" if buffered else ""
-        print(f"data: {read['documents']} documents, {read['tokens']} tokens, {skipped}{left}")
+        print(f"data: {read['documents']} documents, {read['tokens']} tokens, {skipped}")
+        if num_open and any(span.now.buffer for span in run.program.spans):
+            print(left_open(read, num_open=num_open, tokens_read=tokens_read))
         if done:
             print(verdict)
         else:
             print(f"stopped at step {run.step} of {run.last_step}, saved; the same command continues")
     return INTERRUPTED if not done else OK if verdict.ok else COLLAPSED
+
+
+def left_open(read: dict[str, int], *, num_open: int, tokens_read: int) -> str:
+    """Draws are uniform, so documents that are still open are the long ones: the user should know."""
+    of_open, of_ended = (tokens_read + read["open"]) / num_open, (read["tokens"] - tokens_read) / max(1, read["documents"])
+    share = read["open"] / (read["open"] + read["tokens"])
+    text = f"buffer: {num_open} documents are still open, {read['open']} of their tokens unread ({share:.0%} of all opened)"
+    short = "; long documents came short so far" if read["documents"] and of_open > 1.1 * of_ended else ""
+    return f"{text}; their mean length is {of_open:.0f}, of those that ended {of_ended:.0f}{short}"
 
 
 def main() -> int:

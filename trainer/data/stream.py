@@ -189,6 +189,12 @@ class TokenStream:
         return [self.totals[name] for name in COUNTED]
 
     @property
+    def open_documents(self) -> tuple[int, int]:
+        """How many there are on this rank, and how many of their tokens were delivered."""
+        read = [document.read for stream in self.virtual for document in stream.open()]
+        return len(read), sum(read)
+
+    @property
     def num_slots(self) -> int:
         """Of this rank's fullest buffer."""
         return max(len(stream.buffer.slots) for stream in self.virtual)
