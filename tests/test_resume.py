@@ -172,7 +172,7 @@ def test_a_buffered_mixture_of_four_ranks_goes_on_on_one_and_on_two(tmp_path):
     assert same[0] in (train.OK, train.COLLAPSED)
     moved, stayed = tensors(tmp_path / "moving", 14), tensors(tmp_path / "same", 14)
     names = [name for name in stayed if name.startswith("stream.")]
-    assert len(names) == 7 and all(torch.equal(moved[name], stayed[name]) for name in names)
+    assert len(names) == 8 and all(torch.equal(moved[name], stayed[name]) for name in names)
 
 
 def test_a_resume_may_have_another_mixture_and_buffer_and_no_other_sources(tmp_path):
