@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from trainer import train
 from trainer.ablate.study import Metric
 from trainer.config import Config, ConfigError, load
@@ -81,10 +83,21 @@ def measure(metric: Metric, rows: list[dict[str, Any]]) -> float | None:
             return None
         case "mean":
             return math.fsum(values) / len(values)
+        case "spread":
+            return spread(series)
         case "last":
             return values[-1]
         case take:
             return {"max": max, "min": min}[take](values)
+
+
+def spread(series: list[tuple[int, float]]) -> float | None:
+    """Standard deviation around the straight line that fits best, so that a trend is no noise; None of fewer than 3 steps."""
+    if len(series) < 3:
+        return None
+    step_N, value_N = np.array(series, dtype=np.float64).T
+    off_N = value_N - np.polynomial.Polynomial.fit(step_N, value_N, 1)(step_N)
+    return math.sqrt(off_N @ off_N / (len(series) - 2))
 
 
 def difference(row: dict[str, Any], metric: Metric) -> float | None:
