@@ -20,6 +20,7 @@ from trainer.ablate.study import Job, jobs_of, load_study
 from trainer.ablate.workers import FINISHED, record_of
 from trainer.build import build, resume
 from trainer.data import PythonSource, TokenStream
+from trainer.intervals import estimate
 
 ROWS, TOKENS = 16, 65_536
 NAME = "held-out loss"
@@ -56,12 +57,14 @@ def main() -> None:
         record = record_of(job)
         if record is not None and record["outcome"] in FINISHED:
             results[job.arm, job.seed] = {**record, "values": {NAME: held_out_loss(job, match=match)}}
+    references = sys.argv[3:] or [study.reference]
     lines = []
     for arm in study.arms:
-        found, change = list(table.values_of(results, arm, NAME).values()), table.paired(results, arm, study.reference, NAME)
-        cell = table.cell(change, of=len(found)) + (" *" if change and change.excludes_zero else "")
-        lines.append([f"`{arm}`", str(len(found)), table.cell(table.estimate(found), of=len(found)), cell])
-    print(table.grid(["arm", "seeds", NAME, f"difference to `{study.reference}`"], lines))
+        found = list(table.values_of(results, arm, NAME).values())
+        changes = [table.paired(results, arm, reference, NAME) if arm != reference else None for reference in references]
+        cells = ["" if e is None else str(e) + (" *" if e.excludes_zero else "") for e in changes]
+        lines.append([f"`{arm}`", str(len(found)), table.cell(estimate(found), of=len(found)), *cells])
+    print(table.grid(["arm", "seeds", NAME, *(f"to `{reference}`" for reference in references)], lines))
 
 
 if __name__ == "__main__":

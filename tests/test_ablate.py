@@ -137,7 +137,9 @@ def test_t_quantiles_cut_off_a_fortieth_of_the_density(df):
         (Metric(of="broken", take="last"), 0.0),  # null and nan are left out
         (Metric(of="loss", take="spread"), 0.0),  # a straight line
         (Metric(of="zigzag", take="spread", over=0.2), math.sqrt(3.2 / 2)),  # 1, -1, 1, -1: the best line is 0.6 - 0.4 n
+        (Metric(of="zigzag", take="lag_1", over=0.2), -2.4 / 3.2),  # off it: 0.4, -1.2, 1.2, -0.4
         (Metric(of="loss", take="spread", over=0.1), None),  # two steps
+        (Metric(of="broken", take="lag_1"), None),  # no spread
         (Metric(of="unheard_of"), None),
     ],
 )

@@ -83,21 +83,24 @@ def measure(metric: Metric, rows: list[dict[str, Any]]) -> float | None:
             return None
         case "mean":
             return math.fsum(values) / len(values)
+        case "spread" | "lag_1" if len(series) < 3:
+            return None
         case "spread":
-            return spread(series)
+            off_N = around_line(series)
+            return math.sqrt(off_N @ off_N / (len(off_N) - 2))
+        case "lag_1":
+            off_N = around_line(series)
+            return float(off_N[1:] @ off_N[:-1] / (off_N @ off_N)) if off_N.any() else None
         case "last":
             return values[-1]
         case take:
             return {"max": max, "min": min}[take](values)
 
 
-def spread(series: list[tuple[int, float]]) -> float | None:
-    """Standard deviation around the straight line that fits best, so that a trend is no noise; None of fewer than 3 steps."""
-    if len(series) < 3:
-        return None
+def around_line(series: list[tuple[int, float]]) -> np.ndarray:
+    """What a series is off the straight line that fits it best, so that a trend is no noise."""
     step_N, value_N = np.array(series, dtype=np.float64).T
-    off_N = value_N - np.polynomial.Polynomial.fit(step_N, value_N, 1)(step_N)
-    return math.sqrt(off_N @ off_N / (len(series) - 2))
+    return value_N - np.polynomial.Polynomial.fit(step_N, value_N, 1)(step_N)
 
 
 def difference(row: dict[str, Any], metric: Metric) -> float | None:
