@@ -135,13 +135,19 @@ def test_t_quantiles_cut_off_a_fortieth_of_the_density(df):
         (Metric(of="loss", take="first_below", level=0.5), None),
         (Metric(of="loss", take="first_above", level=3.0), 1),
         (Metric(of="broken", take="last"), 0.0),  # null and nan are left out
+        (Metric(of="loss", take="spread"), 0.0),  # a straight line
+        (Metric(of="zigzag", take="spread", over=0.2), math.sqrt(3.2 / 2)),  # 1, -1, 1, -1: the best line is 0.6 - 0.4 n
+        (Metric(of="zigzag", take="lag_1", over=0.2), -2.4 / 3.2),  # off it: 0.4, -1.2, 1.2, -0.4
+        (Metric(of="loss", take="spread", over=0.1), None),  # two steps
+        (Metric(of="broken", take="lag_1"), None),  # no spread
         (Metric(of="unheard_of"), None),
     ],
 )
 def test_metric_of_a_run_by_hand(metric, expected):
     broken = {19: None, 20: math.nan}
-    rows = [{"step": s, "loss": 20.5 - s, "floor": 1.0, "broken": broken.get(s, 0.0)} for s in range(1, 21)]
-    assert programs.measure(metric, rows) == expected
+    rows = [{"step": s, "loss": 20.5 - s, "floor": 1.0, "broken": broken.get(s, 0.0), "zigzag": (-1.0) ** (s + 1)}
+            for s in range(1, 21)]  # fmt: skip
+    assert programs.measure(metric, rows) == pytest.approx(expected, abs=1e-12)
 
 
 def test_difference_is_paired_by_seed(tmp_path, obedient):

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from trainer import train
 from trainer.ablate.study import Metric
 from trainer.config import Config, ConfigError, load
@@ -81,10 +83,24 @@ def measure(metric: Metric, rows: list[dict[str, Any]]) -> float | None:
             return None
         case "mean":
             return math.fsum(values) / len(values)
+        case "spread" | "lag_1" if len(series) < 3:
+            return None
+        case "spread":
+            off_N = around_line(series)
+            return math.sqrt(off_N @ off_N / (len(off_N) - 2))
+        case "lag_1":
+            off_N = around_line(series)
+            return float(off_N[1:] @ off_N[:-1] / (off_N @ off_N)) if off_N.any() else None
         case "last":
             return values[-1]
         case take:
             return {"max": max, "min": min}[take](values)
+
+
+def around_line(series: list[tuple[int, float]]) -> np.ndarray:
+    """What a series is off the straight line that fits it best, so that a trend is no noise."""
+    step_N, value_N = np.array(series, dtype=np.float64).T
+    return value_N - np.polynomial.Polynomial.fit(step_N, value_N, 1)(step_N)
 
 
 def difference(row: dict[str, Any], metric: Metric) -> float | None:

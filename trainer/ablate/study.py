@@ -11,6 +11,7 @@
     metrics:
       loss: {of: loss}                             # mean over the last 10 % of the steps
       excess: {of: balance/max_violation, minus: balance/floor}
+      noise: {of: loss, take: spread, over: 0.5}   # standard deviation around the best line
       steps_to_5: {of: loss, take: first_below, level: 5.0}
 """
 
@@ -23,7 +24,7 @@ from omegaconf import MISSING, OmegaConf
 
 from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
 
-TAKES = ("mean", "max", "min", "last", "first_below", "first_above")
+TAKES = ("mean", "spread", "lag_1", "max", "min", "last", "first_below", "first_above")
 NEUTRAL = ("name", "run_dir", "timeout_s", "data.cache_dir", "logging.", "checkpoint.", "workers")  # change no number
 OURS = ("seed", "name", "run_dir")  # set for each job by the engine
 
@@ -34,7 +35,8 @@ class Metric:
 
     of: str = MISSING  # train: a key of metrics.jsonl; simulate: a key of the summary
     minus: str | None = None  # another key, subtracted step by step
-    take: str = "mean"  # mean | max | min | last | first_below | first_above (the first step at which it is; may be never)
+    take: str = "mean"  # mean | spread | lag_1 | max | min | last | first_below | first_above (the first step, maybe never)
+    # around the line of best fit, spread: standard deviation; lag_1: correlation of neighbouring steps
     over: float | None = None  # the last share of the steps; null: 0.1 for a mean, else 1
     level: float | None = None  # of first_below and first_above
 

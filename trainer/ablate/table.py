@@ -151,7 +151,9 @@ def notes(study: Study, results: Results, seen: Counter, *, num_changes: int) ->
 def describe(metric: Any) -> str:
     key = f"`{metric.of}`" + (f" - `{metric.minus}`" if metric.minus else "")
     steps = "" if metric.share == 1 else f" over the last {metric.share * 100:g} % of the steps"
-    take = {"first_below": f"first step below {metric.level}", "first_above": f"first step above {metric.level}"}
+    take = {"first_below": f"first step below {metric.level}", "first_above": f"first step above {metric.level}",
+            "spread": "standard deviation around the line of best fit",
+            "lag_1": "correlation of neighbouring steps, around the line of best fit,"}  # fmt: skip
     return f"{take.get(metric.take, metric.take)} of {key}{steps}"
 
 
