@@ -44,6 +44,7 @@ def held_out_loss(job: Job, *, match: str) -> float:
             (batch,) = rows.next_step(ROWS)
             loss += run.model(batch.tokens_BL, batch.positions_BL, batch.labels_BL).item()
             targets += int((batch.labels_BL >= 0).sum())
+    run.stream.close()
     dist.destroy_process_group()
     kept.write_text(json.dumps({key: loss / targets}))
     return loss / targets

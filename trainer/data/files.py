@@ -60,6 +60,7 @@ class JsonlSource:
         self.plain = [plain.get(file, (file, False)) for file in self.files]
         self.offsets = [line_offsets(file) for file, _ in self.plain]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
+        self.opened = lru_cache(maxsize=64)(lambda path: path.open("rb", buffering=0))
         self.fingerprint = hashed_files(self.files, field)
 
     def __len__(self) -> int:
@@ -69,9 +70,12 @@ class JsonlSource:
         part, line = locate(self.starts, i)
         where, (start, end) = f"{self.files[part]}:{line + 1}", self.offsets[part][line : line + 2]
         path, is_damaged = self.plain[part]
-        with path.open("rb") as file:
-            file.seek(start)
-            text = decoded(file.read(end - start), where=where)
+        try:
+            data = os.pread(self.opened(path).fileno(), end - start, start)  # moves no position: forked readers share the file
+        except OSError:
+            self.opened.cache_clear()  # to be opened anew by the next try
+            raise
+        text = decoded(data, where=where)
         if is_damaged and i + 1 == self.starts[part + 1]:
             raise BadDocument("corrupt", where, f"the file is cut after line {line}: {text}")
         if not text.strip():
