@@ -140,8 +140,8 @@ def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(
     one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     # mixed from step 5 on, buffered from step 8 to 14
-    heads = {name: one[f"stream.{name}"] for name in ("next_VS", "draws_V", "index_VC", "read_VC", "source_VC")}
-    assert heads["next_VS"].min() >= 4 and heads["draws_V"].min() > 0 and heads["index_VC"].shape == heads["source_VC"].shape
+    heads = {name: one[f"stream.{name}"] for name in ("next_VS", "draws_VS", "index_VC", "read_VC", "source_VC")}
+    assert heads["next_VS"].min() >= 4 and heads["draws_VS"].min() > 0 and heads["index_VC"].shape == heads["source_VC"].shape
 
 
 def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:

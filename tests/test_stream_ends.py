@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 from tests.test_data import ListSource, equal, gathered, global_rows, load, make_stream, numbered, step_rows
-from tests.test_stream import LENGTHS, arrays, open_documents, ragged_sources, settings
+from tests.test_stream import LENGTHS, arrays, open_documents, place, ragged_sources, settings
 from tests.test_train import run_main
 from trainer import train
 from trainer.data import TokenStream
@@ -47,17 +47,25 @@ def test_drained_documents_end_before_the_next_phase_opens_one(buffer: int) -> N
 
 
 @pytest.mark.parametrize("buffer", [2, 7])
-def test_carried_documents_are_read_among_new_ones_and_none_is_lost(buffer: int) -> None:
-    stream, rows = two_phases(drain=False, buffer=buffer, steps=150)
-    mixed = 0
+def test_carried_documents_wait_for_their_source_and_none_is_lost(buffer: int) -> None:
+    """The mixture is a's, b's, then both's: a switch holds from its first token, and a's documents go on where they stopped."""
+    sources = {"a": arrays([100] * 2000), "b": arrays([100] * 2000, first=1_000_000)}
+    stream, rows = make_stream(sources, seq_len=64, global_batch=8, num_streams=4), []
+    for step in range(90):
+        mixture = {"a": 1.0} if step < 6 else {"b": 1.0} if step < 30 else {"a": 1.0, "b": 1.0}
+        settings(stream, mixture=mixture, buffer=buffer, phase=(step >= 6) + (step >= 30))
+        rows.append(step_rows(stream)[0].reshape(4, -1))
+        if step == 29:
+            waiting = {(n, read) for source, n, read in open_documents(stream) if source == 0}
+    tokens = torch.stack(rows)
+    assert (tokens[:6] < 1_000_000).all() and (tokens[6:30] >= 1_000_000).all() and len(waiting) > 4 * buffer
     for v in range(4):
-        tokens = torch.cat([row[v] for row in rows])
-        is_new = tokens >= 1_000_000
-        mixed += int(is_new.int().argmax()) < int(len(tokens) - 1 - (~is_new).flip(0).int().argmax())
-        read = Counter((tokens[~is_new] // 100).tolist())
-        assert set(read.values()) == {100}
-    assert mixed == 4
-    assert all(source == 1 for source, _, _ in open_documents(stream))
+        read = Counter((tokens[:, v].flatten() // 100).tolist())
+        still_open = {(10_000 if source else 0) + place(sources["ab"[source]], n, 3): head
+                      for source, n, head in open_documents(stream) if n % 4 == v}  # fmt: skip
+        assert all(count == still_open.get(document, 100) for document, count in read.items())
+    places = {place(sources["a"], n, 3) for n, _ in waiting}
+    assert places & set((tokens[30:] // 100).flatten().tolist())
 
 
 def test_a_drain_that_was_interrupted_goes_on() -> None:

@@ -1,12 +1,13 @@
-"""Which open document is read on next? The Random Sequential Document Buffer (arXiv:2602.17004, section 3.2), of one stream.
+"""Which open document is read on next? The Random Sequential Document Buffer (arXiv:2602.17004, section 3.2), of one source in
+one stream.
 
 Each open document has a read head. A piece of a row is read from one of them, drawn uniformly, until the document ends or
 the row is full; then another is drawn. When `size` or fewer are open, the buffer is refilled to twice as many. A finished
 document leaves an empty slot, which draws pass over until the slots are closed up: removal costs nothing, and slots stay in
 the order of age. With size 0 the oldest document is read to its end: documents one after another.
 
-Draws are counted, and number k is a function of (seed, stream, k). `size` may change between any two pieces: a buffer that is
-too full drains by itself.
+Draws are counted, and number k is a function of (seed, stream, source, k). A draw counts once it is used: to look where the next
+piece would come from changes nothing. `size` may change between any two pieces: a buffer that is too full drains by itself.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ class OpenDocument:
 class DocumentBuffer:
     """Open documents, oldest first; None: an empty slot."""
 
-    def __init__(self, *, seed: int, stream: int) -> None:
-        self.key, self.block = [seed, stream], -1
+    def __init__(self, *, seed: int, stream: int, source: int = 0) -> None:
+        self.key, self.source, self.block = [seed, stream], source, -1
         self.restore([], draws=0)
 
     def restore(self, slots: list[OpenDocument | None], *, draws: int) -> None:
@@ -44,18 +45,18 @@ class DocumentBuffer:
         self.slots.append(document)
         self.num_open += 1
 
-    def pick(self, size: int) -> int:
-        """The slot to read on from."""
+    def look(self, size: int) -> tuple[int, int]:
+        """The slot to read on from, and the count of draws after it was used."""
         if not size:
             while self.slots[0] is None:
                 del self.slots[0]
-            return 0
+            return 0, self.draws
         if 2 * self.num_open <= len(self.slots):
             self.close_up()
-        slots = self.slots
-        while slots[slot := self.draw(len(slots))] is None:
-            pass
-        return slot
+        slots, draws = self.slots, self.draws
+        while slots[slot := self.draw(draws, len(slots))] is None:
+            draws += 1
+        return slot, draws + 1
 
     def finish(self, slot: int) -> None:
         self.slots[slot] = None
@@ -64,12 +65,11 @@ class DocumentBuffer:
     def close_up(self) -> None:
         self.slots = [document for document in self.slots if document is not None]
 
-    def draw(self, n: int) -> int:
-        """Uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at most.)"""
-        draw = self.draws
-        if draw // BLOCK != self.block:
-            self.block = draw // BLOCK
-            random = np.random.Philox(key=self.key, counter=[self.block * BLOCK // 4, 0, 0, DRAWS])  # a count is 4 words
-            self.bits = (random.random_raw(BLOCK) >> np.uint64(32)).tolist()
-        self.draws = draw + 1
-        return self.bits[draw % BLOCK] * n >> 32
+    def draw(self, k: int, n: int) -> int:
+        """Number k, uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at most.)"""
+        if k // BLOCK != self.block:
+            self.block = k // BLOCK
+            counter = [self.block * BLOCK // 4, self.source, 0, DRAWS]  # a count is 4 words
+            bits = np.random.Philox(key=self.key, counter=counter).random_raw(BLOCK)
+            self.bits = (bits >> np.uint64(32)).tolist()
+        return self.bits[k % BLOCK] * n >> 32

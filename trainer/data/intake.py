@@ -67,7 +67,7 @@ class Intake:
                 tasks.append([])
                 size = 0.0
             tasks[-1].append((s, n))
-            size += self.tokens_S[s] / self.seen_S[s]
+            size += self.mean_length(s)
         for task in tasks:
             future = self.submit(task, priority=priority)
             found += [Pending(future, i) for i in range(len(task))]
@@ -115,15 +115,9 @@ class Intake:
 
     # -- lengths --
 
-    def mean_length(self, weights_S: Sequence[float]) -> float:
-        """[tokens] Of the documents that this rank has opened, if sources are weighted so."""
-        return 1 / sum(weight * n / tokens for weight, n, tokens in zip(weights_S, self.seen_S, self.tokens_S, strict=True))
-
-    def goals(self, documents: float, weights_S: Sequence[float]) -> list[int]:
-        """How many of them will be of each source, or one more."""
-        mean = self.mean_length(weights_S)
-        each = zip(weights_S, self.seen_S, self.tokens_S, strict=True)
-        return [math.ceil(documents * weight * mean * n / tokens) for weight, n, tokens in each]
+    def mean_length(self, source: int) -> float:
+        """[tokens] Of the documents of a source that this rank has opened."""
+        return self.tokens_S[source] / self.seen_S[source]
 
     def saw(self, source: int, length: int) -> None:
         self.seen_S[source] += 1

@@ -107,11 +107,12 @@ class TokenStream:
         if unknown := set(given) - set(self.names or [""]):
             raise ValueError(f"mixture={mixture}: there is no source {', '.join(sorted(unknown))}")
         total = math.fsum(given.values())
+        weights_S = [given.get(name, 0.0) / total for name in self.names or [""]]
         self.now = Settings(
             seq_len=seq_len,
             rows_per_stream=global_batch // self.num_streams,
-            weights_S=[given.get(name, 0.0) / total for name in self.names or [""]],
-            buffer=buffer,
+            weights_S=weights_S,
+            size_S=[math.ceil(buffer * weight) for weight in weights_S],
             phase=phase,
             drain=drain,
         )
@@ -154,8 +155,9 @@ class TokenStream:
     def read_ahead(self, steps: int) -> None:
         """Asks for the documents of so many steps that were not asked for, those of all streams together."""
         now = self.now
-        documents = steps * now.num_tokens / self.intake.mean_length(now.weights_S) + now.buffer  # and those of the next refill
-        goal_S = self.intake.goals(documents, now.weights_S)
+        means_S = map(self.intake.mean_length, range(len(self.readers)))
+        each = zip(now.weights_S, means_S, now.size_S, strict=True)  # size: what the next refill takes
+        goal_S = [math.ceil(steps * now.num_tokens * weight / mean + size) for weight, mean, size in each]
         missing = [(stream, wanted) for stream in self.virtual if (wanted := stream.missing(goal_S))]
         pending = iter(self.intake.request(wanted for _, of_stream in missing for wanted in of_stream))
         for stream, wanted in missing:
@@ -197,7 +199,7 @@ class TokenStream:
     @property
     def num_slots(self) -> int:
         """Of this rank's fullest buffer."""
-        return max(len(stream.buffer.slots) for stream in self.virtual)
+        return max(stream.num_slots for stream in self.virtual)
 
     def state_dict(self, *, num_slots: int | None = None) -> dict[str, torch.Tensor]:
         """This rank's part. The state of the run has the streams of all ranks in their order, and the sum of the counts.
@@ -209,7 +211,7 @@ class TokenStream:
         return {
             "next_VS": torch.tensor([stream.next_S for stream in self.virtual]),
             "credit_VS": torch.tensor([stream.credits.credit_S for stream in self.virtual], dtype=torch.float64),
-            "draws_V": torch.tensor([stream.buffer.draws for stream in self.virtual]),
+            "draws_VS": torch.tensor([[buffer.draws for buffer in stream.buffer_S] for stream in self.virtual]),
             "phase_V": torch.tensor([stream.phase for stream in self.virtual]),
             "index_VC": torch.from_numpy(narrowed(heads_V3C[:, 0], np.int32)),
             "read_VC": torch.from_numpy(narrowed(heads_V3C[:, 1], np.int32)),
@@ -224,10 +226,10 @@ class TokenStream:
         self.totals.clear()
         self.totals.update(dict(zip(COUNTED, counts, strict=True)))
         heads_V3C = np.stack([state[name].numpy().astype(np.int64) for name in ("index_VC", "read_VC", "source_VC")], axis=1)
-        names = ("next_VS", "credit_VS", "draws_V", "phase_V")
+        names = ("next_VS", "credit_VS", "draws_VS", "phase_V")
         parts = (*(state[name].tolist() for name in names), heads_V3C)
-        for stream, next_S, credit_S, draws, phase, heads_3C in zip(self.virtual, *parts, strict=True):
-            stream.restore(next_S, credit_S=credit_S, draws=draws, phase=phase, heads_3C=heads_3C)
+        for stream, next_S, credit_S, draws_S, phase, heads_3C in zip(self.virtual, *parts, strict=True):
+            stream.restore(next_S, credit_S=credit_S, draws_S=draws_S, phase=phase, heads_3C=heads_3C)
         self.follow()
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
@@ -242,7 +244,7 @@ class TokenStream:
         next_VS, index_VC, source_VC = state["next_VS"], state["index_VC"].long(), state["source_VC"].long()
         own = (next_VS % self.num_streams == number_V1).all() and (next_VS >= 0).all() and (source_VC < num_sources).all()
         is_behind = own and (number_V1 + index_VC * self.num_streams < next_VS.gather(1, source_VC)).all()
-        if not is_behind or (index_VC < BEYOND).any() or (state["read_VC"] < 0).any() or (state["draws_V"] < 0).any():
+        if not is_behind or (index_VC < BEYOND).any() or (state["read_VC"] < 0).any() or (state["draws_VS"] < 0).any():
             raise ValueError(f"the state is not that of streams {self.streams.start} to {self.streams.stop - 1} of this run")
 
 

@@ -39,7 +39,7 @@ class Settings:
     seq_len: int
     rows_per_stream: int
     weights_S: list[float]  # they sum to 1
-    buffer: int = 0
+    size_S: list[int]  # of the document buffers
     phase: int = 0  # how often the mixture has changed
     drain: bool = False  # documents opened in an earlier phase are read to their ends before this one opens any
 
@@ -67,7 +67,8 @@ class VirtualStream:
         self.ahead: dict[int, np.ndarray] = {}  # tokens of the next document of a source, once they were looked at
         self.refused_S = [0] * num_sources  # bad documents in a row
         self.credits = Credits(num_sources, seed=self.seed, stream=self.number)
-        self.buffer = DocumentBuffer(seed=self.seed, stream=self.number)
+        self.buffer_S = [DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)]
+        self.looked: dict[int, tuple[int, int]] = {}  # where the next piece of a source would come from, in this step
 
     # -- rows --
 
@@ -75,27 +76,31 @@ class VirtualStream:
         """Tokens, labels, positions and, if there is room for them, sources of the rows of one step, in place."""
         pieces, positions, ends, targets, sources = [], [], list[int](), list[int](), list[int]()
         filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
-        buffer, buffer_size, index_L = self.buffer, now.buffer, up_to(seq_len)
+        index_L, is_mixed = up_to(seq_len), len(now.weights_S) > 1
+        self.looked.clear()
         while filled < num_tokens:
-            if buffer.num_open <= buffer_size:
-                self.refill(now)
-                if not buffer.num_open:  # the end of the corpus
-                    break
-            slot = buffer.pick(buffer_size)
+            row_rest = seq_len - filled % seq_len
+            if (source := self.source_to_read(now, row_rest)) is None:  # the end of the corpus
+                break
+            buffer = self.buffer_S[source]
+            slot, buffer.draws = self.look(source, now)
             document = buffer.slots[slot]
+            del self.looked[source]
             tokens, read = document.tokens, document.read
             if tokens is None:
-                tokens = document.tokens = self.reread(document)
-            length = min(len(tokens) - read, seq_len - filled % seq_len)
+                tokens = self.reread(document)
+            length = min(len(tokens) - read, row_rest)
             document.read = after = read + length
             pieces.append(tokens[read:after])
             positions.append(index_L[:length])
-            sources.append(document.source)
+            sources.append(source)
             if after < len(tokens):  # cut at the end of the row
                 targets.append(int(tokens[after]))
             else:
                 targets.append(IGNORED)
                 buffer.finish(slot)
+            if is_mixed:
+                self.charge(source, length, now)
             ends.append(filled := filled + length)
         self.totals["documents"] += targets.count(IGNORED)
         self.totals["tokens"] += filled
@@ -107,12 +112,14 @@ class VirtualStream:
         step ends with the first document that finds no room."""
         rows = [list[tuple[np.ndarray, int, int]]() for _ in range(now.rows_per_stream)]
         room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
-        while (source := self.choose(now.weights_S)) is not None:
+        while (source := self.next_source(now.weights_S)) is not None:
             tokens = self.ahead[source]
             length = min(len(tokens), now.seq_len)
             if not (fits := [r for r, room in enumerate(room_R) if room >= length]):
                 break
-            self.take(source, now.weights_S)
+            if len(now.weights_S) > 1:
+                self.credits.charge(source, len(tokens), self.left(now.weights_S))
+            self.take(source)
             target = int(tokens[length]) if length < len(tokens) else IGNORED
             best = min(fits, key=room_R.__getitem__)
             rows[best].append((tokens[:length], target, source))
@@ -150,27 +157,46 @@ class VirtualStream:
             rows_NT[SOURCES] = np.repeat(sources, np.diff(ends, prepend=0))
 
     def has_more(self, now: Settings) -> bool:
-        return self.buffer.num_open > 0 or self.choose(now.weights_S) is not None
+        return any(buffer.num_open for buffer in self.buffer_S) or self.next_source(now.weights_S) is not None
 
-    # -- opening documents --
+    # -- which source, which document --
 
-    def refill(self, now: Settings) -> None:
-        if self.phase != now.phase and now.drain and self.buffer.num_open:
-            return
-        self.phase = now.phase
-        if (room := self.buffer.room(now.buffer)) > 1:
-            goal_S = self.intake.goals(room, now.weights_S)
-            self.asked(wanted := self.missing(goal_S), self.intake.request(wanted))
-        self.buffer.close_up()
-        for _ in range(room):
-            if (source := self.choose(now.weights_S)) is None:
-                return
-            n = self.next_S[source]
-            tokens = self.take(source, now.weights_S)
-            self.buffer.add(OpenDocument(source, n, 0, tokens))
-            self.totals["open"] += len(tokens)
+    def source_to_read(self, now: Settings, row_rest: int) -> int | None:
+        """The source of the next piece: the one that is due, of those with an open document. None: all is read."""
+        if self.phase != now.phase:
+            fullest = max(range(len(self.buffer_S)), key=lambda s: self.buffer_S[s].num_open)
+            if now.drain and self.buffer_S[fullest].num_open:
+                return fullest
+            self.phase = now.phase
+        if len(self.buffer_S) == 1:
+            if self.buffer_S[0].num_open <= now.size_S[0]:
+                self.refill(0, now)
+            return 0 if self.buffer_S[0].num_open else None
+        if any(now.size_S):
+            for source, size in enumerate(now.size_S):
+                if size and self.buffer_S[source].num_open <= size:
+                    self.refill(source, now)
+        elif not any(buffer.num_open for buffer in self.buffer_S):
+            if (source := self.next_source(now.weights_S)) is not None:
+                self.refill(source, now)
+            return source
+        open_S = [weight if buffer.num_open else 0.0 for weight, buffer in zip(now.weights_S, self.buffer_S, strict=True)]
+        if any(open_S):
+            return self.credits.next_source(open_S, next_length=lambda s: min(self.length_left(s, now), row_rest))
+        return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)  # of sources no longer wanted
 
-    def choose(self, weights_S: list[float]) -> int | None:
+    def look(self, source: int, now: Settings) -> tuple[int, int]:
+        if source not in self.looked:
+            self.looked[source] = self.buffer_S[source].look(now.size_S[source])
+        return self.looked[source]
+
+    def length_left(self, source: int, now: Settings) -> int:
+        """[tokens] Unread of the open document of `source` that would be read on."""
+        slot, _ = self.look(source, now)
+        document = self.buffer_S[source].slots[slot]
+        return len(self.reread(document) if document.tokens is None else document.tokens) - document.read
+
+    def next_source(self, weights_S: list[float]) -> int | None:
         """The source of the next document; None: all are at their ends. One at its end leaves its share to the others."""
         if len(weights_S) > 1:
             weights_S = self.left(weights_S)
@@ -181,13 +207,33 @@ class VirtualStream:
         """The weights of the sources that have a document left."""
         if self.intake.repeats:
             return weights_S
-        left_S = [weight if weight and self.next_length(s) is not None else 0.0 for s, weight in enumerate(weights_S)]
-        return [weight / total for weight in left_S] if (total := sum(left_S)) else left_S
+        has_S = [weight > 0 and (self.buffer_S[s].num_open or self.next_length(s)) for s, weight in enumerate(weights_S)]
+        total = sum(weight for weight, has in zip(weights_S, has_S, strict=True) if has)
+        return [weight / total if has else 0.0 for weight, has in zip(weights_S, has_S, strict=True)]
 
-    def take(self, source: int, weights_S: list[float]) -> np.ndarray:
+    def charge(self, source: int, length: int, now: Settings) -> None:
+        """Not for what is left of another phase: it is nobody's share."""
+        if self.phase == now.phase and now.weights_S[source] > 0:
+            self.credits.charge(source, length, self.left(now.weights_S))
+
+    # -- opening documents --
+
+    def refill(self, source: int, now: Settings) -> None:
+        buffer = self.buffer_S[source]
+        if (room := buffer.room(now.size_S[source])) > 1:
+            goal_S = [room if s == source else 0 for s in range(len(self.buffer_S))]
+            self.asked(wanted := self.missing(goal_S), self.intake.request(wanted))
+        buffer.close_up()
+        for _ in range(room):
+            if self.next_length(source) is None:
+                return
+            n = self.next_S[source]
+            tokens = self.take(source)
+            buffer.add(OpenDocument(source, n, 0, tokens))
+            self.totals["open"] += len(tokens)
+
+    def take(self, source: int) -> np.ndarray:
         """The tokens of the next document of `source`, which is that no longer."""
-        if len(weights_S) > 1:
-            self.credits.charge(source, len(self.ahead[source]), self.left(weights_S))
         tokens = self.ahead.pop(source)
         self.advance(source)
         self.intake.saw(source, len(tokens))
@@ -238,14 +284,14 @@ class VirtualStream:
 
     def reread(self, document: OpenDocument) -> np.ndarray:
         pending = self.again.pop((document.source, document.n), None)
-        tokens = self.intake.again(document.source, document.n, pending=pending)
+        tokens = document.tokens = self.intake.again(document.source, document.n, pending=pending)
         if document.read >= len(tokens):
             reader = self.intake.readers[document.source]
             raise reader.foreign(f"{reader.where(document.n)}: no token {document.read}, the document has {len(tokens)}")
         return tokens
 
     def open(self) -> Iterator[OpenDocument]:
-        return (document for document in self.buffer.slots if document is not None)
+        return (document for buffer in self.buffer_S for document in buffer.slots if document is not None)
 
     def slowest(self, source: int) -> int:
         """The oldest document of `source` that is open, or the next one."""
@@ -253,19 +299,29 @@ class VirtualStream:
 
     # -- state --
 
+    @property
+    def num_slots(self) -> int:
+        return sum(len(buffer.slots) for buffer in self.buffer_S)
+
     def heads(self, num_slots: int) -> np.ndarray:
         """(3, C): of each slot the document's index in this stream's share of its source, the tokens read, the source."""
-        slots = [(EMPTY, 0, 0) if d is None else (d.n // self.num_streams, d.read, d.source) for d in self.buffer.slots]
+        slots = [
+            (d.n // self.num_streams if d else EMPTY, d.read if d else 0, s)
+            for s, buffer in enumerate(self.buffer_S) for d in buffer.slots
+        ]  # fmt: skip
         beyond = [(BEYOND, 0, 0)] * (num_slots - len(slots))
         return np.array(slots + beyond, np.int64).reshape(num_slots, 3).T
 
-    def restore(self, next_S: list[int], *, credit_S: list[float], draws: int, phase: int, heads_3C: np.ndarray) -> None:
-        self.next_S, self.credits.credit_S, self.phase, self.ahead = next_S, credit_S, phase, {}
+    def restore(
+        self, next_S: list[int], *, credit_S: list[float], draws_S: list[int], phase: int, heads_3C: np.ndarray
+    ) -> None:  # fmt: skip
+        self.next_S, self.credits.credit_S, self.phase, self.ahead, self.again = next_S, credit_S, phase, {}, {}
         for queue in self.queue_S:
             queue.clear()
-        slots = [
-            None if index == EMPTY else OpenDocument(source, self.number + index * self.num_streams, read, None)
-            for index, read, source in heads_3C.T.tolist() if index != BEYOND
-        ]  # fmt: skip
-        self.buffer.restore(slots, draws=draws)
-        self.again = {}
+        slots_S = [list[OpenDocument | None]() for _ in self.buffer_S]
+        for index, read, source in heads_3C.T.tolist():
+            if index != BEYOND:
+                number = self.number + index * self.num_streams
+                slots_S[source].append(OpenDocument(source, number, read, None) if index != EMPTY else None)
+        for buffer, slots, draws in zip(self.buffer_S, slots_S, draws_S, strict=True):
+            buffer.restore(slots, draws=draws)
