@@ -292,17 +292,112 @@ def test_shares_of_tokens_are_the_weights_over_a_million_tokens(mixture: dict[st
         assert set(torch.unique(tokens // 10_000_000).tolist()) == {1}
 
 
-def test_with_a_buffer_shares_hold_once_it_has_turned_over() -> None:
-    stream = make_stream(three_sources(), seq_len=2048, global_batch=16, num_streams=4, mixture=MIXTURES[1], buffer=4)
-    tokens = torch.stack([step_rows(stream, 16)[0] for _ in range(80)])[18:]  # 2 M after 0.6 M
-    for name, share in shares(tokens).items():
-        assert abs(share - MIXTURES[1][name]) < 0.02
-    opened = np.zeros(3)
-    for s in range(3):
-        for v in range(4):
-            for n in range(v, stream.virtual[v].next_S[s], 4):
-                opened[s] += len(stream.intake.again(s, n, pending=None))
-    assert (np.abs(opened / opened.sum() - [0.7, 0.2, 0.1]) < 0.005).all()  # of what was opened, exactly as without
+@pytest.mark.parametrize("buffer", [4, 64])
+def test_with_a_buffer_shares_hold_from_the_first_token_whatever_the_lengths_are(buffer: int) -> None:
+    """Lengths over five orders of magnitude, 40,000 tokens of the longest document, and hundreds of documents that stay open."""
+    random = np.random.default_rng(0)
+    means, mixture = {"a": 60, "b": 700, "c": 5000}, {"a": 0.2, "b": 0.5, "c": 0.3}
+    lengths = {name: random.lognormal(math.log(mean) - 1.62, 1.8, 2_000_000 // mean) for name, mean in means.items()}
+    sources = {
+        name: arrays(np.maximum(1, lengths[name]).astype(int).tolist(), first=10_000_000 * i) for i, name in enumerate("abc")
+    }
+    stream = make_stream(sources, seq_len=2048, global_batch=16, num_streams=8, mixture=mixture, buffer=buffer)
+    for _ in range(2):
+        tokens = torch.stack([step_rows(stream, 16)[0] for _ in range(31)])  # 1.016 M
+        for name, share in shares(tokens).items():
+            assert abs(share - mixture[name]) < 0.005
+
+
+def slow_mixed_rows(sources: list[list[list[int]]], *, stream: int, num_streams: int, seed: int, steps: list) -> list[list]:
+    """Tokens of one stream over unshuffled sources, for each step of (rows, L, b, weights): which source is due is worked out
+    anew for each piece, from a draw that is looked at and counted only when it is used."""
+    num = len(sources)
+
+    def raw(source: int, use: int, size: int) -> list[int]:
+        return np.random.Philox(key=[seed, stream], counter=[0, source, 0, use]).random_raw(size).tolist()
+
+    start = [(bits >> 11) / 2**53 - 0.5 for bits in raw(0, 2, num)]
+    bits = [[draw >> 32 for draw in raw(s, 1, 9000)] for s in range(num)]
+    draws, credit, n, slots = [0] * num, [math.inf] * num, [stream] * num, [[] for _ in range(num)]
+    found = []
+
+    def num_open(s: int) -> int:
+        return sum(slot is not None for slot in slots[s])
+
+    def look(s: int, size: int) -> tuple[int, int]:
+        if size == 0:
+            while slots[s][0] is None:
+                slots[s].pop(0)
+            return 0, draws[s]
+        if 2 * num_open(s) <= len(slots[s]):
+            slots[s] = [slot for slot in slots[s] if slot is not None]
+        used = draws[s]
+        while True:
+            slot, used = bits[s][used] * len(slots[s]) // 2**32, used + 1
+            if slots[s][slot] is not None:
+                return slot, used
+
+    def pay(weights: list[float], s: int, length: float) -> None:
+        for t in range(num):
+            credit[t] += weights[t] * length
+        credit[s] -= length
+
+    def due(weights: list[float], length: dict[int, int]) -> int:
+        fresh = [s for s in length if credit[s] == math.inf]
+        for s in fresh:
+            credit[s] = 0.0
+        for s in fresh:
+            pay([weight if t in length else 0.0 for t, weight in enumerate(weights)], s, start[s] * length[s])
+        return min(length, key=lambda s: (length[s] / 2 - credit[s]) / weights[s])
+
+    def refill(s: int, size: int) -> None:
+        slots[s] = [slot for slot in slots[s] if slot is not None]
+        while len(slots[s]) < max(1, 2 * size):
+            slots[s].append([sources[s][n[s] % len(sources[s])], 0])
+            n[s] += num_streams
+
+    for num_rows, seq_len, b, weights in steps:
+        sizes, row_tokens = [math.ceil(b * weight) for weight in weights], []
+        while len(row_tokens) < num_rows * seq_len:
+            rest = seq_len - len(row_tokens) % seq_len
+            wanted = [s for s in range(num) if weights[s] > 0]
+            if b:
+                for s in wanted:
+                    if num_open(s) <= sizes[s]:
+                        refill(s, sizes[s])
+            elif not any(num_open(s) for s in range(num)):
+                s = due(weights, {s: len(sources[s][n[s] % len(sources[s])]) for s in wanted})
+                refill(s, 0)
+            ready = [s for s in wanted if num_open(s)]
+            left = {s: min(rest, len(slots[s][i][0]) - slots[s][i][1]) for s in ready for i, _ in [look(s, sizes[s])]}
+            s = due(weights, left) if ready else next(s for s in range(num) if num_open(s))
+            slot, draws[s] = look(s, sizes[s])
+            document, read = slots[s][slot]
+            length = min(rest, len(document) - read)
+            row_tokens += document[read : read + length]
+            slots[s][slot][1] += length
+            if slots[s][slot][1] == len(document):
+                slots[s][slot] = None
+            if weights[s] > 0:
+                pay(weights, s, length)
+        found.append(row_tokens)
+    return found
+
+
+@pytest.mark.parametrize("buffers", [(3,), (0,), (9, 1, 9), (5, 0, 2), (0, 4, 0)])
+def test_buffered_mixtures_are_those_of_the_slow_packer(buffers: tuple[int, ...]) -> None:
+    sources = [[d for d in source.documents if d] for source in ragged_sources().values()]
+    mixtures = [[0.5, 0.25, 0.25], [0.125, 0.0, 0.875], [0.0, 0.75, 0.25]]
+    steps = [(4, (16, 40)[i % 2], b, mixtures[i % 3]) for i, b in enumerate(buffers * 3) for _ in range(4)]
+    by_name = {name: ListSource(documents) for name, documents in zip("abc", sources, strict=True)}
+    stream = make_stream(by_name, shuffle=False, num_streams=2, global_batch=8)
+    got = []
+    for _, seq_len, b, weights in steps:
+        settings(stream, seq_len=seq_len, buffer=b, mixture=dict(zip("abc", weights, strict=True)))
+        got.append(step_rows(stream)[0].reshape(2, -1))
+    for v in range(2):
+        expected = slow_mixed_rows(sources, stream=v, num_streams=2, seed=3, steps=steps)
+        assert [rows[v].tolist() for rows in got] == expected
 
 
 def test_weights_are_equal_unless_given_and_their_scale_does_not_matter() -> None:
