@@ -26,6 +26,25 @@ Tokens = np.ndarray | BadDocument | None  # uint32, the end of text included; No
 Wanted = tuple[int, int]  # source, n
 
 
+class Answer(list[Tokens]):
+    """Tokens of the documents of a task. Goes through a pipe as one array: one by one they cost more than tokenising them."""
+
+    def __reduce__(self) -> tuple:
+        arrays = [tokens for tokens in self if isinstance(tokens, np.ndarray)]
+        flat = np.concatenate(arrays).tobytes() if arrays else b""
+        return unpacked, (flat, [len(tokens) if isinstance(tokens, np.ndarray) else tokens for tokens in self])
+
+
+def unpacked(flat: bytes, answers: list[int | BadDocument | None]) -> Answer:
+    tokens_T, end, found = np.frombuffer(flat, np.uint32), 0, Answer()
+    for answer in answers:
+        if isinstance(answer, int):
+            end += answer
+            answer = tokens_T[end - answer : end].copy()  # not to hold the others
+        found.append(answer)
+    return found
+
+
 class Pending(NamedTuple):
     """A document that was asked for."""
 
@@ -125,11 +144,11 @@ class Intake:
 
     # -- answering: in a worker, or here if there is none --
 
-    def answer(self, request: tuple[float, list[Any]]) -> list[Tokens]:
+    def answer(self, request: tuple[float, list[Any]]) -> Answer:
         """`request`: the limit in MB, and documents, or (source, place) of them."""
         limit_mb, wanted = request
         documents = [self.document(*of) if type(of) is tuple else of for of in wanted]
-        answers, texts = list[Tokens](), dict[int, str]()
+        answers, texts = Answer(), dict[int, str]()
         for i, document in enumerate(documents):
             answers.append(tokens := checked(document, limit_mb=limit_mb) if isinstance(document, Document) else document)
             if document is not None and tokens is None:
