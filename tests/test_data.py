@@ -340,6 +340,24 @@ def test_fatal_raises_at_the_bad_document(tmp_path: Path, tokenizer: Tokenizer, 
         step_rows(stream)
 
 
+def test_too_many_bad_documents_end_the_stream_and_empty_ones_do_not(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A tenth of 200 lines is broken: the eleventh bad document is one too many if a twentieth may be bad."""
+    bad = {10 * i: b"{" for i in range(20)}
+    lines = [bad.get(i, b'{"text": "fine words, and more"}') for i in range(200)]
+    source = data.JsonlSource(write_lines(tmp_path / "a.jsonl", lines))
+    settings = {"tokenizer": tokenizer, "num_streams": 1, "global_batch": 4, "shuffle": False}
+    strict, lenient = (make_stream(source, max_bad=share, **settings) for share in (0.05, 0.12))
+    with pytest.raises(data.DataError, match=r"^11 of \d+ documents were bad, .*a.jsonl:101: broken_json.*data.max_bad=0.05 of"):
+        for _ in range(200):
+            step_rows(strict)
+    while lenient.counts["broken_json"] < 40:
+        step_rows(lenient)
+    empty = data.JsonlSource(write_lines(tmp_path / "b.jsonl", [line if line != b"{" else b"" for line in lines]))
+    stream = make_stream(empty, max_bad=0, **settings)
+    while stream.counts["empty"] < 40:
+        step_rows(stream)
+
+
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
@@ -566,8 +584,9 @@ def test_streamed_rows_equal_those_of_the_indexed_corpus_on_any_ranks_and_after_
     indexed = make_stream(data.JsonlSource(hub_dir), tokenizer=tokenizer, shuffle=False, seq_len=64)
     state = None
     for num_ranks in (2, 8, 4, 1):
+        workers = int(num_ranks in (1, 4))  # then a thread reads, and a process tokenises
         streams = [make_stream(data.HubSource(hub_dir), tokenizer=tokenizer, seq_len=64, rank=rank,
-                               num_ranks=num_ranks) for rank in range(num_ranks)]  # fmt: skip
+                               num_ranks=num_ranks, workers=workers) for rank in range(num_ranks)]  # fmt: skip
         if state:
             load(streams, state)
         for _ in range(2):

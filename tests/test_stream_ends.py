@@ -5,6 +5,7 @@ restarts.
 """
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -266,3 +267,19 @@ def test_a_run_logs_the_loss_of_each_source(tmp_path) -> None:
     for line in metrics(tmp_path):
         assert min(line["loss/web"], line["loss/code"]) <= line["loss"] <= max(line["loss/web"], line["loss/code"])
         assert line["loss/web"] != line["loss/code"] and 5 < line["loss"] < 9
+
+
+def test_data_that_cannot_be_read_ends_a_run_with_its_own_code_and_one_line(tmp_path, capfd) -> None:
+    lines = [json.dumps({"text": f"text number {i}, and more of it"}) for i in range(300)]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join([*lines, '{"text": "cut', *lines]))
+    command = ["experiment=demo", *SMALL[1:-1], "data=jsonl", f"data.source.path={path}", "model.vocab_size=300",
+               f"data.cache_dir={tmp_path}", f"run_dir={tmp_path}", "steps=60", "data.shuffle=false",
+               "data.num_streams=1"]  # fmt: skip
+    assert run_ranks(run_main, 1, [*command, "name=fatal", "data.on_bad=fatal"]) == [train.NO_DATA]
+    told = capfd.readouterr().err
+    assert "corpus.jsonl:301: broken_json" in told and "data.on_bad=skip" in told and "Traceback" not in told
+    assert set(run_ranks(run_main, 1, [*command, "name=skip"])) <= {train.OK, train.COLLAPSED}
+    out = capfd.readouterr().out
+    assert re.search(r"skipped \d broken_json \(bad_documents", out)
+    assert (tmp_path / "skip" / "bad_documents.0.txt").read_text().startswith(f"{path}:301: broken_json")

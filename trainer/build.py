@@ -118,6 +118,7 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
         num_ranks=num_ranks,
         shuffle=d.shuffle,
         on_bad=d.on_bad,
+        max_bad=d.max_bad,
         max_document_mb=d.max_document_mb,
         document_mask=d.document_mask,
         mixture=first.mixture,

@@ -70,7 +70,8 @@ def _check_above_zero(config: Config) -> None:
 def _check_zero_or_more(config: Config) -> None:
     losses = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
     not_negative = {f"balance.{name}": getattr(config.balance, name) for name in losses}
-    not_negative |= {"z_loss_weight": config.z_loss_weight, "data.retry_s": config.data.retry_s}
+    not_negative |= {f"data.{name}": getattr(config.data, name) for name in ("max_bad", "retry_s")}
+    not_negative["z_loss_weight"] = config.z_loss_weight
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{key}={value}: must be 0 or more")

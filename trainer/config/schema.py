@@ -50,6 +50,7 @@ class DataConfig:
     shuffle: bool = True
     document_mask: bool = True  # tokens see their own document only; false: whatever precedes them in the row
     on_bad: str = "skip"  # skip (counted and reported) | fatal
+    max_bad: float = 0.01  # share of a rank's documents that may be bad, from the 11th on; empty ones are not counted
     max_document_mb: float = 100.0  # [MB] a larger document is a bad document
     cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
     backend: str = "tokenizers"  # tokenizers | fastokens | gigatoken: who turns text into the tokenizer's ids

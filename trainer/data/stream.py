@@ -31,12 +31,13 @@ from tokenizers import Tokenizer
 from trainer.config import divisors
 from trainer.data.encoder import Encoder
 from trainer.data.intake import AGAIN, Intake
-from trainer.data.reader import Reader
+from trainer.data.reader import DataError, Reader
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
 from trainer.data.tokenizer import end_of_text_id
 from trainer.data.virtual import BEYOND, Settings, VirtualStream
 
 # Since the start of the run. documents: read to their ends; open: tokens of opened documents that are still to be delivered.
+FEW_BAD = 10  # documents that say nothing about a corpus
 COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS)
 
 
@@ -68,8 +69,9 @@ class TokenStream:
     def __init__(
         self, *, source: Source | dict[str, Source], tokenizer: Tokenizer | None, seq_len: int, global_batch: int,
         num_streams: int, seed: int, rank: int, num_ranks: int, shuffle: bool = True,
-        on_bad: Literal["skip", "fatal"] = "skip", max_document_mb: float = 100.0, document_mask: bool = True,
-        report: Callable[[BadDocument], None] = lambda bad: None, mixture: dict[str, float] | None = None, buffer: int = 0,
+        on_bad: Literal["skip", "fatal"] = "skip", max_bad: float = 1.0, max_document_mb: float = 100.0,
+        document_mask: bool = True, report: Callable[[BadDocument], None] = lambda bad: None,
+        mixture: dict[str, float] | None = None, buffer: int = 0,
         packing: Literal["stream", "fit"] = "stream", at_end: Literal["repeat", "stop"] = "repeat", backend: str = "tokenizers",
         workers: int = 0, prefetch: int = 4, retries: int = 4, retry_s: float = 1.0, with_sources: bool = False,
     ) -> None:  # fmt: skip
@@ -78,7 +80,7 @@ class TokenStream:
         sources = {f"data.sources.{name}": source[name] for name in self.names} or {"data.source": source}
         self.set(seq_len=seq_len, global_batch=global_batch, mixture=mixture, buffer=buffer)
         self.tokenizer, self.packing, self.batch = tokenizer, packing, SourcedBatch if with_sources else Batch
-        self.on_bad, self.report, self.totals, self.prefetch = on_bad, report, Counter[str](), prefetch
+        self.on_bad, self.max_bad, self.report, self.totals, self.prefetch = on_bad, max_bad, report, Counter[str](), prefetch
         order = {"seed": seed, "shuffle": shuffle, "num_streams": num_streams, "repeat": at_end == "repeat"}
         self.readers = [Reader(of, key=key, retries=retries, wait_s=retry_s, **order) for key, of in sources.items()]
         owned = num_streams // num_ranks
@@ -169,6 +171,10 @@ class TokenStream:
             raise bad
         self.totals[bad.kind] += 1
         self.report(bad)
+        num_bad = sum(self.totals[kind] for kind in BAD_KINDS if kind != "empty")
+        if num_bad > max(FEW_BAD, self.max_bad * (num_bad + self.totals["documents"])):
+            given = f"{num_bad} of {num_bad + self.totals['documents']} documents were bad, the last was {bad}"
+            raise DataError(f"{given}; data.max_bad={self.max_bad:g} of them may be, bad_documents.*.txt lists them")
 
     # -- state --
 
