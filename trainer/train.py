@@ -38,7 +38,7 @@ OK, REFUSED, COLLAPSED, NO_DATA, INTERRUPTED = 0, 2, 3, 4, 130
 # -- the step ---------------------------------------------------------------------------------------------
 
 
-def train_step(run: Run, batches: list[Batch] | list[SourcedBatch], *, waited_s: float = 0.0) -> dict[str, float]:
+def train_step(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: float = 0.0) -> dict[str, float]:
     """One optimizer step on this rank's microbatches of the global batch.
 
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
@@ -61,7 +61,7 @@ def train_step(run: Run, batches: list[Batch] | list[SourcedBatch], *, waited_s:
     if run.group is not None:
         dist.all_reduce(sums, group=run.group)
     # The step's one wait for a GPU:
-    (squared_norm,), (stop, waited_s, *counts), loss_2S, loss_2U = sums.cpu().split(list(map(len, parts)))
+    (squared_norm,), (stop, all_waited_s, *counts), loss_2S, loss_2U = sums.cpu().split(list(map(len, parts)))
     (loss_U, targets_U), loss_2S = loss_2U.view(2, -1), loss_2S.view(2, -1)
     num_targets = max(targets_U.sum().item(), 1)
     run.stop.agreed = stop.item() > 0
@@ -79,14 +79,15 @@ def train_step(run: Run, batches: list[Batch] | list[SourcedBatch], *, waited_s:
     run.stop.agreed |= run.balancer.guard.wants_stop
     run.tokens += now.tokens
     spread = {"batch_het": batch_heterogeneity(loss_U, targets_U), **run.window.add(loss=loss_mean, grad_norm=grad_norm)}
-    read = {**data_metrics(counts, loss_2S, run.stream.names), "data/wait_s": waited_s.item() / dist.get_world_size(run.group)}
-    values = {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm}
+    read = data_metrics(counts, loss_2S, run.stream.names)
+    read["data/wait_s"] = all_waited_s.item() / dist.get_world_size(run.group)
+    values: dict[str, float] = {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm}
     return {**values, **rates, **spread, **read, **balance}
 
 
 def data_metrics(counts: Sequence[Tensor], loss_2S: Tensor, names: Sequence[str]) -> dict[str, float]:
     """What all ranks have read since the start of the run, and the mean loss [nats] of each source that had targets."""
-    by_name = {name: int(count) for name, count in zip(COUNTED, counts, strict=True)}
+    by_name: dict[str, float] = {name: int(count) for name, count in zip(COUNTED, counts, strict=True)}
     skipped = {"skipped": sum(by_name.pop(kind) for kind in BAD_KINDS)}
     loss_S = {f"loss/{name}": (loss / n).item() for name, loss, n in zip(names, *loss_2S, strict=True) if n}
     return loss_S | {f"data/{name}": count for name, count in {**by_name, **skipped}.items() if name != "tokens"}
@@ -99,7 +100,7 @@ def follow(run: Run, now: Now) -> dict[str, float]:
     return run.optimizer.set_learning_rate(now.lr)
 
 
-def next_batches(run: Run) -> list[Batch] | list[SourcedBatch] | None:
+def next_batches(run: Run) -> Sequence[Batch | SourcedBatch] | None:
     """This rank's microbatches of the next step, as long and as many as the program says; None: all ranks are at the end."""
     now = run.program.at(run.tokens)
     run.stream.set(

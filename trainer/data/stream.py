@@ -134,7 +134,7 @@ class TokenStream:
 
     # -- rows --
 
-    def next_step(self, micro_batch: int) -> list[Batch] | list[SourcedBatch]:
+    def next_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises: BadDocument, DataError."""
         now, num_rows = self.now, len(self.streams) * self.now.rows_per_stream
         if num_rows % micro_batch:

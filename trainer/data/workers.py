@@ -81,7 +81,8 @@ class Workers:
                             return
                         is_alive = False
                         refuse_or_tell(pid)
-                if not is_alive:
+                        answer, error = self.work(request), None
+                else:
                     answer, error = self.work(request), None
                 if error is not None:
                     raise error
