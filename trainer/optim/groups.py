@@ -70,8 +70,11 @@ def muon(
     others = [p for p in owners if p not in set(hidden)]
     if dtype is None:
         dtype = "bfloat16" if hidden[0].is_cuda else "float32"
-    by_muon: torch.optim.Optimizer = Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype))
-    return [by_muon, _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)]
+    optimizers: list[torch.optim.Optimizer] = [
+        Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype)),
+        _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay),
+    ]
+    return optimizers
 
 
 def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
