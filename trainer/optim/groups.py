@@ -54,7 +54,7 @@ def adamw(model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, we
 def muon(
     model: nn.Module, *, lr: float, adamw_lr: float, momentum: float, betas: Sequence[float], eps: float, weight_decay: float,
     dtype: str | None = None, router: str = "muon",
-) -> list[torch.optim.Optimizer]:  # fmt: skip
+) -> Sequence[torch.optim.Optimizer]:  # fmt: skip
     """Muon on hidden matrices, experts and their router included; AdamW on embedding, output head and norm gains.
 
     lr, adamw_lr: peak rates. dtype: of the orthogonalisation; null: bfloat16 on a GPU, float32 on a CPU.
@@ -70,11 +70,8 @@ def muon(
     others = [p for p in owners if p not in set(hidden)]
     if dtype is None:
         dtype = "bfloat16" if hidden[0].is_cuda else "float32"
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype)),
-        _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay),
-    ]
-    return optimizers
+    by_muon = Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype))
+    return [by_muon, _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)]
 
 
 def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
