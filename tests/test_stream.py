@@ -264,6 +264,17 @@ def test_slots_stay_in_the_order_of_age() -> None:
         assert found == sorted(found) and buffer.num_open == len(found)
 
 
+def test_draws_are_those_of_their_seed_stream_and_source() -> None:
+    keys, count = [(3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1)], 600  # more than two blocks
+    draws = []
+    for seed, stream, source in keys:
+        buffer = DocumentBuffer(seed=seed, stream=stream, source=source)
+        draws.append([buffer.draw(k, 2**32) for k in range(count)])
+        bits = np.random.Philox(key=[seed, stream], counter=[0, source, 0, 1]).random_raw(count)
+        assert draws[-1] == (bits >> np.uint64(32)).tolist()
+    assert len({tuple(of) for of in draws}) == len(keys)
+
+
 # ---- Mixtures --------------------------------------------------------------------------------------------
 
 MIXTURES = [{"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 0.7, "b": 0.2, "c": 0.1}, {"a": 3.0, "c": 1.0}, {"b": 1.0}]
@@ -509,6 +520,17 @@ def test_phases_through_chains_of_resumes_equal_one_run(chain: tuple[int, ...], 
         roomy = straight[0].state_dict(num_slots=room)
         copy = load(ranks(4, ragged_sources()), roomy)
         assert equal(gathered(copy), state)
+
+
+@pytest.mark.parametrize("buffer", [0, 3])
+def test_a_stream_of_several_sources_in_use_goes_back_to_a_state(buffer: int) -> None:
+    """What was looked at ahead, to choose a source, is not of that position."""
+    stream = make_stream(ragged_sources(), buffer=buffer)
+    step_rows(stream)
+    state, expected = stream.state_dict(), [step_rows(stream) for _ in range(3)]
+    for _ in range(2):
+        stream.load_state_dict(state, keep_counts=True)
+        assert all(torch.equal(step_rows(stream), rows) for rows in expected)
 
 
 def test_a_document_that_is_open_is_finished_whatever_the_limit_has_become(tokenizer) -> None:  # noqa: F811

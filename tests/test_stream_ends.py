@@ -18,7 +18,7 @@ from tests.test_data import ListSource, equal, gathered, global_rows, load, make
 from tests.test_stream import LENGTHS, arrays, open_documents, place, ragged_sources, settings
 from tests.test_train import run_main
 from trainer import train
-from trainer.data import TokenStream
+from trainer.data import Document, TokenStream
 from trainer.model.loss import IGNORE, Groups, linear_cross_entropy
 
 # ---- Phases ----------------------------------------------------------------------------------------------
@@ -88,6 +88,18 @@ def test_a_drain_that_was_interrupted_goes_on() -> None:
     assert (0,) * 8 in phases and (1,) * 8 in phases and len(phases) > 2  # some streams drain longer than others
 
 
+@pytest.mark.parametrize(("mixture", "drain"), [({"a": 3.0, "b": 1.0}, True), ({"b": 1.0}, False)])
+def test_what_is_left_of_another_phase_is_charged_to_nobody(mixture: dict[str, float], drain: bool) -> None:
+    """One step of 16 tokens into documents of 400: the second step is all of the first phase's documents."""
+    sources = {"a": arrays([400] * 64), "b": arrays([400] * 64, first=1_000_000)}
+    stream = make_stream(sources, global_batch=8)
+    step_rows(stream)
+    credits, begun = stream.state_dict()["credit_VS"], {source for source, _, _ in open_documents(stream)}
+    settings(stream, mixture=mixture, phase=1, drain=drain)
+    step_rows(stream)
+    assert begun == {0, 1} and torch.equal(stream.state_dict()["credit_VS"], credits)
+
+
 # ---- The end of the corpus -------------------------------------------------------------------------------
 
 
@@ -143,6 +155,52 @@ def test_a_source_at_its_end_leaves_its_share_to_the_others() -> None:
     assert shares(source[:2400]) == pytest.approx([1 / 3] * 3, abs=0.05)
     assert shares(source[3300:4700]) == pytest.approx([0, 1 / 2, 1 / 2], abs=0.05)
     assert shares(source[5300:]) == [0, 0, 1]
+
+
+def test_a_source_has_its_share_until_its_last_open_document_ends() -> None:
+    """The 1,000 tokens of a are open from the start: a third of all until they end. Then nothing is owed to it any more."""
+    sources = {name: arrays([100] * n, first=10_000 * i) for i, (name, n) in enumerate({"a": 10, "b": 60, "c": 60}.items())}
+    stream = make_stream(sources, at_end="stop", seq_len=50, global_batch=1, num_streams=1, buffer=60)
+    source = torch.cat([step_rows(stream)[0].flatten() // 10_000 for _ in range(54)])  # 2,700
+    assert [(source == s).float().mean().item() for s in range(3)] == pytest.approx([1 / 3] * 3, abs=0.05)
+    for _ in range(40):
+        step_rows(stream)
+    assert 0 not in {s for s, _, _ in open_documents(stream)}  # a has ended
+    credit_S = stream.state_dict()["credit_VS"][0]
+    assert credit_S.abs().max() < 100 and credit_S.sum().item() == pytest.approx(0, abs=1e-6)  # less than a document
+
+
+class Ending(ListSource):
+    """Read forward, again and again, and its length known once the end was passed."""
+
+    __len__ = None  # not Sized
+    num_rows = None
+
+    def follow(self, first: int, *, wanted) -> None:
+        self.position, self.kept, self.wanted = first, {}, wanted
+
+    def __getitem__(self, n: int) -> Document:
+        while n not in self.kept:
+            assert self.position <= n, f"{n} was passed at {self.position} and not kept"
+            if self.position >= len(self.documents):
+                self.num_rows = len(self.documents)
+            if self.position == n or self.wanted(self.position):
+                self.kept[self.position] = self.documents[self.position % len(self.documents)]
+            self.position += 1
+        return Document(f"forward:{n}", tokens=np.array(self.kept.pop(n)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("num_streams", "buffer"), [(8, 3), (1, 0)])
+def test_a_source_that_reads_forward_ends_where_an_indexed_one_does(num_streams: int, buffer: int, workers: int) -> None:
+    sizes = {"num_streams": num_streams, "global_batch": num_streams, "buffer": buffer}
+    documents, settings_ = numbered(LENGTHS), {"shuffle": False, "at_end": "stop", **sizes}
+    indexed = make_stream(ListSource(documents), **settings_)
+    forward = make_stream(Ending(documents), workers=workers, **settings_)
+    rows, expected = read_out([forward], limit=200), read_out([indexed], limit=200)
+    assert len(rows) == len(expected) and all(map(torch.equal, rows, expected))
+    assert equal(forward.state_dict(), indexed.state_dict())
+    forward.close()
 
 
 # ---- Whole documents in rows -----------------------------------------------------------------------------

@@ -151,6 +151,62 @@ def test_no_more_is_read_ahead_than_was_said() -> None:
     assert all(1 <= len(virtual.queue_S[0]) <= 12 for virtual in stream.virtual)
 
 
+def test_as_much_is_read_ahead_as_was_said_of_each_source_its_share() -> None:
+    """Documents of 40 tokens; 2 steps of 2 x 64 tokens of a stream, half of them of each source: 3.2 documents."""
+    sources = {name: ListSource(numbered([40] * 500)) for name in "ab"}
+    stream = make_stream(sources, seq_len=64, global_batch=4, num_streams=2, workers=1, prefetch=2)
+    for _ in range(250):  # 800 documents of each: the guess of their length before the first weighs little
+        step_rows(stream)
+    assert {len(queue) for virtual in stream.virtual for queue in virtual.queue_S} == {4}
+
+
+def test_a_source_that_reads_forward_keeps_only_what_will_be_asked_for() -> None:
+    straight = make_stream(forward_sources(), buffer=9)
+    for _ in range(3):
+        step_rows(straight)
+    for num_ranks in (1, 2):
+        streams = [make_stream(forward_sources(), rank=r, num_ranks=num_ranks, buffer=9) for r in range(num_ranks)]
+        load(streams, straight.state_dict())
+        for stream in streams:
+            while any(document.tokens is None for virtual in stream.virtual for document in virtual.open()):
+                step_rows(stream)
+            due = {virtual.number: virtual.next_S[1] for virtual in stream.virtual}
+            assert all(n >= due[n % 8] for n in stream.readers[1].source.kept)
+
+
+def test_documents_that_were_open_are_asked_for_behind_those_ahead_and_let_go_once_read(monkeypatch) -> None:
+    asked, of_workers = [], Workers.submit
+
+    def submit(self: Workers, request: object, *, priority: int = 0, **more: object) -> object:
+        asked.append(priority)
+        return of_workers(self, request, priority=priority, **more)
+
+    monkeypatch.setattr(Workers, "submit", submit)
+    straight, stream = (make_stream(ragged_sources(), buffer=9, workers=1) for _ in range(2))
+    step_rows(straight)
+    asked.clear()
+    stream.load_state_dict(straight.state_dict(), keep_counts=True)
+    again = asked.copy()
+    asked.clear()
+    step_rows(stream)
+    assert min(again) > max(asked)
+    while any(document.tokens is None for virtual in stream.virtual for document in virtual.open()):
+        step_rows(stream)
+    assert not any(virtual.again for virtual in stream.virtual)
+
+
+def test_a_worker_finishes_what_was_open_whatever_the_limit_has_become(tokenizer) -> None:
+    texts = TextListSource(["the quick brown fox jumps over the lazy dog " * 20, "packs"] * 8)
+    straight = make_stream(texts, tokenizer=tokenizer, num_streams=1, buffer=2)
+    step_rows(straight)
+    state, expected = straight.state_dict(), step_rows(straight)
+    limited = make_stream(texts, tokenizer=tokenizer, num_streams=1, buffer=2, max_document_mb=1e-5, workers=1)
+    limited.load_state_dict(state, keep_counts=True)
+    for pending in limited.virtual[0].again.values():
+        pending.task.result(timeout=10)  # by the worker, not here
+    assert torch.equal(step_rows(limited), expected)
+
+
 def test_workers_run_while_the_step_does() -> None:
     class Slow(ListSource):
         def __getitem__(self, i: int) -> Document:
@@ -190,6 +246,16 @@ def test_a_killed_worker_is_replaced_by_its_rank_and_nothing_is_lost(caplog) -> 
     for _ in range(12):
         assert torch.equal(step_rows(stream), step_rows(straight))
     assert caplog.text.count("was ended by SIGKILL") == 2
+
+
+@pytest.mark.parametrize("of", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_is_sent_to_a_whole_group_of_processes_does_not_end_a_worker(of: signal.Signals) -> None:
+    workers = Workers(1, lambda request: os.environ["TOKENIZERS_PARALLELISM"])
+    assert workers.submit(0).result(timeout=10) == "false"  # it listens; and uses no thread that was not forked
+    os.kill(workers.pids[0], of)
+    time.sleep(0.1)
+    assert workers.submit(0).result(timeout=10) == "false" and is_running(workers.pids[0])
+    workers.close()
 
 
 def test_a_worker_that_crashes_is_an_error() -> None:
@@ -306,6 +372,16 @@ def test_other_errors_of_a_source_come_through_as_they_are(workers: int) -> None
     stream = make_stream(Flaky(numbered(LENGTHS), fails=1, error=KeyError), workers=workers)
     with pytest.raises(KeyError):
         step_rows(stream)
+
+
+def test_an_error_of_a_source_that_reads_forward_comes_through_its_thread() -> None:
+    class Wrong(Counted):
+        def __getitem__(self, n: int) -> Document:
+            raise KeyError(n)
+
+    stream = make_stream(Wrong(numbered([4] * 8)), workers=1)
+    with pytest.raises(KeyError):
+        stream.virtual[0].queue_S[0][0].task.result(timeout=10)
 
 
 def test_work_is_done_in_order_of_priority_and_errors_that_cannot_travel_are_told() -> None:
