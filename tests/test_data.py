@@ -340,6 +340,12 @@ def test_fatal_raises_at_the_bad_document(tmp_path: Path, tokenizer: Tokenizer, 
         step_rows(stream)
 
 
+def test_text_that_no_encoding_can_hold_is_a_bad_document(tokenizer: Tokenizer) -> None:
+    stream = make_stream(TextListSource(["fine", "half a pair: \ud800", "fine too"]), tokenizer=tokenizer, num_streams=1)
+    step_rows(stream)
+    assert stream.counts["not_utf8"] > 0
+
+
 def test_too_many_bad_documents_end_the_stream_and_empty_ones_do_not(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A tenth of 200 lines is broken: the eleventh bad document is one too many if a twentieth may be bad."""
     bad = {10 * i: b"{" for i in range(20)}

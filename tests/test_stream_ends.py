@@ -18,8 +18,11 @@ from tests.test_data import ListSource, equal, gathered, global_rows, load, make
 from tests.test_stream import LENGTHS, arrays, open_documents, place, ragged_sources, settings
 from tests.test_train import run_main
 from trainer import train
+from trainer.config import ConfigError
+from trainer.config import load as load_config
 from trainer.data import Document, TokenStream
 from trainer.model.loss import IGNORE, Groups, linear_cross_entropy
+from trainer.program import program_of
 
 # ---- Phases ----------------------------------------------------------------------------------------------
 
@@ -138,8 +141,24 @@ def test_the_end_is_the_same_on_any_ranks_and_workers_and_through_resumes() -> N
         settings_ = {"at_end": "stop", "buffer": 3, "seq_len": 8, "workers": step % 3}
         return [make_stream(ragged_sources(), rank=r, num_ranks=num_ranks, **settings_) for r in range(num_ranks)]
 
-    alone, chained = read_out(made(0)), read_out(made(0), resume_every=3, again=made)
-    assert len(alone) == len(chained) > 10 and all(torch.equal(a, b) for a, b in zip(alone, chained, strict=True))
+    alone, *others = [read_out(made(step)) for step in range(4)] + [read_out(made(0), resume_every=3, again=made)]
+    for other in others:
+        assert len(alone) == len(other) > 10 and all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
+
+
+def test_to_ask_whether_there_is_more_changes_nothing() -> None:
+    for buffer in (0, 3):
+        asked, other = (make_stream(ragged_sources(), at_end="stop", buffer=buffer, seq_len=8) for _ in range(2))
+        while asked.has_more():
+            assert torch.equal(step_rows(asked), step_rows(other)) and equal(asked.state_dict(), other.state_dict())
+
+
+def test_fitted_documents_count_as_much_as_is_kept_of_them() -> None:
+    """Documents of 1,000 tokens, cut at 100, and of 10: half of the tokens from each."""
+    sources = {"a": arrays([1000] * 400), "b": arrays([10] * 9000, first=1_000_000)}
+    stream = make_stream(sources, packing="fit", seq_len=100, global_batch=8, num_streams=2)
+    tokens, _, positions = torch.cat([step_rows(stream) for _ in range(100)], dim=1)
+    assert (tokens[positions >= 0] < 1_000_000).float().mean().item() == pytest.approx(0.5, abs=0.005)
 
 
 def test_a_source_at_its_end_leaves_its_share_to_the_others() -> None:
@@ -341,3 +360,17 @@ def test_data_that_cannot_be_read_ends_a_run_with_its_own_code_and_one_line(tmp_
     out = capfd.readouterr().out
     assert re.search(r"skipped \d broken_json \(bad_documents", out)
     assert (tmp_path / "skip" / "bad_documents.0.txt").read_text().startswith(f"{path}:301: broken_json")
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["data=mixture", "data.at_end=stop", "stage.decay.mixture={modules: 1}"], "data.at_end=stop with a mixture that changes"),
+    (["data.packing=fit"], r"buffer=1 with data.packing=fit, .*use buffer=0 or data.packing=stream"),
+    (["data.packing=fit", "data.buffer=0", "+stage.decay.buffer=4"], "stage.decay: buffer=4 with data.packing=fit"),
+    (["data.at_end=end"], "data.at_end=end: must be one of repeat, stop"),
+    (["data.backend=fast"], r"data.backend=fast: must be one of tokenizers, fastokens, gigatoken \(did you mean fastokens"),
+    (["data.workers=-1"], "data.workers=-1: must be at least 0"),
+    (["data.max_bad=-0.5"], "data.max_bad=-0.5: must be 0 or more"),
+])  # fmt: skip
+def test_ends_that_contradict_each_other_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        program_of(load_config(["experiment=demo", *overrides]))

@@ -405,3 +405,47 @@ def test_work_is_done_in_order_of_priority_and_errors_that_cannot_travel_are_tol
     workers.close()
     time.sleep(0.2)
     assert not [thread for thread in threading.enumerate() if thread.name == f"data worker {workers.pids[0]}"]
+
+
+# ---- After the end ---------------------------------------------------------------------------------------
+
+
+def test_a_closed_stream_says_so_and_kills_nobody_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = make_stream(ListSource(numbered([40] * 500)), workers=2, prefetch=1)
+    step_rows(stream)
+    first = stream.intake.workers.pids[0]
+    os.kill(first, signal.SIGKILL)
+    for _ in range(12):
+        step_rows(stream)
+    killed, kill = [], os.kill
+    monkeypatch.setattr("trainer.data.workers.os.kill", lambda pid, how: killed.append(pid) or kill(pid, how))
+    stream.close()
+    assert killed == stream.intake.workers.pids[1:]  # the other was reaped, its number may be another's by now
+    with pytest.raises(RuntimeError, match="the stream was closed"):
+        for _ in range(40):
+            step_rows(stream)
+
+
+def test_a_source_that_cannot_begin_is_an_error_where_its_first_document_is_wanted() -> None:
+    class Broken(Counted):
+        def follow(self, first: int, *, wanted) -> None:
+            if first:
+                raise OSError("no way back")
+            super().follow(first, wanted=wanted)
+
+    stream = make_stream(Counted(numbered([40] * 50)))
+    for _ in range(5):
+        step_rows(stream)
+    broken = make_stream(Broken(numbered([40] * 50)), workers=1)
+    broken.load_state_dict(stream.state_dict(), keep_counts=True)
+    with pytest.raises(OSError, match="no way back"):
+        step_rows(broken)
+
+
+def test_the_thread_of_a_forward_source_ends_with_its_stream() -> None:
+    stream = make_stream(Counted(numbered([40] * 50)), workers=1)
+    step_rows(stream)
+    assert [thread for thread in threading.enumerate() if thread.name == "reads data.source"]
+    stream.close()
+    time.sleep(0.2)
+    assert not [thread for thread in threading.enumerate() if thread.name == "reads data.source"]

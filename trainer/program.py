@@ -158,6 +158,9 @@ def program_of(config: Config) -> Program:
     )
     program = Program(spans, config.steps)
     check_lengths(stage, program, config.steps)
+    if config.data.at_end == "stop" and program.spans[-1].now.phase:
+        given = "data.at_end=stop with a mixture that changes: a phase could end before its sources do, or the run before a phase"
+        raise ConfigError(f"{given}; use one mixture, or data.at_end=repeat")
     if config.data.packing == "fit" and (buffered := next((span for span in spans if span.now.buffer), None)):
         given = f"{named(buffered.name)}buffer={buffered.now.buffer} with data.packing=fit, which keeps no document open"
         raise ConfigError(f"{given}; use buffer=0 or data.packing=stream")

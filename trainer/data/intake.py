@@ -66,7 +66,8 @@ class Intake:
         self.repeats = all(reader.repeat for reader in readers)
         self.end_of_text = np.array([end_of_text or 0], np.uint32)
         self.seen_S, self.tokens_S = [1] * len(readers), [1000] * len(readers)  # a guess of the mean length before any was read
-        self.lanes: dict[int, SimpleQueue[Callable[[], None]]] = {}
+        self.lanes: dict[int, SimpleQueue[Callable[[], None] | None]] = {}
+        self.broken: dict[int, BaseException] = {}  # sources that could not begin
         self.workers = Workers(workers, self.answer)
         for s, reader in enumerate(readers):
             if workers and reader.num_documents is None:
@@ -75,6 +76,8 @@ class Intake:
 
     def close(self) -> None:
         self.workers.close()
+        for lane in self.lanes.values():
+            lane.put(None)
 
     # -- asking --
 
@@ -105,9 +108,11 @@ class Intake:
 
         def read() -> None:
             try:
+                if error := self.broken.get(task[0][0]):
+                    raise error
                 documents = [self.document(s, i) for s, i in request]
                 self.workers.submit((limit_mb, documents), priority=priority, future=future)
-            except Exception as error:  # noqa: BLE001  # raised where the result is wanted
+            except BaseException as error:  # noqa: BLE001  # raised where the result is wanted
                 future.set_exception(error)
 
         lane.put(read)
@@ -126,11 +131,18 @@ class Intake:
 
     def follow(self, source: int, due: dict[int, int], unread: set[int]) -> None:
         """See Reader.follow; nothing that was asked for before is wanted any more."""
-        reader = self.readers[source]
         if (lane := self.lanes.get(source)) is None:
-            reader.follow(due, unread)
-        else:
-            lane.put(lambda: reader.follow(due, unread))
+            self.readers[source].follow(due, unread)
+            return
+
+        def follow() -> None:
+            self.broken.pop(source, None)
+            try:
+                self.readers[source].follow(due, unread)
+            except BaseException as error:  # noqa: BLE001  # raised where the first document is wanted
+                self.broken[source] = error
+
+        lane.put(follow)
 
     # -- lengths --
 
@@ -171,7 +183,11 @@ def checked(document: Document, *, limit_mb: float) -> np.ndarray | BadDocument 
     """Its tokens; None: it is text of a size that may be tokenised."""
     if document.tokens is not None:
         return document.tokens.astype(np.uint32, copy=False) if len(document.tokens) else empty(document)
-    if (size_mb := len(document.text.encode()) / 1e6) > limit_mb:
+    try:
+        size_mb = len(document.text.encode()) / 1e6
+    except UnicodeEncodeError as error:  # half a surrogate pair, which no encoding of text can hold
+        return BadDocument("not_utf8", document.where, str(error))
+    if size_mb > limit_mb:
         return BadDocument("huge", document.where, f"{size_mb:.2f} MB, max_document_mb={limit_mb:g}")
     return None
 
@@ -180,6 +196,6 @@ def empty(document: Document) -> BadDocument:
     return BadDocument("empty", document.where, "no token")
 
 
-def keep_doing(lane: SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        lane.get()()
+def keep_doing(lane: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := lane.get()) is not None:
+        job()

@@ -8,6 +8,7 @@ tokenizer, the seed, the program and its position: it knows of no ranks, of no o
 Letters: T tokens of the stream in one step, L of a row, N planes, S sources, C slots of the buffer.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -112,13 +113,13 @@ class VirtualStream:
         step ends with the first document that finds no room."""
         rows = [list[tuple[np.ndarray, int, int]]() for _ in range(now.rows_per_stream)]
         room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
-        while (source := self.next_source(now.weights_S)) is not None:
+        while (source := self.next_source(now.weights_S, at_most=now.seq_len)) is not None:
             tokens = self.ahead[source]
             length = min(len(tokens), now.seq_len)
             if not (fits := [r for r, room in enumerate(room_R) if room >= length]):
                 break
             if len(now.weights_S) > 1:
-                self.credits.charge(source, len(tokens), self.left(now.weights_S))
+                self.credits.charge(source, length, self.left(now.weights_S))
             self.take(source)
             target = int(tokens[length]) if length < len(tokens) else IGNORED
             best = min(fits, key=room_R.__getitem__)
@@ -157,7 +158,9 @@ class VirtualStream:
             rows_NT[SOURCES] = np.repeat(sources, np.diff(ends, prepend=0))
 
     def has_more(self, now: Settings) -> bool:
-        return any(buffer.num_open for buffer in self.buffer_S) or self.next_source(now.weights_S) is not None
+        """Looks at no more than `fill` does first, so that asking changes nothing."""
+        is_open = any(buffer.num_open for buffer in self.buffer_S)
+        return is_open or any(weight and self.next_length(s) is not None for s, weight in enumerate(now.weights_S))
 
     # -- which source, which document --
 
@@ -196,11 +199,13 @@ class VirtualStream:
         document = self.buffer_S[source].slots[slot]
         return len(self.reread(document) if document.tokens is None else document.tokens) - document.read
 
-    def next_source(self, weights_S: list[float]) -> int | None:
-        """The source of the next document; None: all are at their ends. One at its end leaves its share to the others."""
+    def next_source(self, weights_S: list[float], *, at_most: float = math.inf) -> int | None:
+        """The source of the next document; None: all are at their ends. One at its end leaves its share to the others.
+        at_most: [tokens] that a document counts."""
         if len(weights_S) > 1:
             weights_S = self.left(weights_S)
-            return self.credits.next_source(weights_S, next_length=self.next_length) if any(weights_S) else None
+            due = self.credits.next_source
+            return due(weights_S, next_length=lambda s: min(self.next_length(s) or 0, at_most)) if any(weights_S) else None
         return 0 if self.next_length(0) is not None else None
 
     def left(self, weights_S: list[float]) -> list[float]:

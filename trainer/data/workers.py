@@ -22,11 +22,13 @@ from concurrent.futures import Future
 from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from queue import PriorityQueue
+from queue import Empty, PriorityQueue
 from typing import Any
 
 LEFT_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # ends that say nothing against the work
 ORPHAN_S = 0.25  # [s] between looks at whether the parent is still there
+
+CLOSED = RuntimeError("the stream was closed")
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +53,19 @@ class Workers:
         self.num, self.work, self.parent, self.is_closed = num, work, os.getpid(), False
         self.queue, self.order = PriorityQueue[tuple[float, int, Any, Future]](), count()
         self.pids: list[int] = []
+        self.running = set[int]()
         for _ in range(num):
             pid, pipe = fork(work)
             self.pids.append(pid)
+            self.running.add(pid)
             threading.Thread(target=self.serve, args=(pid, pipe), daemon=True, name=f"data worker {pid}").start()
 
     def submit(self, request: Any, *, priority: int = 0, future: Future | None = None) -> Future | Now:
         """Lower priorities first. Errors of `work` are raised by the future's `result`."""
         if not self.num:
             return Now(self.work, request)
+        if self.is_closed:
+            raise CLOSED
         future = future or Future()
         self.queue.put((priority, next(self.order), request, future))
         return future
@@ -78,8 +84,9 @@ class Workers:
                         answer, error = pipe.recv()
                     except (EOFError, OSError):
                         if self.is_closed:
-                            return
+                            raise CLOSED from None
                         is_alive = False
+                        self.running.discard(pid)
                         refuse_or_tell(pid)
                         answer, error = self.work(request), None
                 else:
@@ -87,17 +94,21 @@ class Workers:
                 if error is not None:
                     raise error
                 future.set_result(answer)
-            except Exception as error:  # noqa: BLE001  # it belongs to whoever asks for the result
+            except BaseException as error:  # noqa: BLE001  # it belongs to whoever asks for the result
                 future.set_exception(error)
 
     def close(self) -> None:
         if self.is_closed or os.getpid() != self.parent:
             return
         self.is_closed = True
-        for pid in self.pids:
+        for pid in self.running:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)  # it keeps nothing
                 os.waitpid(pid, 0)
+        with contextlib.suppress(Empty):
+            while True:
+                self.queue.get_nowait()[-1].set_exception(CLOSED)
+        for _ in self.pids:  # wakes the threads
             self.queue.put((-math.inf, next(self.order), None, Future()))
 
 
