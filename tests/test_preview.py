@@ -126,7 +126,7 @@ def test_demo_by_hand(call):
         ["161", "40", "655.4K - 819.2K", "16 x 256", "8"],
     ]
     assert [row[6] for row in rows] == ["0 → 2e-3", "2e-3", "2e-3 → 0"]
-    assert [row[7] for row in rows] == ["micro_batch 4 · sequence_loss_weight 1e-4", "mixture web 0.7, code 0.3",
+    assert [row[7] for row in rows] == ["micro_batch 4 · sequence_loss_weight 1e-4 · buffer 1", "mixture web 0.7, code 0.3",
                                         "micro_batch 1 · bias_rate 1 → 0.1"]  # fmt: skip
     model = preview.load(DEMO).model
     count, flop = count_parameters(model), 200 * 16 * 256 * flops_per_token(model, seq_len=256)
