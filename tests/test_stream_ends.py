@@ -374,3 +374,16 @@ def test_data_that_cannot_be_read_ends_a_run_with_its_own_code_and_one_line(tmp_
 def test_ends_that_contradict_each_other_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         program_of(load_config(["experiment=demo", *overrides]))
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("data.source.path={0}/none", r"^error: data.source: .*none: no file matches; give a file"),
+    ("data.source.path={0}/in/escape.manifest", r"^error: data.source: .*escape.manifest:1: \.\./a.jsonl: leads out of"),
+])  # fmt: skip
+def test_a_source_that_cannot_be_opened_is_named_with_its_key(tmp_path, capfd, source: str, message: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "escape.manifest").write_text("../a.jsonl\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}')
+    command = ["experiment=demo", "model=debug", "data=jsonl", source.format(tmp_path), f"run_dir={tmp_path}"]
+    assert run_ranks(run_main, 1, command) == [train.REFUSED]
+    assert re.search(message, capfd.readouterr().err, re.MULTILINE)

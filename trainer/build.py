@@ -158,6 +158,8 @@ def refusing():
     """What a constructor named in the configuration refuses is a refused configuration."""
     try:
         yield
+    except ConfigError:
+        raise
     except (ValueError, TypeError, InstantiationException) as error:
         raise ConfigError(str(error.__cause__ or error)) from error
 
