@@ -442,6 +442,26 @@ def test_a_source_that_cannot_begin_is_an_error_where_its_first_document_is_want
         step_rows(broken)
 
 
+def test_a_resumed_stream_does_not_wait_for_what_was_asked_for_before() -> None:
+    """One worker, 20 ms a document: a fresh stream asks for 960 of them, which nobody wants after the state was loaded."""
+
+    class Slow(ListSource):
+        def __getitem__(self, i: int) -> Document:
+            time.sleep(0.02)
+            return super().__getitem__(i)
+
+    documents = numbered([40] * 2000)
+    straight = make_stream(ListSource(documents), num_streams=1, global_batch=1)
+    for _ in range(3000):
+        step_rows(straight)
+    state, expected = straight.state_dict(), step_rows(straight)
+    stream = make_stream(Slow(documents), num_streams=1, global_batch=1, workers=1, prefetch=60_000)
+    start = time.monotonic()
+    stream.load_state_dict(state, keep_counts=True)
+    stream.prefetch = 1
+    assert torch.equal(step_rows(stream), expected) and time.monotonic() - start < 2
+
+
 def test_the_thread_of_a_forward_source_ends_with_its_stream() -> None:
     stream = make_stream(Counted(numbered([40] * 50)), workers=1)
     step_rows(stream)
@@ -449,3 +469,6 @@ def test_the_thread_of_a_forward_source_ends_with_its_stream() -> None:
     stream.close()
     time.sleep(0.2)
     assert not [thread for thread in threading.enumerate() if thread.name == "reads data.source"]
+    with pytest.raises(RuntimeError, match="the stream was closed"):
+        for _ in range(40):
+            step_rows(stream)

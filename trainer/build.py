@@ -188,7 +188,7 @@ def agreed_slots(run: Run) -> int:
 
 def stream_counts(run: Run) -> dict[str, int]:
     """What all ranks have read since the start of the run; collective."""
-    return dict(zip(COUNTED, agreed(run, run.stream.state_dict()["counts"]).tolist(), strict=True))
+    return dict(zip(COUNTED, agreed(run, torch.tensor(run.stream.state_counts)).tolist(), strict=True))
 
 
 def agreed(run: Run, numbers: torch.Tensor, *, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:

@@ -42,7 +42,7 @@ class DataConfig:
     sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
     mixture: dict[str, float] | None = field(default_factory=dict)  # weights of sources, shares of tokens; none: equal ones
     buffer: int = 0  # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
-    drain: bool = False  # where the mixture changes, read open documents to their ends before new ones; false: among new ones
+    drain: bool = False  # where the mixture changes, read open documents to their ends first; false: they wait for their source
     packing: str = "stream"  # stream: documents one after another, cut by rows | fit: cut at seq_len, whole in a row, padded
     at_end: str = "repeat"  # of a source: another epoch | stop: the others share its weight, the run ends with the last of them
     tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.sources import BadDocument, Document, decoded, find_files, from_field, hashed, hashed_files, locate
+from trainer.data.sources import BadDocument, Document, cache_path, decoded, find_files, from_field, hashed, hashed_files, locate
 
 SCAN_BYTES = 1 << 26  # of a file at once, when its lines are indexed
 PIECE_BYTES = 1 << 16  # that are unpacked at once
@@ -52,7 +52,7 @@ class JsonlSource:
 
     def __init__(self, path: str, field: str = "text", cache_dir: str | None = None) -> None:
         self.files, self.field = find_files(path, suffixes=JSONL), field
-        cache = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triquetra").expanduser()
+        cache = cache_path(cache_dir)
         packed = [file for file in self.files if file.suffix in CODECS]
         refuse_twins(self.files)
         # In an own order: the processes of a machine, which all need them, unpack different ones most of the time.

@@ -6,18 +6,19 @@ Documents of a forward source are read by one thread of this process, in the ord
 by the workers.
 """
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from trainer.data.reader import DataError, Reader
 from trainer.data.sources import BadDocument, Document
-from trainer.data.workers import Now, Workers
+from trainer.data.workers import CLOSED, Later, Workers
 
 TASK_TOKENS, TASK_DOCUMENTS = 32_768, 256
 AGAIN = 1  # priority of documents that were open before a resume: they may be needed later, those ahead are needed now
@@ -48,7 +49,7 @@ def unpacked(flat: bytes, answers: list[int | BadDocument | None]) -> Answer:
 class Pending(NamedTuple):
     """A document that was asked for."""
 
-    task: Future | Now
+    task: Future | Later
     i: int
 
     def get(self) -> Tokens:
@@ -79,6 +80,14 @@ class Intake:
         for lane in self.lanes.values():
             lane.put(None)
 
+    def forget(self) -> None:
+        """What was asked for and not begun is not wanted any more."""
+        self.workers.forget()
+        for lane in self.lanes.values():
+            with contextlib.suppress(Empty):
+                while True:
+                    lane.get_nowait()
+
     # -- asking --
 
     def request(self, wanted: Iterable[Wanted], *, priority: int = 0) -> list[Pending]:
@@ -99,11 +108,13 @@ class Intake:
         """Documents of a source with its own thread are not asked for together with others."""
         return source != before and (source in self.lanes or before in self.lanes)
 
-    def submit(self, task: list[Wanted], *, priority: int) -> Future | Now:
+    def submit(self, task: list[Wanted], *, priority: int) -> Future | Later:
         limit_mb = math.inf if priority == AGAIN else self.max_document_mb
         request = [(s, self.readers[s].place(n)) for s, n in task]
         if (lane := self.lanes.get(task[0][0])) is None:
             return self.workers.submit((limit_mb, request), priority=priority)
+        if self.workers.is_closed:
+            raise RuntimeError(CLOSED)
         future = Future()
 
         def read() -> None:
@@ -130,7 +141,7 @@ class Intake:
         return tokens
 
     def follow(self, source: int, due: dict[int, int], unread: set[int]) -> None:
-        """See Reader.follow; nothing that was asked for before is wanted any more."""
+        """See Reader.follow."""
         if (lane := self.lanes.get(source)) is None:
             self.readers[source].follow(due, unread)
             return

@@ -140,8 +140,7 @@ class TokenStream:
         if num_rows % micro_batch:
             given = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{given}; use one of {divisors(num_rows)}")
-        if not self.intake.workers.num:
-            self.read_ahead(1)
+        self.read_ahead(self.prefetch if self.intake.workers.num else 1)
         rows_NVT = np.empty((len(self.batch._fields), len(self.streams), now.num_tokens), np.int64)
         for stream, rows_NT in zip(self.virtual, rows_NVT.swapaxes(0, 1), strict=True):
             (stream.fit if self.packing == "fit" else stream.fill)(rows_NT, now)
@@ -228,6 +227,7 @@ class TokenStream:
     def load_state_dict(self, state: dict[str, torch.Tensor], *, keep_counts: bool) -> None:
         """Goes on from this rank's part of a state. `keep_counts` on one rank only, for their sum to stay right."""
         self.check(state)
+        self.intake.forget()
         counts = state["counts"].tolist() if keep_counts else [0] * len(COUNTED)
         self.totals.clear()
         self.totals.update(dict(zip(COUNTED, counts, strict=True)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer
 
-from trainer.data.sources import BadDocument, Source, hashed, permutation
+from trainer.data.sources import BadDocument, Source, cache_path, hashed, permutation
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 
@@ -47,10 +47,9 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 def cached_tokenizer(source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None) -> Path:
     """The file of the tokenizer trained on this source or these, trained now if it is the first time."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triquetra"
     prints = {name: of.fingerprint for name, of in source.items()} if isinstance(source, dict) else source.fingerprint
     key = hashed(prints, vocab_size, tokenizers.__version__, FORMAT)
-    path = Path(cache_dir or default).expanduser() / f"tokenizer-{key}.json"
+    path = cache_path(cache_dir) / f"tokenizer-{key}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")

@@ -28,12 +28,12 @@ from typing import Any
 LEFT_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # ends that say nothing against the work
 ORPHAN_S = 0.25  # [s] between looks at whether the parent is still there
 
-CLOSED = RuntimeError("the stream was closed")
+CLOSED = "the stream was closed"
 
 log = logging.getLogger(__name__)
 
 
-class Now:
+class Later:
     """A future's place where there are no workers: the work is done when its result is wanted."""
 
     def __init__(self, work: Callable[[Any], Any], request: Any) -> None:
@@ -60,12 +60,12 @@ class Workers:
             self.running.add(pid)
             threading.Thread(target=self.serve, args=(pid, pipe), daemon=True, name=f"data worker {pid}").start()
 
-    def submit(self, request: Any, *, priority: int = 0, future: Future | None = None) -> Future | Now:
+    def submit(self, request: Any, *, priority: int = 0, future: Future | None = None) -> Future | Later:
         """Lower priorities first. Errors of `work` are raised by the future's `result`."""
         if not self.num:
-            return Now(self.work, request)
+            return Later(self.work, request)
         if self.is_closed:
-            raise CLOSED
+            raise RuntimeError(CLOSED)
         future = future or Future()
         self.queue.put((priority, next(self.order), request, future))
         return future
@@ -76,6 +76,7 @@ class Workers:
         while True:
             _, _, request, future = self.queue.get()
             if self.is_closed:
+                future.set_exception(RuntimeError(CLOSED))
                 return
             try:
                 if is_alive:
@@ -84,7 +85,7 @@ class Workers:
                         answer, error = pipe.recv()
                     except (EOFError, OSError):
                         if self.is_closed:
-                            raise CLOSED from None
+                            raise RuntimeError(CLOSED) from None
                         is_alive = False
                         self.running.discard(pid)
                         refuse_or_tell(pid)
@@ -97,6 +98,12 @@ class Workers:
             except BaseException as error:  # noqa: BLE001  # it belongs to whoever asks for the result
                 future.set_exception(error)
 
+    def forget(self) -> None:
+        """Drops the requests that no worker has taken up."""
+        with contextlib.suppress(Empty):
+            while True:
+                self.queue.get_nowait()[-1].set_exception(RuntimeError(CLOSED))
+
     def close(self) -> None:
         if self.is_closed or os.getpid() != self.parent:
             return
@@ -105,9 +112,7 @@ class Workers:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)  # it keeps nothing
                 os.waitpid(pid, 0)
-        with contextlib.suppress(Empty):
-            while True:
-                self.queue.get_nowait()[-1].set_exception(CLOSED)
+        self.forget()
         for _ in self.pids:  # wakes the threads
             self.queue.put((-math.inf, next(self.order), None, Future()))
 
