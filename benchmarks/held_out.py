@@ -32,8 +32,9 @@ def held_out_loss(job: Job, *, match: str) -> float:
     if kept.exists() and key in (known := json.loads(kept.read_text())):
         return known[key]
     run = build(job.config)
-    if resume(run) is None:
+    if (found := run.checkpoints.newest_good()) is None:
         raise SystemExit(f"{job.directory} has no checkpoint: run the study with keep_checkpoints=true")
+    resume(run, found)
     source, seq_len = PythonSource(match), job.config.seq_len
     sizes = {"seq_len": seq_len, "global_batch": ROWS, "num_streams": 1, "buffer": len(source)}  # all files open
     rows = TokenStream(source=source, tokenizer=run.stream.tokenizer, seed=0, rank=0, num_ranks=1, **sizes)

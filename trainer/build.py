@@ -2,7 +2,7 @@
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from hydra.utils import instantiate
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer import device
+from trainer.agree import compare_clocks, refuse_disagreement
 from trainer.balance import Balancer, Guard, LossWeights
-from trainer.checkpoint import set_training_state, training_state
+from trainer.checkpoint import Checkpoints, Found, code_version, set_training_state, training_state
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import COUNTED, Source, TokenStream, load_tokenizer
 from trainer.device import ParallelDims
-from trainer.directory import BadDocumentLog, find_checkpoint, run_directory
+from trainer.directory import BadDocumentLog, checkpoints_of, flat, run_directory
 from trainer.metrics import Window
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.init import initialize
@@ -42,10 +43,13 @@ class Run:
     stream: TokenStream
     group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
     stop: StopRequest
+    checkpoints: Checkpoints
     step: int = 0
     tokens: int = 0  # trained on so far, over all ranks
     last_step: int  # where the program ends, seen from here
     window: Window = field(default_factory=Window)
+    about: dict[str, Any] = field(default_factory=dict)  # for the manifests of its checkpoints
+    texts: dict[str, str] = field(default_factory=dict)  # files that go into each of them
 
     def end_here(self) -> None:
         """There is nothing left to train on."""
@@ -60,6 +64,8 @@ class Run:
 def build(config: Config) -> Run:
     """Joins the process group and builds everything on this rank. Raises: ConfigError before any training."""
     on = device.start(timeout_s=config.timeout_s)
+    refuse_disagreement({**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__})
+    compare_clocks()
     has_experts = config.model.num_dense_layers < config.model.num_layers
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
     program = program_of(config)
@@ -93,7 +99,8 @@ def build(config: Config) -> Run:
         guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
     balancer = Balancer(moe_layers(model), rule, steps=program.last_step(), group=group, guard=guard, required=required)
     return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, program=program, balancer=balancer,
-               stream=stream, group=group, stop=StopRequest(), last_step=program.last_step())  # fmt: skip
+               stream=stream, group=group, stop=StopRequest(), checkpoints=checkpoints_of(config),
+               last_step=program.last_step())  # fmt: skip
 
 
 def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenStream:
@@ -174,7 +181,7 @@ def full_state(run: Run, *, num_slots: int | None = None) -> dict[str, Any]:
 def stream_state(run: Run, *, num_slots: int) -> dict[str, torch.Tensor]:
     """Each rank holds its own virtual streams: all are saved once and cut anew for any number of ranks. Counts are summed."""
     state, mesh = run.stream.state_dict(num_slots=num_slots), run.dims.get_optional_mesh("batch")
-    counts = agreed(run, state.pop("counts"))
+    counts = summed(run, state.pop("counts"))
     own = {name: tensor.to(run.device) for name, tensor in state.items()}
     if mesh is not None:
         own = {name: DTensor.from_local(tensor, mesh, [Shard(0)]) for name, tensor in own.items()}
@@ -183,41 +190,42 @@ def stream_state(run: Run, *, num_slots: int) -> dict[str, torch.Tensor]:
 
 def agreed_slots(run: Run) -> int:
     """Of the fullest buffer of all ranks."""
-    return max(1, int(agreed(run, torch.tensor(run.stream.num_slots), op=dist.ReduceOp.MAX)))
+    return max(1, int(summed(run, torch.tensor(run.stream.num_slots), op=dist.ReduceOp.MAX)))
 
 
 def stream_counts(run: Run) -> dict[str, int]:
     """What all ranks have read since the start of the run; collective."""
-    return dict(zip(COUNTED, agreed(run, torch.tensor(run.stream.state_counts)).tolist(), strict=True))
+    return dict(zip(COUNTED, summed(run, torch.tensor(run.stream.state_counts)).tolist(), strict=True))
 
 
-def agreed(run: Run, numbers: torch.Tensor, *, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Over all ranks that read other tokens."""
+def summed(run: Run, numbers: torch.Tensor, *, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Summed, or reduced by `op`, over all ranks that read other tokens."""
     numbers = numbers.to(run.device)
     if run.group is not None:
         dist.all_reduce(numbers, op=op, group=run.group)
     return numbers
 
 
-def resume(run: Run) -> Path | None:
-    """Continues from the newest checkpoint of this run's directory, else from that of `branch`. Returns what it loaded.
+def save(run: Run) -> None:
+    """Writes a checkpoint of this step, if there is none; in the background, if the configuration says so. Raises: SaveError."""
+    if run.checkpoints.last_saved != run.step:
+        about = {"tokens": run.tokens, **run.about}
+        wait = not run.config.checkpoint.background
+        run.checkpoints.save(run.step, full_state(run), about=about, texts=run.texts, wait=wait)
 
-    Raises: ConfigError.
-    """
-    found = find_checkpoint(run.config)
-    if found is None:
-        return None
-    checkpoints, step = found
-    _, num_slots = checkpoints.shape(step, "stream.read_VC")
-    state = checkpoints.load(step, full_state(run, num_slots=num_slots))
+
+def resume(run: Run, origin: Found) -> None:
+    """Continues from a checkpoint, of this run or of another one. Raises: ConfigError, ValueError if it does not fit."""
+    checkpoints = Checkpoints(origin.path.parent)
+    _, num_slots = checkpoints.shape(origin.step, "stream.read_VC")
+    state = checkpoints.load(origin.step, full_state(run, num_slots=num_slots))
     run.step, run.tokens = int(state["step"]), int(state["tokens"])
     run.last_step = run.program.last_step(step=run.step, position=run.tokens)
     run.balancer.end_at(run.last_step)
     run.window.load_state_dict(state["window"])
     set_training_state(state, run.model, run.optimizer, run.balancer)
     run.stream.load_state_dict({k: local(v).cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
-    refuse_past_end(run, where=checkpoints.path(step))
-    return checkpoints.path(step)
+    refuse_past_end(run, where=origin.path)
 
 
 def refuse_past_end(run: Run, *, where: Path) -> None:

@@ -6,20 +6,26 @@
                      tokenizer.json       as it was used
                      metrics.jsonl        one line per step
                      bad_documents.*.txt  documents that were passed over, by data-parallel rank
-                     checkpoints/         trainer/checkpoint.py
+                     checkpoints/         trainer/checkpoint/
+                     lock                 held by the process that writes here (trainer/lock.py)
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
+import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from trainer.checkpoint import Checkpoints
+from trainer.agree import agreed, refuse_disagreement, refusing_on_all
+from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, read_manifest
 from trainer.config import Config, ConfigError, resolved_yaml
 from trainer.data import BadDocument
+from trainer.lock import InUseError, lock
 from trainer.program import Program
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
@@ -32,84 +38,104 @@ def run_directory(config: Config) -> Path:
 
 
 def checkpoints_of(config: Config) -> Checkpoints:
-    return Checkpoints(run_directory(config) / "checkpoints", keep=config.checkpoint.keep)
+    c = config.checkpoint
+    return Checkpoints(
+        run_directory(config) / "checkpoints", keep=c.keep, keep_every=c.keep_every, retries=c.retries, retry_s=c.retry_s
+    )
 
 
-def find_checkpoint(config: Config) -> tuple[Checkpoints, int] | None:
-    """Where this run goes on: its own newest checkpoint, else what `branch` names. Collective. Raises: ConfigError."""
-    own = checkpoints_of(config)
-    if (step := own.latest()) is not None:
-        return own, step
-    if config.branch is None:
-        return None
+class Opened(NamedTuple):
+    """A run's directory, this process's to write into."""
+
+    held: TextIO | None  # the lock, on rank 0
+    origin: Found | None  # the checkpoint to go on from
+    changed: dict[str, list[Any]]  # settings that have another value than there: [before, now]; on rank 0
+    about: dict[str, Any]  # for the manifests of this run's checkpoints
+    texts: dict[str, str]  # files that go into each checkpoint
+
+
+def open_directory(config: Config, checkpoints: Checkpoints, *, corpus: str | dict[str, str], tokenizer) -> Opened:
+    """Takes the directory, finds where the run goes on, refuses to continue another run, and writes what describes this one.
+
+    Collective. Raises: ConfigError, on all ranks; then nothing was changed.
+    """
+    held = refusing_on_all(lambda: lock(run_directory(config)), refusals=(InUseError, OSError))
+    try:
+        origin = find_checkpoint(config, checkpoints)
+    except DamagedError as error:
+        raise ConfigError(str(error)) from error
+    tokenizer_text = tokenizer.to_str() if tokenizer is not None else None
+    digest = hashlib.sha256(tokenizer_text.encode()).hexdigest()[:16] if tokenizer_text else None
+    data = {"corpus": corpus, "tokenizer": digest}
+    refuse_disagreement(fingerprints(data))
+    changed = refusing_on_all(lambda: changes(config, origin.path, data)) if origin is not None else None
+    checkpoints.go_on_from(origin.step if origin is not None and origin.path.parent == checkpoints.directory else None)
+    texts = {"config.yaml": resolved_yaml(config)} | ({"tokenizer.json": tokenizer_text} if tokenizer_text else {})
+    if dist.get_rank() == 0:
+        for name, text in {**texts, "data.json": json.dumps(data)}.items():
+            (run_directory(config) / name).write_text(text)
+    about = {"name": config.name, "code": code_version(), "torch": torch.__version__, "ranks": dist.get_world_size(),
+             "parallel": asdict(config.parallel), "data": data}  # fmt: skip
+    return Opened(held, origin, changed or {}, about, texts)
+
+
+def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
+    """Where this run goes on: its own newest good checkpoint, else what `branch` names. Collective.
+
+    Raises: ConfigError, DamagedError.
+    """
+    if (found := own.newest_good()) is not None or config.branch is None:
+        return found
     path = Path(config.branch)
-    is_one = path.name.startswith("step-")
-    other = Checkpoints(path.parent if is_one else path / "checkpoints", keep=config.checkpoint.keep)
-    step = int(path.name.removeprefix("step-")) if is_one else other.latest()
-    if step is None or step not in other.steps():
+    if not path.name.startswith("step-"):
+        found = Checkpoints(path / "checkpoints").newest_good()
+    elif (step := path.name.removeprefix("step-")).isdecimal():
+        found = Found(int(step), path) if agreed(path.is_dir()) else None
+        if found is not None and (problems := Checkpoints(path.parent).verify(found.step)):
+            raise ConfigError(f"branch={config.branch}: " + "\n".join(problems))
+    if found is None:
         example = "<run>/checkpoints/step-00000100"
         raise ConfigError(f"branch={config.branch}: no checkpoint there; give a run's directory or {example}")
-    return other, step
+    return found
 
 
-def record_start(config: Config, *, program: Program, step: int, tokens: int, loaded: Path | None) -> None:
-    """Adds a line to starts.jsonl: a run may continue under another program, and config.yaml has the latest only."""
+def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:
+    """Adds a line to starts.jsonl: a run may continue under other settings, and config.yaml has the latest only."""
     spans = [
         {"start": span.start, "end": span.end, **asdict(span.now), "lr": asdict(span.lr), "bias_rate": asdict(span.bias_rate)}
         for span in program.spans
     ]
-    line = {"step": step, "tokens": tokens, "loaded": str(loaded) if loaded else None, "program": spans}
+    loaded = str(opened.origin.path) if opened.origin else None
+    how = {"loaded": loaded, "changed": opened.changed, "code": opened.about["code"]}
+    line = {"step": step, "tokens": tokens, **how, "program": spans}
     with (run_directory(config) / "starts.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def open_directory(config: Config, *, corpus: str | dict[str, str], tokenizer) -> None:
-    """Rank 0 writes what describes the run; all ranks refuse to continue another one. Collective. Raises: ConfigError."""
-    answer: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            _open(config, corpus=corpus, tokenizer=tokenizer)
-        except ConfigError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer)
-    if answer[0] is not None:
-        raise ConfigError(answer[0])
+def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ from the checkpoint's: [before, now]. Raises: ConfigError if the run would not be the same run."""
+    before, now = flat(OmegaConf.load(checkpoint / "config.yaml")), flat(OmegaConf.create(resolved_yaml(config)))
+    before |= fingerprints(read_manifest(checkpoint)["data"])
+    now |= fingerprints(data)
+    changed = {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
+    fixed = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in (*FIXED, *fingerprints(data)))]
+    if fixed:
+        old, new = (", ".join(f"{key}={changed[key][i]}" for key in fixed) for i in (0, 1))
+        remedy = "set it back to continue, or choose another name= for a new run"
+        raise ConfigError(f"{checkpoint} is of a run with {old}, now it is {new}; {remedy}")
+    return changed
 
 
-def _open(config: Config, *, corpus: str | dict[str, str], tokenizer) -> None:
-    directory = run_directory(config)
-    tokenizer_text = tokenizer.to_str() if tokenizer is not None else None
-    digest = hashlib.sha256(tokenizer_text.encode()).hexdigest()[:16] if tokenizer_text else None
-    data = {"corpus": corpus, "tokenizer": digest}
-    if checkpoints_of(config).steps():
-        _refuse_another_run(config, directory, data)
-    elif config.branch is not None:
-        _refuse_another_run(config, _run_of(Path(config.branch)), data)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(resolved_yaml(config))
-    (directory / "data.json").write_text(json.dumps(data))
-    if tokenizer_text:
-        (directory / "tokenizer.json").write_text(tokenizer_text)
+def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"the {name}'s fingerprint": value for name, value in data.items()}
 
 
-def _run_of(branch: Path) -> Path:
-    directory = branch.parent.parent if branch.name.startswith("step-") else branch
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(f"branch={branch}: {directory} is no run's directory, it has no config.yaml")
-    return directory
-
-
-def _refuse_another_run(config: Config, directory: Path, data: dict) -> None:
-    before, now = OmegaConf.load(directory / "config.yaml"), OmegaConf.create(resolved_yaml(config))
-    pairs = {key: (OmegaConf.select(before, key), OmegaConf.select(now, key)) for key in FIXED}
-    saved = json.loads((directory / "data.json").read_text())
-    pairs |= {f"the {name}'s fingerprint": (saved[name], data[name]) for name in data}
-    for key, (old, new) in pairs.items():
-        if old != new:
-            raise ConfigError(
-                f"{directory} holds a run with {key}={old}, now it is {key}={new}; "
-                f"set it back to continue, or choose another name= for a new run"
-            )
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.dim": 64, ...}"""
+    nodes = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
+    if not isinstance(nodes, dict) or not nodes:
+        return {prefix.rstrip("."): nodes}
+    return {key: value for name, node in nodes.items() for key, value in flat(node, f"{prefix}{name}.").items()}
 
 
 class BadDocumentLog:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from trainer import device
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, agreed, build, full_state, loss_weights, refusing, resume, stream_counts
+from trainer.build import Run, build, loss_weights, refusing, resume, save, stream_counts, summed
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, COUNTED, BadDocument, Batch, DataError, SourcedBatch
-from trainer.directory import checkpoints_of, open_directory, record_start
+from trainer.directory import open_directory, record_start
 from trainer.metrics import MetricsLog, batch_heterogeneity
 from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.model.loss import IGNORE, Groups
@@ -107,14 +107,14 @@ def next_batches(run: Run) -> Sequence[Batch | SourcedBatch] | None:
         seq_len=now.seq_len, global_batch=now.global_batch, mixture=now.mixture, buffer=now.buffer, phase=now.phase,
         drain=now.drain,
     )  # fmt: skip
-    if run.config.data.at_end == "stop" and not agreed(run, torch.tensor(int(run.stream.has_more()))):
+    if run.config.data.at_end == "stop" and not summed(run, torch.tensor(int(run.stream.has_more()))):
         return None
     return run.stream.next_step(now.micro_batch)
 
 
 def loop(run: Run, metrics: MetricsLog | None) -> None:
     """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
-    config, checkpoints = run.config, checkpoints_of(run.config)
+    config = run.config
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     flop_at = cache(partial(flops_per_token, config.model))
     start_s = time.perf_counter()
@@ -124,8 +124,7 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
             run.end_here()
-            if run.step not in checkpoints.steps():
-                checkpoints.save(run.step, full_state(run))
+            save(run)
             break
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         tokens_per_s = now.tokens / (time.perf_counter() - start_s)
@@ -134,8 +133,9 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.step % config.checkpoint.interval == 0 or run.step == run.last_step or run.stop.agreed:
-            checkpoints.save(run.step, full_state(run))
+            save(run)
         start_s = time.perf_counter()
+    run.checkpoints.finish()
 
 
 # -- entry point ------------------------------------------------------------------------------------------
@@ -145,15 +145,17 @@ def train(config: Config) -> int:
     """The whole run on this rank. Returns the exit code."""
     run = build(config)
     is_first = dist.get_rank() == 0
-    open_directory(config, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer)
+    opened = open_directory(config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer)
+    run.about, run.texts = opened.about, opened.texts
     run.stop.listen()
-    with refusing():
-        loaded = resume(run)
+    if opened.origin is not None:
+        with refusing():
+            resume(run, opened.origin)
     directory, resumed = run.directory, run.step
     metrics = None
     if is_first:
-        record_start(config, program=run.program, step=run.step, tokens=run.tokens, loaded=loaded)
-        announce(run, loaded)
+        record_start(config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)
+        announce(run, opened.origin.path if opened.origin else None)
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
         tracker = instantiate(config.logging.tracker)
@@ -189,7 +191,7 @@ def conclude(run: Run) -> int:
     done = run.step >= run.last_step
     verdict = run.balancer.verdict()
     read = stream_counts(run)
-    num_open, tokens_read = agreed(run, torch.tensor(run.stream.open_documents)).tolist()
+    num_open, tokens_read = summed(run, torch.tensor(run.stream.open_documents)).tolist()
     if dist.get_rank() == 0:
         print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
         bad = ", ".join(f"{read[kind]} {kind}" for kind in BAD_KINDS if read[kind])

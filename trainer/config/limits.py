@@ -41,13 +41,15 @@ def _check_at_least(config: Config) -> None:
         "checkpoint.keep": (config.checkpoint.keep, 1), "logging.interval": (config.logging.interval, 1),
         "seed": (config.seed, 0), "data.buffer": (config.data.buffer, 0), "data.workers": (config.data.workers, 0),
         "data.prefetch": (config.data.prefetch, 1), "data.retries": (config.data.retries, 0),
-        "model.num_dense_layers": (m.num_dense_layers, 0),
+        "checkpoint.retries": (config.checkpoint.retries, 0), "model.num_dense_layers": (m.num_dense_layers, 0),
         "model.num_shared_experts": (m.num_shared_experts, 0), "parallel.dp_replicate": (config.parallel.dp_replicate, 1),
         "parallel.ep": (config.parallel.ep, 1),
     }  # fmt: skip
     shape = ("vocab_size", "dim", "num_layers", "ffn_dim", "num_heads", "num_kv_heads", "head_dim", "window",
              "global_every", "num_experts", "top_k", "expert_dim")  # fmt: skip
     at_least |= {f"model.{name}": (getattr(m, name), 1) for name in shape}
+    if config.checkpoint.keep_every is not None:
+        at_least["checkpoint.keep_every"] = (config.checkpoint.keep_every, 1)
     if config.parallel.dp_shard is not None:
         at_least["parallel.dp_shard"] = (config.parallel.dp_shard, 1)
     if config.data.num_streams is not None:
@@ -71,7 +73,7 @@ def _check_zero_or_more(config: Config) -> None:
     losses = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
     not_negative = {f"balance.{name}": getattr(config.balance, name) for name in losses}
     not_negative |= {f"data.{name}": getattr(config.data, name) for name in ("max_bad", "retry_s")}
-    not_negative["z_loss_weight"] = config.z_loss_weight
+    not_negative |= {"z_loss_weight": config.z_loss_weight, "checkpoint.retry_s": config.checkpoint.retry_s}
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{key}={value}: must be 0 or more")

@@ -100,6 +100,10 @@ class ParallelConfig:
 class CheckpointConfig:
     interval: int = 200  # [steps]
     keep: int = 2  # the newest ones; the rest is deleted
+    keep_every: int | None = None  # [steps] and for good each at a multiple of it
+    background: bool = True  # written while training goes on, from a copy in host memory; false: the step waits
+    retries: int = 4  # of a save that fails, after 1, 2, 4, ... times retry_s; three saves in a row that fail end the run
+    retry_s: float = 1.0  # [s]
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,102 @@
+"""What checkpoints does a run have, are they good, and go back to one.
+
+    python -m trainer.checkpoint list runs/demo            all of them, newest last
+    python -m trainer.checkpoint verify runs/demo [STEP]   every byte of them, or of one
+    python -m trainer.checkpoint rewind runs/demo STEP     the run goes on from there; newer ones are set aside, not deleted
+
+Exit codes: 0 all is well · 1 something is damaged · 2 not a run, no such step, or in use.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.checkpoint.checkpoints import LATEST, Checkpoints
+from trainer.checkpoint.manifest import problems, read_manifest
+from trainer.checkpoint.storage import DamagedError
+from trainer.lock import InUseError, lock
+
+OK, DAMAGED, REFUSED = 0, 1, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    as_written = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description=__doc__, formatter_class=as_written)
+    parser.add_argument("action", choices=("list", "verify", "rewind"))
+    parser.add_argument("run", type=Path, help="a run's directory")
+    parser.add_argument("step", type=int, nargs="?")
+    given = parser.parse_args(arguments)
+    checkpoints = Checkpoints(given.run / "checkpoints")
+    steps = checkpoints.all_steps()
+    if not checkpoints.directory.is_dir():
+        return refused(f"{given.run}: no run's directory, it has no checkpoints/")
+    if given.step is not None and given.step not in steps:
+        return refused(f"step {given.step}: {given.run} has steps {', '.join(map(str, steps)) or 'none'}")
+    if given.action == "list":
+        return listed(checkpoints)
+    if given.action == "verify":
+        return verified(checkpoints, steps if given.step is None else [given.step])
+    if given.step is None:
+        return refused(f"rewind: which step? {given.run} has {', '.join(map(str, steps)) or 'none'}")
+    return rewound(checkpoints, given.run, given.step)
+
+
+def listed(checkpoints: Checkpoints) -> int:
+    table = Table(box=None, header_style="bold")
+    for name in ("Step", "Tokens", "Saved at", "Size", "Ranks", "Code", "State"):
+        table.add_column(name, justify="right" if name in ("Step", "Tokens", "Size", "Ranks") else "left")
+    latest = checkpoints.directory / LATEST
+    newest = latest.read_text().strip() if latest.is_file() else None
+    for path in sorted(checkpoints.directory.glob("step-*")):
+        try:
+            manifest = read_manifest(path)
+            size = sum(entry["bytes"] for entry in manifest["files"].values())
+            columns = [f"{manifest.get('tokens', 0):,}", manifest.get("saved_at", ""), f"{size / 1e6:,.1f} MB",
+                       str(manifest.get("ranks", "")), manifest.get("code", "")]  # fmt: skip
+        except DamagedError:
+            columns = [""] * 5
+        found = problems(path, hashes=False)
+        state = "DAMAGED" if found else path.suffix.removeprefix(".") or ("latest" if path.name == newest else "complete")
+        table.add_row(path.name.removeprefix("step-").split(".")[0].lstrip("0") or "0", *columns, state)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return OK
+
+
+def verified(checkpoints: Checkpoints, steps: list[int]) -> int:
+    damaged = False
+    for step in steps:
+        found = problems(checkpoints.path(step))
+        damaged |= bool(found)
+        print(f"step {step}: {'DAMAGED' if found else 'good'}")
+        for problem in found:
+            print(f"    {problem}")
+    if not steps:
+        print("no checkpoints")
+    return DAMAGED if damaged else OK
+
+
+def rewound(checkpoints: Checkpoints, run: Path, step: int) -> int:
+    try:
+        with lock(run):
+            moved = checkpoints.rewind(step)
+    except InUseError as error:
+        return refused(str(error))
+    except DamagedError as error:
+        print(f"error: the run was left as it is: {error}", file=sys.stderr)
+        return DAMAGED
+    for path in moved:
+        print(f"set aside: {path}")
+    print(f"{run} goes on from step {step}")
+    return OK
+
+
+def refused(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr)
+    return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

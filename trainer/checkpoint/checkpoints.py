@@ -1,0 +1,269 @@
+"""Where do a run's checkpoints lie, when is one complete, and which one does a run go on from?
+
+    <run>/checkpoints/step-00000200/             what it has to hold: storage.py; that it is unchanged: manifest.py
+                      latest                     the name of the newest one
+                      .step-00000250.draft/      being written
+                      step-00000150.damaged/     set aside, as it did not verify when a run was to go on from it
+                      step-00000300.abandoned/   set aside, as the run went back to an earlier step (rewind)
+
+A save copies what this rank holds and returns; a thread writes the copy into a draft, makes it durable, and hashes it; rank 0
+gathers the hashes into the manifest and renames the draft: the rename is the commit, `latest` follows. Nothing is ever written
+into a directory that is there already. What is named step-<number> belongs to the run as it is now, so that purging and resuming
+need not ask which line of the run a checkpoint is from.
+"""
+
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from trainer.agree import agreed, gathered
+from trainer.checkpoint.manifest import MANIFEST, file_entry, problems, write_manifest
+from trainer.checkpoint.storage import INDEX, DamagedError, SafetensorsWriter, make_durable, read_index, write_durably
+from trainer.checkpoint.transfer import StagedPlanner, load_into
+
+LATEST = "latest"
+MAX_MISSES = 3  # checkpoints in a row that could not be written; then the run ends
+NAME = re.compile(r"step-(\d{8,})")
+log = logging.getLogger(__name__)
+
+
+class SaveError(RuntimeError):
+    """Checkpoints cannot be written; the message says where, warnings before it say why."""
+
+
+class Found(NamedTuple):
+    step: int
+    path: Path
+
+
+class Checkpoints:
+    """The checkpoints of one run. Methods under "saving" and "loading" are collective: every rank calls them.
+
+    keep: the newest ones; keep_every [steps]: and for good each at a multiple of it. retries: of a save that fails, after
+    1, 2, 4, ... times retry_s [s].
+    """
+
+    def __init__(
+        self, directory: Path, *, keep: int = 2, keep_every: int | None = None, retries: int = 4, retry_s: float = 1.0
+    ) -> None:
+        self.directory, self.keep, self.keep_every = directory, keep, keep_every
+        self.retries, self.retry_s = retries, retry_s
+        self.misses = 0  # in a row
+        self.last_saved: int | None = None  # step
+        self.broken: Exception | None = None
+        self.thread: threading.Thread | None = None
+        self.group: dist.ProcessGroup | None = None
+        self.planner = StagedPlanner()
+
+    # -- what is there --
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def all_steps(self) -> list[int]:
+        """Of every directory that is named like a checkpoint, oldest first."""
+        found = (NAME.fullmatch(path.name) for path in self.directory.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that were completed, oldest first. They may have been damaged since."""
+        return [step for step in self.all_steps() if (self.path(step) / MANIFEST).is_file()]
+
+    def set_aside(self, step: int, why: str) -> Path:
+        """Renames a checkpoint to one that no run goes on from; its content stays."""
+        name, number = f"{self.path(step).name}.{why}", 1
+        while (self.directory / name).exists():
+            number += 1
+            name = f"{self.path(step).name}.{why}-{number}"
+        return self.path(step).rename(self.directory / name)
+
+    def rewind(self, step: int) -> list[Path]:
+        """The run goes on from this step: all that is newer is set aside, newest first. Returns where it lies now.
+
+        Raises: DamagedError if the checkpoint of this step is not there or not good; then nothing has changed.
+        """
+        if found := problems(self.path(step)):
+            raise DamagedError("\n".join(found))
+        moved = [self.set_aside(newer, "abandoned") for newer in reversed(self.all_steps()) if newer > step]
+        self.point_at(step)
+        return moved
+
+    def point_at(self, step: int) -> None:
+        """`latest` names this step."""
+        draft = self.directory / f".{LATEST}.draft"
+        write_durably(draft, f"{self.path(step).name}\n")
+        os.replace(draft, self.directory / LATEST)
+        make_durable(self.directory)
+
+    # -- saving --
+
+    def save(
+        self, step: int, state: dict[str, Any], *, about: Mapping[str, Any] | None = None, texts: Mapping[str, str] | None = None,
+        wait: bool = False,
+    ) -> None:  # fmt: skip
+        """Copies `state` (nested dicts of tensors) and writes the copy in the background, after a save that is under way.
+
+        about: for the manifest; texts: further files, by name. wait: until it is written.
+        Raises: SaveError when MAX_MISSES in a row could not be written.
+        """
+        self.finish()
+        if self.group is None and dist.get_world_size() > 1:
+            self.group = dist.new_group(backend="gloo")  # apart from the step's collectives, which go on meanwhile
+        self.planner.stage(state)
+        job = (step, state, dict(about or {}), dict(texts or {}))
+        self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
+        self.thread.start()
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits until nothing is being written. Raises: SaveError, on all ranks."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.broken is not None:
+            raise self.broken
+        if self.misses >= MAX_MISSES:
+            raise SaveError(f"{self.misses} checkpoints in a row could not be written to {self.directory}, see the warnings")
+
+    def _write(self, *job: Any) -> None:
+        """In the thread."""
+        try:
+            for attempt in range(self.retries + 1):
+                problem = self._attempt(*job)
+                if problem is None:
+                    self.misses, self.last_saved = 0, job[0]
+                    return
+                wait_s = self.retry_s * 2**attempt if attempt < self.retries else None
+                if dist.get_rank() == 0:
+                    then = "the run goes on without it" if wait_s is None else f"again in {wait_s:g} s"
+                    log.warning("the checkpoint of step %d was not written: %s; %s", job[0], problem, then)
+                time.sleep(wait_s or 0)
+            self.misses += 1
+        except Exception as error:  # noqa: BLE001  # a rank is gone, so there is no agreeing on anything; `finish` raises it
+            self.broken = error
+
+    def _attempt(self, step: int, state: dict[str, Any], about: dict[str, Any], texts: dict[str, str]) -> str | None:
+        """What went wrong, the same on all ranks; then the draft is gone, and all else as it was."""
+        draft = self.directory / f".{self.path(step).name}.draft"
+        writer = SafetensorsWriter(draft, rank=dist.get_rank())
+
+        def prepare() -> None:
+            if self.path(step).exists():
+                raise FileExistsError(f"{self.path(step)} is there already")
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+
+        def write() -> dict[str, Any]:
+            dcp.save(state, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=self.group is None)
+            own = draft / writer.file
+            return {own.name: file_entry(own)} if own.exists() else {}
+
+        def commit() -> None:
+            for name, text in texts.items():
+                write_durably(draft / name, text)
+            entries = files | {name: file_entry(draft / name) for name in (INDEX, *texts)}
+            write_manifest(draft, {"step": step, "saved_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}, entries)
+            make_durable(draft)
+            draft.rename(self.path(step))
+            self.point_at(step)
+
+        if (problem := self._first(prepare)) is None:
+            files, problem = self._each(write)
+            problem = problem or self._first(commit)
+            self._first(self._purge if problem is None else lambda: shutil.rmtree(draft, ignore_errors=True))
+        return problem
+
+    def _first(self, action: Callable[[], Any]) -> str | None:
+        """Rank 0 acts; all hear what went wrong."""
+        said: list[str | None] = [attempted(action)[1] if dist.get_rank() == 0 else None]
+        if self.group is not None:
+            dist.broadcast_object_list(said, src=0, group=self.group)
+        return said[0]
+
+    def _each(self, action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
+        """Every rank acts; all hear what went wrong on the first of them. The results, united."""
+        own = attempted(action)
+        answers = [own]
+        if self.group is not None:
+            answers = [own] * dist.get_world_size()
+            dist.all_gather_object(answers, own, group=self.group)
+        problem = next((f"rank {rank}: {said}" for rank, (_, said) in enumerate(answers) if said), None)
+        return {name: entry for result, _ in answers for name, entry in (result or {}).items()}, problem
+
+    def _purge(self) -> None:
+        """Deletes all but the newest whole ones, and those that are kept for good."""
+        whole = [step for step in self.steps() if not problems(self.path(step), hashes=False)]
+        for step in whole[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                gone = self.path(step).rename(self.directory / f".{self.path(step).name}.deleted")  # at once: nobody finds half
+                shutil.rmtree(gone)
+
+    # -- loading --
+
+    def newest_good(self) -> Found | None:
+        """The newest checkpoint that verifies; what is wrong with newer ones is said aloud. None: there are none.
+
+        Raises: DamagedError if there are some and none is good.
+        """
+        steps = agreed(self.all_steps())
+        for step in reversed(steps):
+            found = self.verify(step)
+            if not found:
+                return Found(step, self.path(step))
+            if dist.get_rank() == 0:
+                for problem in found:
+                    log.warning("DAMAGED: %s", problem)
+                log.warning("the checkpoint of step %d cannot be used, trying an earlier one", step)
+        if steps:
+            raise DamagedError(
+                f"{self.directory}: none of the checkpoints can be used (steps {', '.join(map(str, steps))}), see the warnings; "
+                "bring one of them back, or choose another name= to start anew"
+            )
+        return None
+
+    def verify(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint: each rank reads a share of its files, all hear of everything."""
+        found = problems(self.path(step), share=slice(dist.get_rank(), None, dist.get_world_size()))
+        return sorted({problem for of_rank in gathered(found) for problem in of_rank})
+
+    def go_on_from(self, step: int | None) -> None:
+        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside, drafts removed."""
+        if dist.get_rank() == 0 and self.directory.is_dir():
+            for path in self.directory.glob(".step-*"):
+                shutil.rmtree(path)
+            for newer in reversed(self.all_steps()):
+                if step is not None and newer > step:
+                    log.warning("set aside: %s", self.set_aside(newer, "damaged"))
+            if step is not None:
+                self.point_at(step)
+        self.last_saved = step
+
+    def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Fills the tensors of `state` in place, each rank its own part, and returns it. Raises: ValueError, DamagedError."""
+        return load_into(state, directory=self.path(step), index=read_index(self.path(step)))
+
+    def shape(self, step: int, name: str) -> tuple[int, ...]:
+        """Of a saved tensor."""
+        index = read_index(self.path(step))
+        if name not in index:
+            raise ValueError(f"{self.path(step)} holds no {name}: another version of Triquetra wrote it; continue with that one")
+        return index[name].shape
+
+
+def attempted(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(its result, None) or (None, what it raised)."""
+    try:
+        return action(), None
+    except Exception as error:  # noqa: BLE001  # a full disk has many names: OSError, SafetensorError, CheckpointException
+        return None, f"{type(error).__name__}: {error}"

@@ -1,0 +1,204 @@
+"""How do tensors lie on disk? torch's DCP plans who writes and reads what; here are its files, which hold tensors and JSON only.
+
+    rank-00000.safetensors   the pieces that rank 0 wrote, each under the key <tensor>@<offsets>
+    index.json               {tensor: {dtype, shape, pieces: [{file, key, offsets, sizes}]}}
+
+DCP's own storage keeps its index as a pickle, and reading one runs whatever is in it (pytorch #189308).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+INDEX = "index.json"
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+    torch.bool)}  # fmt: skip
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be used; the message says which file of it, and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A box of a tensor, and where it lies. A file may leave out leading sizes of 1."""
+
+    file: str
+    key: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor on disk."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+Index = Mapping[str, Stored]
+
+
+class SafetensorsWriter(StorageWriter):
+    """One rank's file of a checkpoint, made durable, and on the coordinator the index."""
+
+    def __init__(self, directory: Path, *, rank: int):
+        self.directory, self.file = directory, f"rank-{rank:05d}.safetensors"
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        by_key = {_key(item.index): (item, planner.resolve_data(item)) for item in plan.items}
+        if by_key:  # a rank may hold nothing that another one does not write
+            path = self.directory / self.file
+            save_file({key: tensor for key, (_, tensor) in by_key.items()}, path)
+            path.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
+            make_durable(path)
+        done = Future[list[WriteResult]]()
+        done.set_result([WriteResult(item.index, tensor.nbytes, storage_data=self.file) for item, tensor in by_key.values()])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        file_of = {_key(written.index): written.storage_data for of_rank in results for written in of_rank}
+        index = {name: _stored(name, saved, file_of) for name, saved in metadata.state_dict_metadata.items()}
+        write_durably(self.directory / INDEX, json.dumps({name: _as_json(stored) for name, stored in index.items()}))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+class SafetensorsReader(StorageReader):
+    """Reads the boxes that a load plan asks for, from wherever an index says they lie."""
+
+    def __init__(self, directory: Path, index: Index):
+        self.directory, self.index = directory, index
+        self.piece_of = {_index(name, piece): piece for name, stored in index.items() for piece in stored.pieces}
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return Metadata({name: _metadata(stored) for name, stored in self.index.items()})
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list] = {}
+        for item in plan.items:
+            by_file.setdefault(self.piece_of[item.storage_index].file, []).append(item)
+        for file, items in by_file.items():
+            with safe_open(self.directory / file, framework="pt") as opened:
+                for item in items:
+                    target = planner.resolve_tensor(item).detach()
+                    key = self.piece_of[item.storage_index].key
+                    target.copy_(read_box(opened, key, offsets=item.storage_offsets, sizes=item.lengths))
+                    planner.commit_tensor(item, target)
+        done = Future[None]()
+        done.set_result(None)
+        return done
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+def read_box(opened: Any, key: str, *, offsets: Iterable[int], sizes: Iterable[int]) -> torch.Tensor:
+    """A box of a tensor in an open safetensors file; nothing else of it is read."""
+    sizes = tuple(sizes)
+    if not sizes:
+        return opened.get_tensor(key)
+    box = [slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
+    part = opened.get_slice(key)
+    return part[tuple(box[len(box) - len(part.get_shape()) :])].view(sizes)
+
+
+def read_index(directory: Path) -> dict[str, Stored]:
+    """Raises: DamagedError."""
+    path = directory / INDEX
+    try:
+        return {name: _from_json(of) for name, of in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def write_durably(path: Path, text: str) -> None:
+    path.write_text(text)
+    make_durable(path)
+
+
+def make_durable(path: Path) -> None:
+    """What was written is on the disk, not only on its way; of a directory: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _key(index: MetadataIndex) -> str:
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+def _index(name: str, piece: Piece) -> MetadataIndex:
+    return MetadataIndex(name, torch.Size(piece.offsets))
+
+
+def _stored(name: str, saved: Any, file_of: Mapping[str, str]) -> Stored:
+    pieces = []
+    for chunk in (chunk for chunk in saved.chunks if 0 not in chunk.sizes):
+        key = _key(MetadataIndex(name, chunk.offsets))
+        pieces.append(Piece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes)))
+    return Stored(dtype=saved.properties.dtype, shape=tuple(saved.size), pieces=tuple(pieces))
+
+
+def _metadata(stored: Stored) -> TensorStorageMetadata:
+    chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in stored.pieces]
+    return TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks)
+
+
+def _as_json(stored: Stored) -> dict[str, Any]:
+    return asdict(stored) | {"dtype": str(stored.dtype).removeprefix("torch.")}
+
+
+def _from_json(of: Mapping[str, Any]) -> Stored:
+    pieces = []
+    for piece in of["pieces"]:
+        if Path(piece["file"]).name != piece["file"]:
+            raise ValueError(f"file {piece['file']!r}: must be a plain name in the checkpoint's directory")
+        pieces.append(Piece(file=piece["file"], key=piece["key"], offsets=tuple(piece["offsets"]), sizes=tuple(piece["sizes"])))
+    return Stored(dtype=DTYPES[of["dtype"]], shape=tuple(of["shape"]), pieces=tuple(pieces))

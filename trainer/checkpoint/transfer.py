@@ -1,0 +1,68 @@
+"""How do tensors get from a running model into a checkpoint's files, and from there into another layout?"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.tensor import DTensor
+
+from trainer.checkpoint.storage import Index, SafetensorsReader, read_index
+
+
+class StagedPlanner(DefaultSavePlanner):
+    """DCP's planner, writing from a copy that `stage` took: training goes on while the copy is written.
+
+    Memory: this rank's part of the state once more, on the host (pinned beside a GPU), kept from save to save.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: dict[str, Tensor] = {}
+
+    def stage(self, state: dict[str, Any]) -> None:
+        self.set_up_planner(state)
+        if wrong := [name for name, value in self.state_dict.items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"{', '.join(wrong)}: a checkpoint holds tensors only")
+        before, self.copies = self.copies, {}
+        for name, value in self.state_dict.items():
+            own = (value.to_local() if isinstance(value, DTensor) else value).detach()
+            copy = before.get(name)
+            if copy is None or copy.shape != own.shape or copy.dtype != own.dtype:
+                copy = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
+            self.copies[name] = copy.copy_(own, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.copies[write_item.index.fqn]
+
+
+def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[str, Any]:
+    """Fills the tensors of `state` in place, each rank its own part, and returns it. Collective.
+
+    Raises: ValueError naming every tensor that is missing or has another shape.
+    """
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(state)
+    wanted = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
+    missing = [f"{name}: is not in it, must be {shape}" for name, shape in wanted.items() if name not in index]
+    both = [(name, index[name].shape, shape) for name, shape in wanted.items() if name in index]
+    if wrong := missing + [f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape]:
+        raise ValueError("\n".join([f"{directory}: {len(wrong)} tensors do not fit this run:", *wrong]))
+    reader = SafetensorsReader(directory, index)
+    dcp.load(state, storage_reader=reader, planner=planner, no_dist=dist.get_world_size() == 1)
+    return state
+
+
+def read_whole(directory: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a checkpoint (none named: all), whole, in this process alone. Raises: DamagedError, KeyError."""
+    index = read_index(directory)
+    chosen = {name: index[name] for name in (index if names is None else names)}
+    whole = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in chosen.items()}
+    dcp.load(whole, storage_reader=SafetensorsReader(directory, chosen), no_dist=True)
+    return whole
