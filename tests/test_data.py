@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from trainer import data
-from trainer.data import BadDocument, Document, TokenStream
+from trainer.data import BadDocument, Document, TokenStream, with_slots
 
 # ---- Corpora and the slow reference ----------------------------------------------------------------------
 
@@ -78,8 +78,9 @@ def ranks(num_ranks: int, source: object, **changes: object) -> list[TokenStream
 
 def gathered(streams: list[TokenStream]) -> dict[str, torch.Tensor]:
     """The state of the run: the streams of all ranks, and the sum of what they counted."""
-    num_slots = max(stream.num_slots for stream in streams)
-    states = [stream.state_dict(num_slots=num_slots) for stream in streams]
+    states = [stream.state_dict() for stream in streams]
+    num_slots = max(state["index_VC"].shape[1] for state in states)
+    states = [with_slots(state, num_slots=num_slots) for state in states]
     parts = {name: [state[name] for state in states] for name in states[0]}
     return {name: sum(each) if name == "counts" else torch.cat(each) for name, each in parts.items()}
 

@@ -7,6 +7,7 @@ slow one has 0.995.
 import json
 import logging
 import math
+import signal
 from copy import deepcopy
 from typing import Any
 
@@ -337,7 +338,7 @@ def trained(overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop
     step = train.train_step
 
     def stopping_step(run: train.Run, batches: list, **timing: float) -> dict[str, float]:
-        run.stop.signalled = run.step + 1 == stop_at
+        run.stop.signalled = signal.SIGTERM if run.step + 1 == stop_at else None
         return step(run, batches, **timing)
 
     train.train_step = stopping_step
@@ -347,7 +348,7 @@ def trained(overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop
 
 def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(tmp_path, capfd):
     command = [*JUMPY, "guard.ladder=[stop]", "steps=14", "name=stopped", f"run_dir={tmp_path}"]
-    assert run_ranks(trained, 1, command) == [train.INTERRUPTED]
+    assert run_ranks(trained, 1, command) == [train.UNSOUND]
     first = capfd.readouterr()
     lines = metrics(tmp_path / "stopped")
     stopped = lines[-1]["step"]
@@ -365,7 +366,7 @@ def test_twelve_steps_with_a_ladder_equal_two_halves_bit_for_bit(tmp_path):
     told = ["guard=on", "guard.grace=1", "guard.patience=1", "guard.ladder=[boost,solve,sequence_loss]", "steps=12",
             f"run_dir={tmp_path}"]  # fmt: skip
     run_ranks(trained, 1, [*told, "name=whole"], (3, 5, 8))
-    assert run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8), 5) == [train.INTERRUPTED]
+    assert run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8), 5) == [PREEMPTED]
     run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8))
     lines = metrics(tmp_path / "whole")
     assert metrics(tmp_path / "halves") == lines

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
 
     def stopping_step(run, batches, **timing):
         if run.step + 1 == stop_at and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-            run.stop.signalled = True
+            run.stop.signalled = signal.SIGINT
         return step(run, batches, **timing)
 
     train.train_step = stopping_step

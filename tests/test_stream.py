@@ -32,7 +32,7 @@ from tests.test_data import (
 )
 from trainer import data
 from trainer.config import Config, ConfigError, DataConfig, SpanConfig
-from trainer.data import TokenStream
+from trainer.data import TokenStream, with_slots
 from trainer.data.buffer import DocumentBuffer, OpenDocument
 from trainer.data.mixture import Credits
 from trainer.program import check_sources, program_of
@@ -517,7 +517,7 @@ def test_phases_through_chains_of_resumes_equal_one_run(chain: tuple[int, ...], 
         state = gathered(streams)
         assert equal(state, straight[0].state_dict())
         room = gathered([straight[0]])["index_VC"].shape[1] + step % 5
-        roomy = straight[0].state_dict(num_slots=room)
+        roomy = with_slots(straight[0].state_dict(), num_slots=room)
         copy = load(ranks(4, ragged_sources()), roomy)
         assert equal(gathered(copy), state)
 

@@ -19,7 +19,7 @@ QUICK = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32"
          "model.num_experts=8"]  # fmt: skip
 METRICS = ["step", "tokens", "loss", "grad_norm", "lr", "batch_het", "tokens_per_s", "mfu", "memory_gib", "balance/max_violation",
            "balance/max_violation_worst_layer", "balance/floor", "balance/min_load", "balance/dead_experts",
-           "balance/entropy", "balance/bias_rms", "balance/gain", "balance/logit_rms",
+           "skipped_steps", "balance/entropy", "balance/bias_rms", "balance/gain", "balance/logit_rms",
            *(f"data/{name}" for name in ("documents", "open", "padding", "truncated", "skipped", "wait_s")),
            *(f"balance/stability/{layer}" for layer in range(4))]  # fmt: skip
 
@@ -98,8 +98,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
         batches = run.stream.next_step(2)
         run.model.norm.weight.data.fill_(float("nan"))
         before = {name: p.clone() for name, p in run.model.named_parameters()}
-        with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-            train.train_step(run, batches)
+        assert "loss" not in train.train_step(run, batches) and run.health.in_row == 1
         return all(p.equal(before[name]) or "nan" in str(p) for name, p in run.model.named_parameters())
 
     assert run_ranks(worker, 1) == [True]
@@ -119,7 +118,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     stopped = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert f"stopped at step {stopped} of 100000, saved; the same command continues" in output
     assert "Traceback" not in output
-    assert [path.name for path in (tmp_path / "synthetic-smebu" / "checkpoints").iterdir()] == [f"step-{stopped:08d}"]
+    assert {path.name for path in (tmp_path / "synthetic-smebu" / "checkpoints").iterdir()} == {f"step-{stopped:08d}", "latest"}
     again = [*QUICK, f"steps={stopped + 2}", f"run_dir={tmp_path}"]
     assert run_ranks(run_main, 1, again)[0] in (train.OK, train.COLLAPSED)
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, stopped + 3))

@@ -17,9 +17,10 @@ from trainer.agree import compare_clocks, refuse_disagreement
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import Checkpoints, Found, code_version, set_training_state, training_state
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
-from trainer.data import COUNTED, Source, TokenStream, load_tokenizer
+from trainer.data import COUNTED, BadDocument, DataError, Source, StreamState, TokenStream, load_tokenizer, with_slots
 from trainer.device import ParallelDims
 from trainer.directory import BadDocumentLog, checkpoints_of, flat, run_directory
+from trainer.health import Health
 from trainer.metrics import Window
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.init import initialize
@@ -44,10 +45,12 @@ class Run:
     group: dist.ProcessGroup | None  # ranks with other tokens; None: there are none
     stop: StopRequest
     checkpoints: Checkpoints
+    health: Health
     step: int = 0
     tokens: int = 0  # trained on so far, over all ranks
     last_step: int  # where the program ends, seen from here
-    window: Window = field(default_factory=Window)
+    window: Window = field(default_factory=Window)  # of the applied steps
+    unread: BadDocument | DataError | None = None  # why this rank has no rows for the step
     about: dict[str, Any] = field(default_factory=dict)  # for the manifests of its checkpoints
     texts: dict[str, str] = field(default_factory=dict)  # files that go into each of them
 
@@ -97,9 +100,10 @@ def build(config: Config) -> Run:
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
         guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
+        health = Health(**vars(config.skip))
     balancer = Balancer(moe_layers(model), rule, steps=program.last_step(), group=group, guard=guard, required=required)
     return Run(config=config, device=on, dims=dims, model=model, optimizer=optimizer, program=program, balancer=balancer,
-               stream=stream, group=group, stop=StopRequest(), checkpoints=checkpoints_of(config),
+               stream=stream, group=group, stop=StopRequest(), checkpoints=checkpoints_of(config), health=health,
                last_step=program.last_step())  # fmt: skip
 
 
@@ -171,26 +175,28 @@ def refusing():
         raise ConfigError(str(error.__cause__ or error)) from error
 
 
-def full_state(run: Run, *, num_slots: int | None = None) -> dict[str, Any]:
-    """Everything that a resumed run needs, on any layout; collective. `num_slots`: of the stream's buffers, where it is known."""
+def full_state(run: Run, *, heads: StreamState | None = None, num_slots: int | None = None) -> dict[str, Any]:
+    """Everything that a resumed run needs, on any layout; collective. heads: of the stream; none: as they are now.
+
+    num_slots: of the stream's buffers, where it is known.
+    """
+    heads = run.stream.state_dict() if heads is None else heads
+    if num_slots is None:
+        num_slots = int(summed(run, torch.tensor(heads["index_VC"].shape[1]), op=dist.ReduceOp.MAX))  # of the fullest
     state = training_state(run.model, run.optimizer, run.balancer)
     progress = {"step": torch.tensor(run.step), "tokens": torch.tensor(run.tokens), "window": run.window.state_dict()}
-    return {**state, **progress, "stream": stream_state(run, num_slots=num_slots or agreed_slots(run))}
+    health = {"counts_3": run.health.counts_3}
+    return {**state, **progress, "health": health, "stream": stream_state(run, with_slots(heads, num_slots=num_slots))}
 
 
-def stream_state(run: Run, *, num_slots: int) -> dict[str, torch.Tensor]:
+def stream_state(run: Run, heads: StreamState) -> dict[str, torch.Tensor]:
     """Each rank holds its own virtual streams: all are saved once and cut anew for any number of ranks. Counts are summed."""
-    state, mesh = run.stream.state_dict(num_slots=num_slots), run.dims.get_optional_mesh("batch")
-    counts = summed(run, state.pop("counts"))
-    own = {name: tensor.to(run.device) for name, tensor in state.items()}
+    mesh = run.dims.get_optional_mesh("batch")
+    counts = summed(run, heads["counts"])
+    own = {name: tensor.to(run.device) for name, tensor in heads.items() if name != "counts"}
     if mesh is not None:
         own = {name: DTensor.from_local(tensor, mesh, [Shard(0)]) for name, tensor in own.items()}
     return {**own, "counts": counts}
-
-
-def agreed_slots(run: Run) -> int:
-    """Of the fullest buffer of all ranks."""
-    return max(1, int(summed(run, torch.tensor(run.stream.num_slots), op=dist.ReduceOp.MAX)))
 
 
 def stream_counts(run: Run) -> dict[str, int]:
@@ -206,12 +212,16 @@ def summed(run: Run, numbers: torch.Tensor, *, op: Any = dist.ReduceOp.SUM) -> t
     return numbers
 
 
-def save(run: Run) -> None:
-    """Writes a checkpoint of this step, if there is none; in the background, if the configuration says so. Raises: SaveError."""
+def save(run: Run, *, heads: StreamState | None = None) -> None:
+    """Writes a checkpoint of this step, if there is none; in the background, if the configuration says so. Collective.
+
+    heads: of the stream; none: as they are now. Raises: SaveError.
+    """
+    run.checkpoints.finish()
     if run.checkpoints.last_saved != run.step:
         about = {"tokens": run.tokens, **run.about}
         wait = not run.config.checkpoint.background
-        run.checkpoints.save(run.step, full_state(run), about=about, texts=run.texts, wait=wait)
+        run.checkpoints.save(run.step, full_state(run, heads=heads), about=about, texts=run.texts, wait=wait)
 
 
 def resume(run: Run, origin: Found) -> None:
@@ -223,6 +233,7 @@ def resume(run: Run, origin: Found) -> None:
     run.last_step = run.program.last_step(step=run.step, position=run.tokens)
     run.balancer.end_at(run.last_step)
     run.window.load_state_dict(state["window"])
+    run.health.counts_3.copy_(state["health"]["counts_3"])
     set_training_state(state, run.model, run.optimizer, run.balancer)
     run.stream.load_state_dict({k: local(v).cpu() for k, v in state["stream"].items()}, keep_counts=dist.get_rank() == 0)
     refuse_past_end(run, where=origin.path)

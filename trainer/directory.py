@@ -112,14 +112,20 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
         file.write(json.dumps(line) + "\n")
 
 
+def record_rollback(config: Config, *, step: int, steps: int) -> None:
+    """Adds a line to starts.jsonl: the run went back to `step` and passed over the data of the next `steps`."""
+    with (run_directory(config) / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "rolled_back": True, "passed_over_steps": steps}) + "\n")
+
+
 def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Settings that differ from the checkpoint's: [before, now]. Raises: ConfigError if the run would not be the same run."""
     before, now = flat(OmegaConf.load(checkpoint / "config.yaml")), flat(OmegaConf.create(resolved_yaml(config)))
     before |= fingerprints(read_manifest(checkpoint)["data"])
     now |= fingerprints(data)
     changed = {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
-    fixed = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in (*FIXED, *fingerprints(data)))]
-    if fixed:
+    fixed = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in FIXED)]
+    if fixed := fixed or [key for key in fingerprints(data) if key in changed]:
         old, new = (", ".join(f"{key}={changed[key][i]}" for key in fixed) for i in (0, 1))
         remedy = "set it back to continue, or choose another name= for a new run"
         raise ConfigError(f"{checkpoint} is of a run with {old}, now it is {new}; {remedy}")

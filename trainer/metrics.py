@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -95,8 +95,12 @@ class Window:
         self.seen += 1
         if self.seen < self.LEAST:
             return {}
-        values_2W = self.values_2W[:, : self.seen]
-        return {"loss_kurtosis": kurtosis(values_2W[0]), "grad_norm_kurtosis": kurtosis(values_2W[1])}
+        return {"loss_kurtosis": kurtosis(self.applied_2W[0]), "grad_norm_kurtosis": kurtosis(self.applied_2W[1])}
+
+    @property
+    def applied_2W(self) -> Tensor:
+        """Loss and gradient norm of the steps that it has, in no order."""
+        return self.values_2W[:, : self.seen]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"values_2W": self.values_2W, "seen": self.seen}
@@ -120,12 +124,7 @@ class MetricsLog:
         self, path: Path, *, steps: int, interval: int, after_step: int = 0, start_tracker: Callable[[], Tracker] | None = None
     ):
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
-        kept = []
-        if after_step and path.exists():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
-            kept = [line for line in whole if json.loads(line)["step"] <= after_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+        self.path, self.file = path, started(path, after_step=after_step)
         self.steps, self.interval = steps, interval
         self.tracker = self._guarded(start_tracker) if start_tracker else None
         self.bar = _Bar(steps, after_step) if sys.stderr.isatty() else None
@@ -145,6 +144,11 @@ class MetricsLog:
         elif step == 1 or step % self.interval == 0 or step == self.steps:
             print(f"step {step}/{self.steps}  {summary(metrics)}", flush=True)
 
+    def rewind(self, step: int) -> None:
+        """The run went back to this step: lines of later ones are dropped."""
+        self.file.close()
+        self.file = started(self.path, after_step=step)
+
     def close(self) -> None:
         self.file.close()
         if self.bar is not None:
@@ -162,8 +166,19 @@ class MetricsLog:
             return None
 
 
+def started(path: Path, *, after_step: int) -> TextIO:
+    """The file, open to go on with, with its lines up to this step."""
+    kept = []
+    if after_step and path.exists():
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
+        kept = [line for line in whole if json.loads(line)["step"] <= after_step]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
 def summary(metrics: dict[str, float]) -> str:
-    text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+    loss = f"loss {metrics['loss']:.3f}" if "loss" in metrics else "not applied"
+    text = f"{loss}  {metrics['tokens_per_s']:,.0f} tokens/s"
     if "balance/max_violation" in metrics:
         text += f"  MaxVio {metrics['balance/max_violation']:.2f}"
     return text

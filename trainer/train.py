@@ -1,16 +1,15 @@
-"""A training run: loop, `train_step`.
+"""A training run, from the command line to the verdict.
 
     python -m trainer.train experiment=demo
     torchrun --nproc-per-node 4 -m trainer.train experiment=demo parallel=hsdp_ep
 
-Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 4 data cannot be read · 130 interrupted, saved.
+Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 4 data cannot be read · 5 checkpoints cannot be
+written · 6 steps cannot be applied, or the guard ended it · 7 a rank hung · 75 told to end (SIGTERM), saved · 130 Ctrl-C, saved.
 """
 
 import logging
-import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -18,98 +17,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
-from torch import Tensor
 
 from trainer import device
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, build, loss_weights, refusing, resume, save, stream_counts, summed
+from trainer.build import Run, build, refusing, resume, save, stream_counts, summed
+from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
-from trainer.data import BAD_KINDS, COUNTED, BadDocument, Batch, DataError, SourcedBatch
+from trainer.data import BAD_KINDS, BadDocument, DataError
 from trainer.directory import open_directory, record_start
-from trainer.metrics import MetricsLog, batch_heterogeneity
+from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters, flops_per_token
-from trainer.model.loss import IGNORE, Groups
-from trainer.model.parallelize import scale_gradients, squared_gradient_norm
-from trainer.program import Now
+from trainer.recover import leave_unread, roll_back
+from trainer.step import next_batches, train_step
+from trainer.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
 
-OK, REFUSED, COLLAPSED, NO_DATA, INTERRUPTED = 0, 2, 3, 4, 130
-
-
-# -- the step ---------------------------------------------------------------------------------------------
-
-
-def train_step(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: float = 0.0) -> dict[str, float]:
-    """One optimizer step on this rank's microbatches of the global batch.
-
-    Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
-    One all-reduce agrees on loss and targets of the U microbatches of all ranks and of the sources, the gradient norm, what was
-    read and waited for, and whether some rank was told to stop.
-    """
-    now = run.program.at(run.tokens)
-    rates = follow(run, now)
-    first, num_micro = dist.get_rank(run.group) * len(batches), dist.get_world_size(run.group) * len(batches)
-    loss_2U, loss_2S = (torch.zeros(2, n, dtype=torch.float64, device=run.device) for n in (num_micro, len(run.stream.names)))
-    for m, batch in enumerate(batches, first):
-        tokens_BL, labels_BL, positions_BL, *sources = (t.to(run.device, non_blocking=True) for t in batch)
-        loss = run.model(tokens_BL, positions_BL, labels_BL, Groups(sources[0].flatten(), loss_2S) if sources else None)
-        loss.backward()
-        loss_2U[0, m] = loss.detach()
-        loss_2U[1, m] = (labels_BL != IGNORE).sum()
-    told = torch.tensor([run.stop.signalled, waited_s, *run.stream.state_counts], dtype=torch.float64).to(run.device)
-    parts = [squared_gradient_norm(run.model).double().view(1), told, loss_2S.flatten(), loss_2U.flatten()]
-    sums = torch.cat(parts)
-    if run.group is not None:
-        dist.all_reduce(sums, group=run.group)
-    # The step's one wait for a GPU:
-    (squared_norm,), (stop, all_waited_s, *counts), loss_2S, loss_2U = sums.cpu().split(list(map(len, parts)))
-    (loss_U, targets_U), loss_2S = loss_2U.view(2, -1), loss_2S.view(2, -1)
-    num_targets = max(targets_U.sum().item(), 1)
-    run.stop.agreed = stop.item() > 0
-    loss_mean, grad_norm = loss_U.sum().item() / num_targets, math.sqrt(squared_norm.item()) / num_targets
-    if not math.isfinite(grad_norm) or not math.isfinite(loss_mean):
-        raise FloatingPointError(
-            f"step {run.step + 1}: loss {loss_mean}, gradient norm {grad_norm}; the weights were not touched. "
-            "Lower the learning rate, or continue from the last checkpoint with other values."
-        )
-    scale_gradients(run.model, min(1.0, run.config.max_grad_norm / max(grad_norm, 1e-12)) / num_targets)
-    run.step += 1
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    balance = run.balancer.step(run.step)  # weights first, then biases: counts -> all ranks -> rule -> bias
-    run.stop.agreed |= run.balancer.guard.wants_stop
-    run.tokens += now.tokens
-    spread = {"batch_het": batch_heterogeneity(loss_U, targets_U), **run.window.add(loss=loss_mean, grad_norm=grad_norm)}
-    read = data_metrics(counts, loss_2S, run.stream.names)
-    read["data/wait_s"] = all_waited_s.item() / dist.get_world_size(run.group)
-    values: dict[str, float] = {"step": run.step, "tokens": run.tokens, "loss": loss_mean, "grad_norm": grad_norm}
-    return {**values, **rates, **spread, **read, **balance}
-
-
-def data_metrics(counts: Sequence[Tensor], loss_2S: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """What all ranks have read since the start of the run, and the mean loss [nats] of each source that had targets."""
-    by_name: dict[str, float] = {name: int(count) for name, count in zip(COUNTED, counts, strict=True)}
-    skipped = {"skipped": sum(by_name.pop(kind) for kind in BAD_KINDS)}
-    loss_S = {f"loss/{name}": (loss / n).item() for name, loss, n in zip(names, *loss_2S, strict=True) if n}
-    return loss_S | {f"data/{name}": count for name, count in {**by_name, **skipped}.items() if name != "tokens"}
-
-
-def follow(run: Run, now: Now) -> dict[str, float]:
-    """Everything that the program changes, set for this step. Returns the learning rates."""
-    run.model.lm_head.z_loss_weight = now.z_loss_weight
-    run.balancer.set(rate=now.bias_rate, loss_weights=loss_weights(now))
-    return run.optimizer.set_learning_rate(now.lr)
-
-
-def next_batches(run: Run) -> Sequence[Batch | SourcedBatch] | None:
-    """This rank's microbatches of the next step, as long and as many as the program says; None: all ranks are at the end."""
-    now = run.program.at(run.tokens)
-    run.stream.set(
-        seq_len=now.seq_len, global_batch=now.global_batch, mixture=now.mixture, buffer=now.buffer, phase=now.phase,
-        drain=now.drain,
-    )  # fmt: skip
-    if run.config.data.at_end == "stop" and not summed(run, torch.tensor(int(run.stream.has_more()))):
-        return None
-    return run.stream.next_step(now.micro_batch)
+log = logging.getLogger(__name__)
 
 
 def loop(run: Run, metrics: MetricsLog | None) -> None:
@@ -118,8 +40,8 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     flop_at = cache(partial(flops_per_token, config.model))
     start_s = time.perf_counter()
-    while run.step < run.last_step and not run.stop.agreed:
-        now = run.program.at(run.tokens)
+    while run.step < run.last_step and run.stop.agreed is None:
+        now, heads = run.program.at(run.tokens), run.stream.state_dict()
         if (batches := next_batches(run)) is None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
@@ -127,15 +49,25 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
             save(run)
             break
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
+        if values is None:
+            leave_unread(run, heads)
         tokens_per_s = now.tokens / (time.perf_counter() - start_s)
         mfu = flop_at(seq_len=now.seq_len) * tokens_per_s / peak
         values |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gib": device.memory_gib(run.device)}
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
-        if run.step % config.checkpoint.interval == 0 or run.step == run.last_step or run.stop.agreed:
+        if run.health.is_lost:
+            roll_back(run, metrics)
+        elif due(run):
             save(run)
         start_s = time.perf_counter()
     run.checkpoints.finish()
+
+
+def due(run: Run) -> bool:
+    """Is a checkpoint to be written? Not while steps are being skipped: the newest one is from before."""
+    at_interval = run.step % run.config.checkpoint.interval == 0 and not run.health.in_row
+    return at_interval or run.step == run.last_step or run.stop.agreed is not None
 
 
 # -- entry point ------------------------------------------------------------------------------------------
@@ -203,7 +135,7 @@ def conclude(run: Run) -> int:
             print(verdict)
         else:
             print(f"stopped at step {run.step} of {run.last_step}, saved; the same command continues")
-    return INTERRUPTED if not done else OK if verdict.ok else COLLAPSED
+    return run.stop.agreed or INTERRUPTED if not done else OK if verdict.ok else COLLAPSED
 
 
 def left_open(read: dict[str, int], *, num_open: int, tokens_read: int) -> str:
@@ -229,6 +161,12 @@ def main() -> int:
     except (BadDocument, DataError) as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return NO_DATA
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CANNOT_SAVE
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UNSOUND
     except KeyboardInterrupt:
         print("interrupted before the first step; nothing to save", file=sys.stderr)
         return INTERRUPTED

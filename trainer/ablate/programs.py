@@ -11,14 +11,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trainer import train
+from trainer import stop, train
 from trainer.ablate.study import Metric
 from trainer.config import Config, ConfigError, load
 from trainer.simulate import run
 from trainer.simulate.config import SimulateConfig
 
 INTERRUPTED = "interrupted"
-VERDICTS = {train.OK: "ok", train.COLLAPSED: "collapsed", train.INTERRUPTED: INTERRUPTED}
+VERDICTS = {stop.OK: "ok", stop.COLLAPSED: "collapsed", stop.UNSOUND: "diverged",
+            stop.INTERRUPTED: INTERRUPTED, stop.PREEMPTED: INTERRUPTED}  # fmt: skip
 
 
 class Program(Protocol):

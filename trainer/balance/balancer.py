@@ -94,6 +94,11 @@ class Balancer(nn.Module):
             dist.all_reduce(sums_MS, group=self.group)
         return self.update(step, RoutingStats.from_sums(sums_MS, self.bias_ME, top_k=self.layers[0].top_k))
 
+    def discard(self) -> None:
+        """Drops what was counted since the last step: the step was not applied."""
+        for layer in self.layers:
+            layer.routing_sums_S.zero_()
+
     @property
     def bias_ME(self) -> Tensor:
         return torch.stack([layer.expert_bias_E for layer in self.layers])

@@ -62,6 +62,7 @@ def _check_at_least(config: Config) -> None:
 def _check_above_zero(config: Config) -> None:
     m = config.model
     above_zero = {"max_grad_norm": config.max_grad_norm, "timeout_s": config.timeout_s,
+                  "heartbeat_s": config.heartbeat_s,
                   "model.rope_theta": m.rope_theta, "model.norm_eps": m.norm_eps, "model.route_scale": m.route_scale,
                   "data.max_document_mb": config.data.max_document_mb}  # fmt: skip
     for key, value in above_zero.items():

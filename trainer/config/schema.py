@@ -107,6 +107,15 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class SkipConfig:
+    """Which steps are not applied (trainer/health.py); one whose loss or gradient is not finite never is."""
+
+    spike: float | None = None  # [deviations] above the median of the last steps that a loss or gradient norm may lie; null: any
+    most: int = 5  # in a row; one more ends the run, or
+    rollbacks: int = 0  # so many times: back to the newest checkpoint, passing over the data since
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
     interval: int = 1  # [steps] between lines on a terminal that is not interactive; metrics.jsonl has every step
     tracker: Any = None  # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
@@ -150,7 +159,8 @@ class Config:
     max_grad_norm: float = 1.0
     activation_checkpoint: str = "none"  # none | selective | full
     compile: bool = False  # torch.compile each block
-    timeout_s: float = 600.0  # [s] of a collective; a hung rank ends the job after this
+    timeout_s: float = 600.0  # [s] of a collective, of the first step and of a save
+    heartbeat_s: float = 180.0  # [s] a rank that hangs for so long in a later step writes its stacks and ends the job
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim/)
@@ -159,6 +169,7 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    skip: SkipConfig = field(default_factory=SkipConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -13,7 +13,7 @@ from trainer.data.sources import (
     TextSource,
     permutation,
 )
-from trainer.data.stream import COUNTED, Batch, SourcedBatch, TokenStream, check_split
+from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamState, TokenStream, check_split, with_slots
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PythonSource",
     "Source",
     "SourcedBatch",
+    "StreamState",
     "SyntheticSource",
     "TextSource",
     "TokenStream",
@@ -37,4 +38,5 @@ __all__ = [
     "end_of_text_id",
     "load_tokenizer",
     "permutation",
+    "with_slots",
 ]

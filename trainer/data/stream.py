@@ -34,10 +34,11 @@ from trainer.data.intake import AGAIN, Intake
 from trainer.data.reader import DataError, Reader
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
 from trainer.data.tokenizer import end_of_text_id
-from trainer.data.virtual import BEYOND, Settings, VirtualStream
+from trainer.data.virtual import BEYOND, IGNORED, Settings, VirtualStream
 
 # Since the start of the run. documents: read to their ends; open: tokens of opened documents that are still to be delivered.
 FEW_BAD = 10  # documents that say nothing about a corpus
+StreamState = dict[str, torch.Tensor]
 COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS)
 
 
@@ -149,6 +150,13 @@ class TokenStream:
         rows_NBL = torch.from_numpy(rows_NVT.reshape(-1, num_rows, now.seq_len))
         return list(map(self.batch, *(rows_BL.split(micro_batch) for rows_BL in rows_NBL)))
 
+    def blank_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
+        """Rows of the same shape with nothing to learn, for a rank that has none while others have."""
+        shape_BL = (micro_batch, self.now.seq_len)
+        num_micro = len(self.streams) * self.now.rows_per_stream // micro_batch
+        labels_BL, *others = (torch.full(shape_BL, value) for value in (IGNORED, 0, 0, 0))
+        return [self.batch(others[0], labels_BL, *others[1 : len(self.batch._fields) - 1])] * num_micro
+
     def has_more(self) -> bool:
         """Is there another token for this rank? Always, unless `at_end` is "stop"."""
         return self.intake.repeats or any(stream.has_more(self.now) for stream in self.virtual)
@@ -201,18 +209,14 @@ class TokenStream:
         read = [document.read for stream in self.virtual for document in stream.open()]
         return len(read), sum(read)
 
-    @property
-    def num_slots(self) -> int:
-        """Of this rank's fullest buffer."""
-        return max(stream.num_slots for stream in self.virtual)
+    def state_dict(self) -> StreamState:
+        """This rank's part. The state of the run has the streams of all ranks in their order, with equal slots (`with_slots`),
+        and the sum of the counts. 9 bytes for each open document.
 
-    def state_dict(self, *, num_slots: int | None = None) -> dict[str, torch.Tensor]:
-        """This rank's part. The state of the run has the streams of all ranks in their order, and the sum of the counts.
-
-        `num_slots`: room for open documents, equal on all ranks; 9 bytes each. index_VC: of a document in its stream's share of
-        its source; -1: an empty slot, -2: none.
+        index_VC: of a document in its stream's share of its source; -1: an empty slot, -2: none.
         """
-        heads_V3C = np.stack([stream.heads(max(1, num_slots or self.num_slots)) for stream in self.virtual])
+        num_slots = max(1, *(stream.num_slots for stream in self.virtual))
+        heads_V3C = np.stack([stream.heads(num_slots) for stream in self.virtual])
         return {
             "next_VS": torch.tensor([stream.next_S for stream in self.virtual]),
             "credit_VS": torch.tensor([stream.credits.credit_S for stream in self.virtual], dtype=torch.float64),
@@ -252,6 +256,14 @@ class TokenStream:
         is_behind = own and (number_V1 + index_VC * self.num_streams < next_VS.gather(1, source_VC)).all()
         if not is_behind or (index_VC < BEYOND).any() or (state["read_VC"] < 0).any() or (state["draws_VS"] < 0).any():
             raise ValueError(f"the state is not that of streams {self.streams.start} to {self.streams.stop - 1} of this run")
+
+
+def with_slots(state: StreamState, *, num_slots: int) -> StreamState:
+    """A rank's state with room for so many open documents, as they must be equal on all ranks."""
+    missing = num_slots - state["index_VC"].shape[1]
+    fill = {"index_VC": BEYOND, "read_VC": 0, "source_VC": 0}
+    wide = {name: torch.nn.functional.pad(state[name], (0, missing), value=value) for name, value in fill.items()}
+    return {**state, **wide}
 
 
 def narrowed(values: np.ndarray, dtype: type) -> np.ndarray:

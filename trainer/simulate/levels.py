@@ -30,6 +30,7 @@ from trainer.balance import (
 )
 from trainer.balance.stats import collects_required
 from trainer.balance.trace import Trace
+from trainer.build import loss_weights
 from trainer.config import BalanceConfig, ConfigError, load
 from trainer.model.afmoe import moe_layers
 from trainer.model.router import Gate, Router, Routing, count_and_balance
@@ -89,7 +90,7 @@ class Frozen:
         shape = {"num_layers": config.layers, "num_experts": config.experts, "top_k": config.top_k}
         with train.refusing():
             self.scores = instantiate(config.scores)(**shape, tokens=config.tokens, steps=config.steps, seed=seed)
-        weights = train.loss_weights(config.balance)
+        weights = loss_weights(config.balance)
         self.layers = [RoutingLayer(config.experts, config.top_k, weights) for _ in range(config.layers)]
         rule = make_rule(config.balance, (config.layers, config.experts))
         self.balancer = Balancer(self.layers, rule, steps=config.steps, guard=make_guard(config))
@@ -189,7 +190,10 @@ class Tiny:
         self.layers = moe_layers(self.run.model)
 
     def step(self, step: int) -> dict[str, float]:
-        return train.train_step(self.run, self.run.stream.next_step(self.run.config.micro_batch))
+        metrics = train.train_step(self.run, self.run.stream.next_step(self.run.config.micro_batch))
+        if metrics is None or self.run.health.in_row:
+            raise FloatingPointError(f"step {step} of the tiny model: {self.run.health.reason}")
+        return metrics
 
     def close(self) -> None:
         dist.destroy_process_group()
