@@ -81,7 +81,7 @@ class Watchdog:
         self._tell(limit_s)  # at once: C code may take the interpreter lock before the thread's next turn
 
     def _watch(self) -> None:
-        seen, quiet_s, reported, last_s = None, 0.0, False, time.monotonic()
+        seen, quiet_s, reported, last_s = ("", 0.0), 0.0, False, time.monotonic()
         while not self._closed.wait(turn_s := min(1.0, self._phase[1] / 10, self.limit_s / 10)):
             now_s = time.monotonic()
             passed_s, last_s = min(now_s - last_s, 2 * turn_s), now_s  # longer: the process was stopped
