@@ -5,6 +5,7 @@ Workers are small scripts that do not import torch. What they do: `code` or `-si
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,10 @@ sys.exit(int(what))
 """
 
 
-def start(directory, *arguments, told="75", options=()):
+def start(directory, *arguments, told="75", ranks=2, options=("--standalone",)):
     worker = directory / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", "2", *options, worker, *arguments]
+    command = [sys.executable, "-m", "trainer.torchrun", "--nproc-per-node", str(ranks), *options, worker, *arguments]
     return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"TOLD": told},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
 
@@ -73,7 +74,7 @@ def lives(directory):
 
 def test_a_crash_starts_all_ranks_again_and_a_refusal_ends_them(tmp_path):
     """Rank 1 is killed in its first life; in its second, rank 0 refuses: one restart is left, and of no use."""
-    errors, code = finish(start(tmp_path, "wait/2", "-9/wait", options=["--max-restarts", "2"]))
+    errors, code = finish(start(tmp_path, "wait/2", "-9/wait", options=["--standalone", "--max-restarts", "2"]))
     assert code == 2, errors
     assert errors == [
         "rank 1 was killed by SIGKILL; all ranks start again, restarts left after this: 1",
@@ -84,7 +85,7 @@ def test_a_crash_starts_all_ranks_again_and_a_refusal_ends_them(tmp_path):
 
 def test_the_code_of_the_rank_that_failed_first_once_the_restarts_are_used_up(tmp_path):
     """128 + 9, as a shell has it; the other rank was told to stop by torchrun and ended with 75."""
-    errors, code = finish(start(tmp_path, "wait", "-9", options=["--max-restarts", "1"]))
+    errors, code = finish(start(tmp_path, "wait", "-9", options=["--standalone", "--max-restarts", "1"]))
     assert code == 137, errors
     assert len(errors) == 2 and errors[1] == "rank 1 was killed by SIGKILL"
     assert lives(tmp_path) == [2, 2]
@@ -92,14 +93,14 @@ def test_the_code_of_the_rank_that_failed_first_once_the_restarts_are_used_up(tm
 
 @pytest.mark.parametrize(("number", "told", "expected"), [(signal.SIGTERM, "75", 75), (signal.SIGINT, "130", 130)])
 def test_a_request_to_stop_reaches_the_ranks_and_is_the_exit_code(tmp_path, number, told, expected):
-    process = start(tmp_path, "wait", "wait", told=told, options=["--max-restarts", "2"])
+    process = start(tmp_path, "wait", "wait", told=told, options=["--standalone", "--max-restarts", "2"])
     errors, code = told_once_ready(process, number)
     assert (errors, code) == ([], expected)
     assert lives(tmp_path) == [1, 1]
 
 
 def test_ranks_that_had_to_be_killed_leave_the_last_checkpoint(tmp_path):
-    process = start(tmp_path, "deaf", "wait", options=["--shutdown-timeout", "1"])
+    process = start(tmp_path, "deaf", "wait", options=["--standalone", "--shutdown-timeout", "1"])
     errors, code = told_once_ready(process, signal.SIGTERM)
     assert code == 75
     assert len(errors) == 1 and "Unable to shutdown process" in errors[0]
@@ -109,6 +110,20 @@ def test_a_rank_that_fails_when_told_to_stop_is_a_failure(tmp_path):
     """Both fail at saving, with 1: that is no code of a rank that did as it was told."""
     errors, code = told_once_ready(start(tmp_path, "wait", "wait", told="1"), signal.SIGTERM)
     assert (errors, code) == (["rank 0 ended with exit code 1"], 1)
+
+
+def test_a_node_that_cannot_go_on_ends_the_other(tmp_path):
+    """The second node's rank would run for 60 s, and restarts are left on both. Its code must not hide the cause: srun reports
+    the highest, so it is 1."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        meet = f"localhost:{probe.getsockname()[1]}"
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", "1", "--max-restarts", "3"]
+    nodes = [start(tmp_path, "4", "wait", told="-15", ranks=1, options=options) for _ in range(2)]
+    results = [finish(process) for process in nodes]
+    assert sorted(code for _, code in results) == [1, 4], results
+    assert "rank 0 ended with exit code 4" in sum([errors for errors, _ in results], [])
+    assert lives(tmp_path) == [1, 1]
 
 
 @pytest.mark.parametrize(
