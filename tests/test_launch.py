@@ -32,7 +32,8 @@ def calls(directory, *, status, near="", state="RUNNING", **environment):
 def test_the_nodes_meet_at_the_first_and_a_crash_is_restarted(tmp_path):
     (srun,), status = calls(tmp_path, status=0)
     assert status == 0
-    assert srun.startswith(".venv/bin/python -m trainer.torchrun --nnodes 2 ") and srun.endswith("-m trainer.train experiment=demo")
+    assert srun.startswith(".venv/bin/python -m trainer.torchrun --nnodes 2 ")
+    assert srun.endswith(" -m trainer.train experiment=demo")
     assert "--rdzv-endpoint node0:22345 " in srun and "--max-restarts 3 " in srun
 
 

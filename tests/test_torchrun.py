@@ -99,6 +99,16 @@ def test_a_request_to_stop_reaches_the_ranks_and_is_the_exit_code(tmp_path, numb
     assert lives(tmp_path) == [1, 1]
 
 
+def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
+    """Rank 0 signals its launcher at once, when most of the 16 are still to come. A rank that lived on would hold stderr open."""
+    worker = tmp_path / "worker.sh"
+    worker.write_text('#!/bin/sh\n[ "$RANK" != 0 ] || kill -TERM "$PPID"\nexec sleep 100\n')
+    worker.chmod(0o755)
+    launch = ["-m", "trainer.torchrun", "--standalone", "--nproc-per-node", "16", "--no-python", worker]
+    process = subprocess.Popen([sys.executable, *launch], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    assert finish(process)[1] == 75
+
+
 def test_ranks_that_had_to_be_killed_leave_the_last_checkpoint(tmp_path):
     process = start(tmp_path, "deaf", "wait", options=["--standalone", "--shutdown-timeout", "1"])
     errors, code = told_once_ready(process, signal.SIGTERM)
@@ -122,7 +132,7 @@ def test_a_node_that_cannot_go_on_ends_the_other(tmp_path):
     nodes = [start(tmp_path, "4", "wait", told="-15", ranks=1, options=options) for _ in range(2)]
     results = [finish(process) for process in nodes]
     assert sorted(code for _, code in results) == [1, 4], results
-    assert "rank 0 ended with exit code 4" in sum([errors for errors, _ in results], [])
+    assert "rank 0 ended with exit code 4" in [line for errors, _ in results for line in errors]
     assert lives(tmp_path) == [1, 1]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api as launcher
@@ -41,6 +42,9 @@ class Ended(SignalException):
 class Agent(LocalElasticAgent):
     """Starts, watches and ends the ranks of this node."""
 
+    starting = False
+    told: signal.Signals | None = None
+
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
         try:
             return super().run(role)
@@ -53,7 +57,17 @@ class Agent(LocalElasticAgent):
             told = [code for code in self._codes().values() if code in (SAVED, INTERRUPTED)]
             raise Ended(told[0] if told else 1) from None  # 1: srun reports the highest code, and another node has the cause
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        """A signal has to wait meanwhile: torch lists the ranks once all are started, and those it knows not would live on."""
+        Agent.starting = True
+        try:
+            return super()._start_workers(worker_group)
+        finally:
+            Agent.starting = False
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if Agent.told is not None:
+            tell(Agent.told)
         ended = self._codes()  # before torch ends the others
         result = super()._monitor_workers(worker_group)
         if not result.is_failed():
@@ -104,13 +118,16 @@ def describe(rank: int, code: int) -> str:
     return f"rank {rank} ended with exit code {code}" if code >= 0 else f"rank {rank} was killed by {signal.Signals(-code).name}"
 
 
-def tell(number: int, frame: Any) -> None:
-    raise SignalException(f"signal {number}", sigval=signal.Signals(number))
+def tell(number: int, frame: Any = None) -> None:
+    Agent.told = signal.Signals(number)
+    if not Agent.starting:
+        raise SignalException(f"signal {number}", sigval=Agent.told)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # until torch sets its own, once the nodes have met
+    for number in (signal.SIGINT, signal.SIGTERM):  # torch listens only once the nodes have met
         signal.signal(number, tell)
+    processes._terminate_process_handler = tell  # what torch listens with
     launcher.LocalElasticAgent = Agent
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda r: not str(r.msg).startswith(UNTOLD))
     try:
