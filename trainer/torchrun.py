@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
@@ -40,12 +41,17 @@ class Ended(SignalException):
 
 
 class Agent(LocalElasticAgent):
-    """Starts, watches and ends the ranks of this node."""
+    """Starts, watches and ends the ranks of this node.
 
-    starting = False
+    torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none of its lists, and
+    live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the agent waits for other nodes.
+    """
+
     told: signal.Signals | None = None
+    may_raise = True
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        Agent.may_raise = False
         try:
             return super().run(role)
         except SignalException as told:
@@ -57,17 +63,17 @@ class Agent(LocalElasticAgent):
             told = [code for code in self._codes().values() if code in (SAVED, INTERRUPTED)]
             raise Ended(told[0] if told else 1) from None  # 1: srun reports the highest code, and another node has the cause
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """A signal has to wait meanwhile: torch lists the ranks once all are started, and those it knows not would live on."""
-        Agent.starting = True
-        try:
-            return super()._start_workers(worker_group)
-        finally:
-            Agent.starting = False
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with interruptible():
+            super()._rendezvous(worker_group)
+
+    def _exit_barrier(self) -> None:
+        with interruptible():
+            super()._exit_barrier()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if Agent.told is not None:
-            tell(Agent.told)
+        with interruptible():
+            pass
         ended = self._codes()  # before torch ends the others
         result = super()._monitor_workers(worker_group)
         if not result.is_failed():
@@ -120,8 +126,20 @@ def describe(rank: int, code: int) -> str:
 
 def tell(number: int, frame: Any = None) -> None:
     Agent.told = signal.Signals(number)
-    if not Agent.starting:
+    if Agent.may_raise:
         raise SignalException(f"signal {number}", sigval=Agent.told)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A signal raises SignalException here, also one that came before."""
+    Agent.may_raise = True
+    try:
+        if Agent.told is not None:
+            tell(Agent.told)
+        yield
+    finally:
+        Agent.may_raise = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
