@@ -50,11 +50,11 @@ def start(directory, *arguments, told="75", ranks=2, options=("--standalone",)):
 def finish(process):
     """Exit code and the lines on stderr."""
     try:
-        return process.communicate(timeout=20)[1].splitlines(), process.returncode
+        return process.communicate(timeout=60)[1].splitlines(), process.returncode
     finally:
         if process.poll() is None:
             process.terminate()  # it ends its ranks, which a killed one could not
-            process.communicate(timeout=20)
+            process.communicate(timeout=60)
 
 
 def told_once_ready(process, number):

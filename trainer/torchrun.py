@@ -162,4 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all ranks have ended, and taking torch's store down was seen to hang for seconds at the interpreter's end
