@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
 STAND_INS = {
-    "srun": '[ -z "$NEAR" ] || { kill -USR1 $PPID; sleep 0.5; }; echo "$@" >> calls; exit $STATUS',
+    "srun": '[ -z "$NEAR" ] || { sleep 0.5; kill -USR1 $PPID; sleep 0.5; }; echo "$@" >> calls; exit $STATUS',
     "scontrol": '[ "$1" != requeue ] || echo requeued >> calls; echo node0',
     "squeue": "echo $STATE",
     "scancel": "echo asked to save >> calls",
