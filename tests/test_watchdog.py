@@ -115,11 +115,12 @@ def test_a_rank_that_was_merely_slow_lives(tmp_path):
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
-    """6 s are four limits, and more than the 4.5 s after which the observer has killed. One phase throughout, and under 1.5 s run."""
+    """6 s are four limits, and more than the 4.5 s after which the observer has killed. It runs for under 1.5 s."""
     code = "until_s = time.monotonic() + 6.8\nwhile time.monotonic() < until_s:\n    time.sleep(0.05)\ndog.close()\nsys.exit(21)"
     process = python(tmp_path, "dog.beat('step 1: data', limit_s=1.5)\nprint('ready', file=sys.stderr, flush=True)\n" + code)
     try:
         assert process.stderr.readline() == "ready\n"
+        time.sleep(0.3)  # until its thread has seen the phase
         process.send_signal(signal.SIGSTOP)
         time.sleep(6)
         process.send_signal(signal.SIGCONT)
