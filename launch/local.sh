@@ -4,7 +4,11 @@
 #   launch/local.sh experiment=demo parallel=fsdp             every GPU (without any: one process)
 #   launch/local.sh 4 experiment=demo parallel=hsdp_ep        4 processes
 #
-# Ctrl-C (or SIGTERM): every process finishes its step, saves and leaves; the same command continues.
+#   RESTARTS=0 launch/local.sh 4 ...                          a crash ends it (otherwise 3 restarts)
+#
+# Ctrl-C (or SIGTERM): every process finishes its step, saves and leaves; the same command continues. A process that
+# dies (out of memory, a hang, an exception) starts all again from the last checkpoint, so that a night is not lost;
+# not so if its exit code says that it would end the same way again. The exit code is that of the first to fail.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,5 +28,5 @@ fi
 threads=$(($(nproc) / num_ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$num_ranks" --shutdown-timeout 600 \
-    -m trainer.train "$@"
+exec "$python" -m trainer.torchrun --standalone --nproc-per-node "$num_ranks" --shutdown-timeout 600 \
+    --max-restarts "${RESTARTS:-3}" -m trainer.train "$@"

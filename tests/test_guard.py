@@ -23,6 +23,7 @@ from trainer import train
 from trainer.balance import Balancer, Guard, LossWeights, QuantileRule, RoutingStats, collects_required
 from trainer.config import GuardConfig, load
 from trainer.metrics import MetricsLog, WandbTracker
+from trainer.stop import PREEMPTED
 
 SHAPE = (2, 4)
 

@@ -30,18 +30,21 @@ from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.recover import leave_unread, roll_back
 from trainer.step import next_batches, train_step
 from trainer.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
+from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-def loop(run: Run, metrics: MetricsLog | None) -> None:
+def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
     config = run.config
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     flop_at = cache(partial(flops_per_token, config.model))
-    start_s = time.perf_counter()
+    start_s, started = time.perf_counter(), False
     while run.step < run.last_step and run.stop.agreed is None:
         now, heads = run.program.at(run.tokens), run.stream.state_dict()
+        watchdog.beat(f"step {run.step + 1}", limit_s=None if started else config.timeout_s)  # the first one compiles
+        started = True
         if (batches := next_batches(run)) is None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
@@ -50,6 +53,7 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
             break
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         if values is None:
+            watchdog.beat("saving", limit_s=config.timeout_s)
             leave_unread(run, heads)
         tokens_per_s = now.tokens / (time.perf_counter() - start_s)
         mfu = flop_at(seq_len=now.seq_len) * tokens_per_s / peak
@@ -57,10 +61,13 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.health.is_lost:
+            watchdog.beat("going back", limit_s=config.timeout_s)
             roll_back(run, metrics)
         elif due(run):
+            watchdog.beat(f"saving step {run.step}", limit_s=config.timeout_s)
             save(run)
         start_s = time.perf_counter()
+    watchdog.beat("saving", limit_s=config.timeout_s)
     run.checkpoints.finish()
 
 
@@ -94,9 +101,12 @@ def train(config: Config) -> int:
         start = partial(tracker, directory, asdict(config)) if tracker else None
         metrics = MetricsLog(directory / "metrics.jsonl", steps=run.last_step, interval=config.logging.interval,
                              after_step=resumed, start_tracker=start)  # fmt: skip
+    watchdog = Watchdog(directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s)
+    watchdog.start()
     try:
-        loop(run, metrics)
+        loop(run, metrics, watchdog)
     finally:
+        watchdog.close()
         run.stream.close()
         if metrics is not None:
             metrics.close()

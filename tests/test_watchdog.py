@@ -1,0 +1,212 @@
+"""A rank that makes no progress ends, and says where it stood; one that makes some does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer import watchdog
+from trainer.watchdog import HUNG, Watchdog
+
+REPOSITORY = Path(__file__).parent.parent
+OPEN = """
+import ctypes, os, signal, sys, time
+from pathlib import Path
+from trainer.watchdog import Watchdog
+def hangs_here():
+    time.sleep(60)
+dog = Watchdog(Path(sys.argv[1]), rank=int(os.environ.get("RANK", 0)), limit_s=0.5, first_limit_s=5, grace_s=0.5)
+dog.start()
+"""
+
+
+def python(directory, code, **environment):
+    return subprocess.Popen([sys.executable, "-c", OPEN + code, str(directory)], cwd=REPOSITORY, env=os.environ | environment,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+
+def ended(process, *, timeout_s=60):
+    """The exit code and what was printed to stderr."""
+    try:
+        return process.communicate(timeout=timeout_s)[1], process.returncode
+    finally:
+        process.kill()
+
+
+def run(directory, code):
+    start_s = time.monotonic()
+    errors, code = ended(python(directory, code))
+    return errors, code, time.monotonic() - start_s
+
+
+def test_a_rank_that_hangs_says_where_and_ends(tmp_path):
+    errors, code, _ = run(tmp_path, "dog.beat('step 12: data')\nhangs_here()")
+    assert code == HUNG == 7
+    (line,) = errors.splitlines()
+    assert line.startswith("rank 0: no progress for 0.") and "s in step 12: data; stacks of its threads are in" in line
+    text = (tmp_path / "stacks.0.txt").read_text()
+    assert "rank 0: 0." in text.splitlines()[0] and "step 12: data" in text.splitlines()[0]
+    assert "in hangs_here" in text and "Thread MainThread" in text
+
+
+def test_all_ranks_of_a_stuck_collective_report(tmp_path):
+    """Rank 1 sleeps, rank 0 waits for it: each has a grace in which the other reaches its limit."""
+    code = """
+import torch, torch.distributed as dist
+store = dist.FileStore(sys.argv[1] + "/store", 2)
+dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+dist.barrier()
+dog.beat("step 1: forward and backward")
+hangs_here() if dist.get_rank() == 1 else dist.all_reduce(torch.ones(1))
+"""
+    ranks = [python(tmp_path, code.replace("dog.beat", "dog.grace_s = 2; dog.beat"), RANK=str(rank)) for rank in (0, 1)]
+    results = [ended(process) for process in ranks]
+    assert [code for _, code in results] == [HUNG, HUNG], results
+    waiting, guilty = ((tmp_path / f"stacks.{rank}.txt").read_text() for rank in (0, 1))
+    assert "in all_reduce" in waiting and "hangs_here" not in waiting
+    assert "in hangs_here" in guilty and "all_reduce" not in guilty
+
+
+def test_progress_and_longer_limits_keep_it_alive(tmp_path):
+    """Six times the limit with beats, four with one that may take longer, and the first limit before any: none is a hang."""
+    code = """
+time.sleep(1.5)
+for step in range(30):
+    dog.beat(f"step {step}: data")
+    time.sleep(0.1)
+dog.beat("saving", limit_s=20)
+time.sleep(2)
+dog.close()
+time.sleep(1.5)
+sys.exit(21)
+"""
+    errors, code, _ = run(tmp_path, code)
+    assert (errors, code) == ("", 21)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_phase_of_its_own_limit_ends_at_it(tmp_path):
+    """1.5 s and the grace of 0.5 s, where the default would have ended it at 1 s."""
+    errors, code, took_s = run(tmp_path, "dog.beat('saving', limit_s=1.5)\nhangs_here()")
+    assert code == HUNG and "no progress for 1." in errors
+    assert took_s > 1.9
+    errors, code, _ = run(tmp_path, "dog.beat('saving', limit_s=20)\ndog.beat('step 3: data')\nhangs_here()")
+    assert code == HUNG and "no progress for 0." in errors and "step 3: data" in errors
+
+
+def test_before_the_first_beat_its_own_limit_counts(tmp_path):
+    errors, code, _ = run(tmp_path, "hangs_here()")
+    assert code == HUNG and "no progress for 5." in errors and "in start;" in errors
+
+
+def test_a_rank_that_was_merely_slow_lives(tmp_path):
+    """It goes on 0.25 s before its end would come at 1 s."""
+    code = "dog.grace_s = 1.5\ndog.beat('step 1: data')\ntime.sleep(1)\ndog.beat('step 2: data', limit_s=20)\ntime.sleep(2.5)"
+    errors, code, _ = run(tmp_path, code)
+    assert code == 0
+    assert [line.split(" for ")[0].split(" after ")[0] for line in errors.splitlines()] == [
+        "rank 0: no progress", "rank 0: progress again",
+    ]  # fmt: skip
+    assert "progress again after" in (tmp_path / "stacks.0.txt").read_text().splitlines()[-1]
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
+    """6 s are four limits, and more than the 4.5 s after which the observer has killed. It runs for under 1.5 s."""
+    code = "until_s = time.monotonic() + 6.8\nwhile time.monotonic() < until_s:\n    time.sleep(0.05)\ndog.close()\nsys.exit(21)"
+    process = python(tmp_path, "dog.beat('step 1: data', limit_s=1.5)\nprint('ready', file=sys.stderr, flush=True)\n" + code)
+    try:
+        assert process.stderr.readline() == "ready\n"
+        time.sleep(0.3)  # until its thread has seen the phase
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        process.send_signal(signal.SIGCONT)
+        assert ended(process) == ("", 21)
+    finally:
+        process.kill()
+
+
+def test_a_directory_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path):
+    errors, code, _ = run(tmp_path / "nowhere", "dog.beat('step 1: data')\nhangs_here()")
+    assert code == HUNG
+    assert "cannot be written (No such file or directory); this process ends" in errors and "in hangs_here" in errors
+
+
+def test_a_file_system_that_hangs_does_not_keep_it_from_ending(tmp_path):
+    """Opening a named pipe that nobody reads blocks, as a dead file server does."""
+    os.mkfifo(tmp_path / "stacks.0.txt")
+    errors, code, _ = run(tmp_path, "dog.beat('step 1: data')\nhangs_here()")
+    assert code == HUNG
+    assert "stacks.0.txt does not answer, this process ends" in errors and "in hangs_here" in errors
+
+
+def test_c_code_that_holds_the_interpreter_lock_is_ended_by_the_observer(tmp_path):
+    """A mutex locked twice, by way of PyDLL, which keeps the lock: no Python thread has a turn, no signal ends the wait.
+
+    The observer comes 0.5 s after what should have been the end, and leaves 1 s for the stacks.
+    """
+    code = """
+def holds_the_lock():
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)
+dog.beat("step 1: data")
+time.sleep(0.2)
+holds_the_lock()
+"""
+    errors, code, took_s = run(tmp_path, code)
+    assert code == -signal.SIGKILL
+    assert "rank 0: its watchdog had no turn for 1." in errors and "in holds_the_lock" in errors
+    assert 2 < took_s < 10
+
+
+def test_the_observer_ends_with_the_rank_and_is_not_ended_by_a_request_to_stop(tmp_path):
+    """SIGTERM goes to the whole group; the rank saves and the observer has to watch over that, too."""
+    code = """
+signal.signal(signal.SIGTERM, lambda *_: None)
+dog.beat("saving", limit_s=20)
+time.sleep(1)
+os.killpg(0, signal.SIGTERM)
+time.sleep(0.5)
+print(dog._observer.poll(), file=sys.stderr, flush=True)
+os._exit(0)
+"""
+    process = subprocess.Popen([sys.executable, "-c", OPEN + code, str(tmp_path)], cwd=REPOSITORY, start_new_session=True,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    # The observer would live for 30 s more; it holds stderr too, and that is read to its end.
+    assert ended(process, timeout_s=15) == ("None\n", 0)
+
+
+def test_a_beat_costs_less_than_a_microsecond_or_two(tmp_path):
+    """The promise is 1; a busy machine may take twice that."""
+    dog = Watchdog(tmp_path, rank=0, limit_s=100, first_limit_s=100)
+    best_s = float("inf")
+    for _ in range(20):
+        start_s = time.perf_counter()
+        for _ in range(1000):
+            dog.beat("step 1: data")
+        best_s = min(best_s, (time.perf_counter() - start_s) / 1000)
+    assert best_s < 2e-6
+
+
+def test_start_and_close_leave_nothing_behind(tmp_path):
+    dog = Watchdog(tmp_path, rank=0, limit_s=100, first_limit_s=100)
+    dog.close()
+    dog.start()
+    observer = dog._observer
+    dog.close()
+    dog.close()
+    assert observer.returncode == 0 and not dog._thread.is_alive()
+
+
+def test_a_limit_must_be_above_zero(tmp_path):
+    with pytest.raises(ValueError, match="limit_s=0"):
+        Watchdog(tmp_path, rank=0, limit_s=0, first_limit_s=1)
+
+
+def test_a_grace_is_half_the_limit_and_at_most_ten_seconds(tmp_path):
+    assert Watchdog(tmp_path, rank=0, limit_s=4, first_limit_s=1).grace_s == 2
+    assert Watchdog(tmp_path, rank=0, limit_s=600, first_limit_s=1).grace_s == 10
+    assert watchdog.is_stopped(os.getpid()) is False

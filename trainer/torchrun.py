@@ -1,0 +1,169 @@
+"""torchrun, but what became of the ranks is its exit code, and one line.
+
+    python -m trainer.torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m trainer.train experiment=demo
+
+Exit code: of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75 told to stop by SIGTERM:
+saved, or the last checkpoint stands; start it again · 130 by SIGINT. A failed rank starts all again while restarts are left,
+unless its exit code says that this cannot help.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import api as processes
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.launcher import api as launcher
+from torch.distributed.run import parse_args, run
+
+from trainer.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, PREEMPTED, REFUSED, UNSOUND
+
+FINAL = {REFUSED, COLLAPSED, NO_DATA, CANNOT_SAVE, UNSOUND, PREEMPTED, INTERRUPTED}
+# How a rank ends that was told to, or did not in time:
+TOLD = {PREEMPTED, INTERRUPTED, *(-n for n in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL))}
+AFTERMATH = {1, -signal.SIGABRT, *TOLD} - {-signal.SIGKILL}  # how a rank may end because another is gone
+UNTOLD = ("Sending process", "failed (exitcode")  # what torch logs on top of our line
+
+
+class Ended(SignalException):
+    """By a signal, or with the other nodes. `code`: the exit code. On a SignalException torch leaves the rendezvous open."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}", sigval=signal.SIGTERM)
+        self.code = code
+
+
+class Agent(LocalElasticAgent):
+    """Starts, watches and ends the ranks of this node.
+
+    torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none of its lists, and
+    live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the agent waits for other nodes.
+    """
+
+    told: signal.Signals | None = None
+    may_raise = True
+
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        Agent.may_raise = False
+        try:
+            return super().run(role)
+        except SignalException as told:
+            # Between two lives of the ranks there are only the codes of those that are to be replaced.
+            codes = {} if self._worker_group.state is WorkerState.STOPPED else self._codes()
+            raise Ended(verdict(codes, told=stopped_by(told.sigval))) from None
+        except RendezvousError as error:
+            print(f"the other nodes have ended or cannot be reached: {error}", file=sys.stderr)
+            told = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
+            raise Ended(told[0] if told else 1) from None  # 1: srun reports the highest code, and another node has the cause
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with interruptible():
+            super()._rendezvous(worker_group)
+
+    def _exit_barrier(self) -> None:
+        with interruptible():
+            super()._exit_barrier()
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        with interruptible():
+            pass
+        ended = self._codes()  # before torch ends the others
+        result = super()._monitor_workers(worker_group)
+        if not result.is_failed():
+            if result.state is WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
+                raise RendezvousClosedError("one of them closed the job")  # torch would wait until these ranks fail, too
+            return result
+        first = {rank: failure for rank, failure in result.failures.items() if ended.get(rank)} or result.failures
+        rank = cause({rank: failure.exitcode for rank, failure in first.items()})
+        code = first[rank].exitcode
+        result.failures = {rank: first[rank]}
+        if code in FINAL:
+            self._remaining_restarts = 0  # as torch does for a rank that cannot be ended
+        elif self._remaining_restarts:
+            left = self._remaining_restarts - 1
+            print(f"{describe(rank, code)}; all ranks start again, restarts left after this: {left}", file=sys.stderr)
+        return result
+
+    def _codes(self) -> dict[int, int | None]:
+        """Of this node's ranks; None: still running."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        return {self._worker_group.workers[local].global_rank: handler.proc.poll() for local, handler in handlers.items()}
+
+
+def cause(codes: dict[int, int]) -> int:
+    """Which rank failed by itself, if several ended between two looks at them."""
+    return min(codes, key=lambda rank: codes[rank] in AFTERMATH)
+
+
+def verdict(codes: dict[int, int | None], *, told: int) -> int:
+    """The exit code where the ranks were told to stop. `told`: if that is what they did, or had to be killed."""
+    failed = {rank: code for rank, code in codes.items() if code and code not in TOLD}
+    if failed:
+        rank = cause(failed)
+        print(describe(rank, failed[rank]), file=sys.stderr)
+        return exit_code(failed[rank])
+    return 0 if codes and not any(codes.values()) else told
+
+
+def stopped_by(number: int) -> int:
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+
+def exit_code(code: int) -> int:
+    return code if code >= 0 else 128 - code  # as a shell has it
+
+
+def describe(rank: int, code: int) -> str:
+    return f"rank {rank} ended with exit code {code}" if code >= 0 else f"rank {rank} was killed by {signal.Signals(-code).name}"
+
+
+def tell(number: int, frame: Any = None) -> None:
+    Agent.told = signal.Signals(number)
+    if Agent.may_raise:
+        raise SignalException(f"signal {number}", sigval=Agent.told)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A signal raises SignalException here, also one that came before."""
+    Agent.may_raise = True
+    try:
+        if Agent.told is not None:
+            tell(Agent.told)
+        yield
+    finally:
+        Agent.may_raise = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # torch listens only once the nodes have met
+        signal.signal(number, tell)
+    processes._terminate_process_handler = tell  # what torch listens with
+    launcher.LocalElasticAgent = Agent
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda r: not str(r.msg).startswith(UNTOLD))
+    try:
+        run(parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(describe(rank, failure.exitcode), file=sys.stderr)
+        return exit_code(failure.exitcode)
+    except Ended as ended:
+        return ended.code
+    except SignalException as told:
+        return stopped_by(told.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all ranks have ended, and taking torch's store down was seen to hang for seconds at the interpreter's end
