@@ -346,7 +346,8 @@ metrics: {{excess: {{of: excess_mean}}, steps: {{of: steps_to_balance}}}}
 
 def test_real_training_two_steps_and_a_divergence(tmp_path):
     """The second arm's first update is far outside what float32 multiplies, so its second loss is not finite."""
-    base = "base: [model=debug, data=synthetic, steps=2, seq_len=32, global_batch=2, micro_batch=2, stage.warmup.share=0, skip.most=0]"
+    small = "model=debug, data=synthetic, steps=2, seq_len=32, global_batch=2, micro_batch=2"
+    base = f"base: [{small}, stage.warmup.share=0, skip.most=0]"
     path = tmp_path / "mine.yaml"
     path.write_text(f"""question: Does it run?
 {base}

@@ -32,6 +32,7 @@ from tests.test_resume import tensors
 from trainer import train
 from trainer.balance import RoutingStats
 from trainer.balance.trace import Trace
+from trainer.build import loss_weights
 from trainer.config import CONFIG_DIR, ConfigError
 from trainer.simulate import __main__ as program
 from trainer.simulate import history as histories
@@ -297,7 +298,7 @@ def test_chatter_by_hand():
 
 def test_churn_and_score_by_hand():
     """Two tokens choose {0, 1} and {2, 3} of four experts; a bias moves one of the four choices."""
-    layer = RoutingLayer(4, 2, loss_weights=train.loss_weights(load(SMALL).balance))
+    layer = RoutingLayer(4, 2, loss_weights=loss_weights(load(SMALL).balance))
     probe = Probe(layer)
     scores_TE = torch.tensor([[0.8, 0.6, 0.5, 0.1], [0.1, 0.2, 0.6, 0.7]])
     layer.count(scores_TE.logit())

@@ -40,11 +40,11 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     config = run.config
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     flop_at = cache(partial(flops_per_token, config.model))
-    start_s, started = time.perf_counter(), False
+    start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
         now, heads = run.program.at(run.tokens), run.stream.state_dict()
-        watchdog.beat(f"step {run.step + 1}", limit_s=None if started else config.timeout_s)  # the first one compiles
-        started = True
+        compiles = shape != (shape := (now.micro_batch, now.seq_len))
+        watchdog.beat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
         if (batches := next_batches(run)) is None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
