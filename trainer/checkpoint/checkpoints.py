@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.agree import agreed, gathered
 from trainer.checkpoint.manifest import MANIFEST, file_entry, problems, write_manifest
 from trainer.checkpoint.storage import INDEX, DamagedError, SafetensorsWriter, make_durable, read_index, write_durably
-from trainer.checkpoint.transfer import StagedPlanner, load_into
+from trainer.checkpoint.transfer import StagedPlanner, first_failure, load_into
 
 LATEST = "latest"
 MAX_MISSES = 3  # checkpoints in a row that could not be written; then the run ends
@@ -198,7 +199,8 @@ class Checkpoints:
         if self.group is not None:
             answers = [own] * dist.get_world_size()
             dist.all_gather_object(answers, own, group=self.group)
-        problem = next((f"rank {rank}: {said}" for rank, (_, said) in enumerate(answers) if said), None)
+        failed = [(rank, said) for rank, (_, said) in enumerate(answers) if said]
+        problem = failed[0][1] if len(failed) == len(answers) else f"rank {failed[0][0]}: {failed[0][1]}" if failed else None
         return {name: entry for result, _ in answers for name, entry in (result or {}).items()}, problem
 
     def _purge(self) -> None:
@@ -265,5 +267,7 @@ def attempted(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """(its result, None) or (None, what it raised)."""
     try:
         return action(), None
-    except Exception as error:  # noqa: BLE001  # a full disk has many names: OSError, SafetensorError, CheckpointException
+    except CheckpointException as error:
+        return None, first_failure(error)
+    except Exception as error:  # noqa: BLE001  # a full disk has many names
         return None, f"{type(error).__name__}: {error}"

@@ -22,15 +22,16 @@ MANIFEST = "manifest.json"
 
 def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
     content = {**about, "files": dict(sorted(files.items()))}
-    write_durably(directory / MANIFEST, json.dumps({**content, "xxh3": _digest_of(content)}, indent=1))
+    write_durably(directory / MANIFEST, _text_of(content))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises: DamagedError if there is none, or one that was changed after it was written."""
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
-        said = content.pop("xxh3")
+        text = path.read_bytes().decode()
+        content = json.loads(text)
+        content.pop("xxh3")
         sizes = {name: (int(of["bytes"]), str(of["xxh3"])) for name, of in content["files"].items()}
         if type(content["step"]) is not int or any(Path(name).name != name for name in sizes):
             raise ValueError("step must be a number, files plain names")
@@ -40,8 +41,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is missing: the checkpoint was not completed, or an older version wrote it") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if said != _digest_of(content):
-        raise DamagedError(f"{path} was changed after it was written: its xxh3 is {_digest_of(content)}, it says {said}")
+    if text != _text_of(content):
+        raise DamagedError(f"{path} was changed after it was written")
     return content
 
 
@@ -86,6 +87,10 @@ def code_version() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return f"{trainer.__version__}+{digest.hexdigest()[:8]}"
+
+
+def _text_of(content: Mapping[str, Any]) -> str:
+    return json.dumps({**content, "xxh3": _digest_of(content)}, indent=1)
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.storage import Index, SafetensorsReader, read_index
+from trainer.checkpoint.storage import DamagedError, Index, SafetensorsReader, read_index
 
 
 class StagedPlanner(DefaultSavePlanner):
@@ -45,7 +46,7 @@ class StagedPlanner(DefaultSavePlanner):
 def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[str, Any]:
     """Fills the tensors of `state` in place, each rank its own part, and returns it. Collective.
 
-    Raises: ValueError naming every tensor that is missing or has another shape.
+    Raises: ValueError naming every tensor that is missing or has another shape; DamagedError if a file cannot be read.
     """
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state)
@@ -54,8 +55,7 @@ def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[s
     both = [(name, index[name].shape, shape) for name, shape in wanted.items() if name in index]
     if wrong := missing + [f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape]:
         raise ValueError("\n".join([f"{directory}: {len(wrong)} tensors do not fit this run:", *wrong]))
-    reader = SafetensorsReader(directory, index)
-    dcp.load(state, storage_reader=reader, planner=planner, no_dist=dist.get_world_size() == 1)
+    _load(state, SafetensorsReader(directory, index), alone=dist.get_world_size() == 1, planner=planner)
     return state
 
 
@@ -64,5 +64,18 @@ def read_whole(directory: Path, names: list[str] | None = None) -> dict[str, Ten
     index = read_index(directory)
     chosen = {name: index[name] for name in (index if names is None else names)}
     whole = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in chosen.items()}
-    dcp.load(whole, storage_reader=SafetensorsReader(directory, chosen), no_dist=True)
+    _load(whole, SafetensorsReader(directory, chosen), alone=True)
     return whole
+
+
+def _load(state: dict[str, Any], reader: SafetensorsReader, *, alone: bool, planner: DefaultLoadPlanner | None = None) -> None:
+    try:
+        dcp.load(state, storage_reader=reader, planner=planner, no_dist=alone)
+    except CheckpointException as error:  # a BaseException: nobody else would catch it
+        raise DamagedError(f"{reader.directory} cannot be read: {first_failure(error)}") from error
+
+
+def first_failure(error: CheckpointException) -> str:
+    """What the first rank failed with, without the traceback."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
