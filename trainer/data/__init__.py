@@ -14,7 +14,7 @@ from trainer.data.sources import (
     permutation,
 )
 from trainer.data.stream import COUNTED, Batch, SourcedBatch, TokenStream, check_split
-from trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
 
 __all__ = [
     "BAD_KINDS",
@@ -37,4 +37,5 @@ __all__ = [
     "end_of_text_id",
     "load_tokenizer",
     "permutation",
+    "roles",
 ]
