@@ -13,8 +13,8 @@ MAX_LINES = 350
 LAYERS = [
     "config", "lock", "agree", "program", "balance", "device",
     "model.loss", "model.norm", "model.router", "model.moe", "model.afmoe", "model.init", "model.parallelize", "model.hf",
-    "data", "optim", "checkpoint", "pretrained", "metrics", "directory", "stop", "build", "train", "page", "intervals", "simulate", "ablate",
-    "preview", "export",
+    "data", "optim", "checkpoint", "pretrained", "metrics", "directory", "stop", "build", "train", "page", "intervals",
+    "simulate", "ablate", "preview", "export",
 ]  # fmt: skip
 # one layer each: a file may import any in it
 PACKAGES = ["config", "balance", "data", "optim", "checkpoint", "simulate", "ablate", "preview", "export"]

@@ -30,6 +30,7 @@ from trainer.metrics import MetricsLog, batch_heterogeneity
 from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.model.loss import IGNORE, Groups
 from trainer.model.parallelize import scale_gradients, squared_gradient_norm
+from trainer.pretrained import refuse_early, start_from
 from trainer.program import Now
 
 OK, REFUSED, COLLAPSED, NO_DATA, INTERRUPTED = 0, 2, 3, 4, 130
@@ -143,6 +144,7 @@ def loop(run: Run, metrics: MetricsLog | None) -> None:
 
 def train(config: Config) -> int:
     """The whole run on this rank. Returns the exit code."""
+    refuse_early(config)
     run = build(config)
     is_first = dist.get_rank() == 0
     opened = open_directory(config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer)
@@ -151,6 +153,8 @@ def train(config: Config) -> int:
     if opened.origin is not None:
         with refusing():
             resume(run, opened.origin)
+    elif config.init_from is not None:
+        start_from(config, run.model, run.stream.tokenizer)
     directory, resumed = run.directory, run.step
     metrics = None
     if is_first:
@@ -184,6 +188,8 @@ def announce(run: Run, loaded: Path | None) -> None:
     elif loaded is not None:
         how = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
         print(f"{how} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
+    elif c.init_from is not None:
+        print(f"starting from the weights of {c.init_from}")
 
 
 def conclude(run: Run) -> int:

@@ -1,7 +1,7 @@
 """How is one box of a saved tensor read, and a safetensors file written, while nothing else is held in memory?
 
-A safetensors file is: 8 bytes, the length of the header; the header, JSON {name: {dtype, shape, data_offsets}}; the tensors' bytes.
-The header follows from shapes, so the tensors may be made one by one while the file is written.
+A safetensors file is: 8 bytes, the length of the header; the header, {name: {dtype, shape, data_offsets}} in JSON; the bytes of
+the tensors. The header follows from shapes alone, so the tensors may be made one by one while the file is written.
 """
 
 import json

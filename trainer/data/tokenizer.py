@@ -53,7 +53,7 @@ def roles(tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
     named = {"bos": START_OF_TEXT, "pad": PAD}
     found = {role: [(name, special[name]) for name in names if name in special] for role, names in named.items()}
     end = end_of_text_id(tokenizer)
-    return {"eos": (tokenizer.id_to_token(end), end), **{role: tokens[0] for role, tokens in found.items() if tokens}}
+    return {"eos": (str(tokenizer.id_to_token(end)), end), **{role: tokens[0] for role, tokens in found.items() if tokens}}
 
 
 def cached_tokenizer(source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None) -> Path:

@@ -101,7 +101,8 @@ def write(origin: Origin, draft: Path, *, dtype: str, shard_bytes: float) -> str
     """Everything that OUT holds. Returns what it is, in words."""
     shards = plan(origin.config.model, dtype=getattr(torch, dtype), shard_bytes=shard_bytes)
     write_weights(Weights(origin.path, origin.config.model), shards, draft)
-    write_texts(draft, checkpoint=origin.path, config=origin.config, dtype=dtype, tokens=origin.tokens, tokenizer=origin.tokenizer)
+    write_texts(draft, checkpoint=origin.path, config=origin.config, dtype=dtype, tokens=origin.tokens,
+                tokenizer=origin.tokenizer)  # fmt: skip
     num_tensors, num_bytes = sum(len(shard.kinds) for shard in shards), sum(shard.num_bytes for shard in shards)
     files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
     return f"{num_tensors:,} tensors in {dtype}, {num_bytes / 1e6:,.1f} MB in {files}"
@@ -111,7 +112,7 @@ def refuse_existing(out: Path, draft: Path) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} is there already; give another name, or remove it")
     if foreign := [path for path in draft.glob("*") if not any(path.match(name) for name in OWN_FILES)]:
-        raise ConfigError(f"{draft} is needed for what is being written, but holds {foreign[0].name}; move it, or give another OUT")
+        raise ConfigError(f"{draft} is where an export begins, but it holds {foreign[0].name}; move that, or give another OUT")
 
 
 def origin_of(run: Path, step: int | None) -> Origin:

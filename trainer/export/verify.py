@@ -86,7 +86,8 @@ def their_model(exported: Path) -> Any:
 
     their_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it takes SDPA where flash attention is missing, and says so
-    model, told = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, told = load(exported, dtype=torch.float32, output_loading_info=True)
     if any(told.values()):
         raise VerifyError(f"transformers does not load {exported} as it is: {told}")
     return model.eval()

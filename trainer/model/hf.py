@@ -159,9 +159,9 @@ def config_misfits(theirs: Mapping[str, Any], model: ModelConfig) -> list[str]:
         same = layers == hf_config(model, max_position_embeddings=0)["layer_types"]
         said[KEYS["global_every"]] = model.global_every if same else f"another, by layer_types={layers}"
     own = [(f"model.{key}", getattr(model, key), name, said.get(name, "<not there>")) for key, name in KEYS.items()]
-    fixed = [("an AFMoE here", value, name, said.get(name, "<not there>" if name in SAID else value)) for name, value in FIXED.items()]
-    return [f"{key}={must}, but {name}={value}" for key, must, name, value in own if must != value] + [
-        f"{name}={value}, but {what} has {must}" for what, must, name, value in fixed if must != value]  # fmt: skip
+    fixed = [(name, must, said.get(name, "<not there>" if name in SAID else must)) for name, must in FIXED.items()]
+    wrong = [f"{name}={value}, but an AFMoE here has {must}" for name, must, value in fixed if must != value]
+    return [f"{key}={must}, but {name}={value}" for key, must, name, value in own if must != value] + wrong
 
 
 def _names(ours: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, str]]:
