@@ -18,8 +18,9 @@ help:  ## this list
 
 setup: $(INSTALLED)  ## make .venv and install what constraints.txt pins; again only when the pins change
 
-demo: setup  ## train a small AFMoE on the Python standard library (about 4 minutes on 2 cores)
+demo: setup  ## train a small AFMoE on Python's standard library (about 4 minutes on 2 cores), export it, let it write
 	@$(VENV) -m trainer.train experiment=demo $(ARGS)
+	@$(if $(filter -h --help --cfg,$(ARGS)),,$(export_demo))
 
 test: setup  ## run the tests
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
@@ -32,6 +33,20 @@ lint: $(LINTERS)  ## ruff, pyright, shellcheck
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1): a key that ARGS may set, $(2): its value if they do not
+given = $(or $(patsubst $(1)=%,%,$(lastword $(filter $(1)=%,$(ARGS)))),$(2))
+RUN = $(call given,run_dir,runs)/$(call given,name,demo)
+
+# The newest checkpoint of the run that was just trained; once, so that `make demo` may be repeated. Runs of tokens write no text.
+define export_demo
+latest=$$(cat '$(RUN)/checkpoints/latest') || exit 1; \
+	out='$(RUN)'/export-$${latest#step-}; \
+	if [ -e "$$out" ]; then echo "$$out: was exported before"; exit 0; fi; \
+	set -- '$(RUN)/checkpoints/'"$$latest" "$$out" --verify; \
+	if [ -e '$(RUN)/tokenizer.json' ]; then set -- "$$@" --prompt 'def main():'; fi; \
+	$(VENV) -m trainer.export "$$@"
+endef
 
 # $(1): the extra of pyproject.toml, $(2): what to tell. The log is shown only on failure.
 define install

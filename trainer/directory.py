@@ -106,7 +106,8 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
         for span in program.spans
     ]
     loaded = str(opened.origin.path) if opened.origin else None
-    how = {"loaded": loaded, "changed": opened.changed, "code": opened.about["code"]}
+    init_from = config.init_from if opened.origin is None else None
+    how = {"loaded": loaded, "init_from": init_from, "changed": opened.changed, "code": opened.about["code"]}
     line = {"step": step, "tokens": tokens, **how, "program": spans}
     with (run_directory(config) / "starts.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -27,6 +27,7 @@ from trainer.data import BAD_KINDS, BadDocument, DataError
 from trainer.directory import open_directory, record_start
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters, flops_per_token
+from trainer.pretrained import refuse_early, start_from
 from trainer.recover import leave_unread, roll_back
 from trainer.step import next_batches, train_step
 from trainer.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
@@ -82,6 +83,7 @@ def due(run: Run) -> bool:
 
 def train(config: Config) -> int:
     """The whole run on this rank. Returns the exit code."""
+    refuse_early(config)
     run = build(config)
     is_first = dist.get_rank() == 0
     opened = open_directory(config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer)
@@ -90,6 +92,8 @@ def train(config: Config) -> int:
     if opened.origin is not None:
         with refusing():
             resume(run, opened.origin)
+    elif config.init_from is not None:
+        start_from(config, run.model, run.stream.tokenizer)
     directory, resumed = run.directory, run.step
     metrics = None
     if is_first:
@@ -126,6 +130,8 @@ def announce(run: Run, loaded: Path | None) -> None:
     elif loaded is not None:
         how = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
         print(f"{how} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
+    elif c.init_from is not None:
+        print(f"starting from the weights of {c.init_from}")
 
 
 def conclude(run: Run) -> int:

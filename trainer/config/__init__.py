@@ -8,7 +8,7 @@ key, the value, the limit and what would work.
 schema, and its signature is checked (targets). Imports nothing of ours.
 """
 
-from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, resolved_yaml
+from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import divisors
 from trainer.config.schema import (
@@ -38,5 +38,6 @@ __all__ = [
     "load",
     "looked_up",
     "nearest",
+    "reread",
     "resolved_yaml",
 ]

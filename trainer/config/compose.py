@@ -37,6 +37,13 @@ def load(overrides: list[str]) -> Config:
     return config
 
 
+def reread(path: Path) -> Config:
+    """The configuration that a run wrote as its config.yaml. Raises: ConfigError if this version has other keys."""
+    config = filled(Config, path)
+    config.stage = {name: _span(name, values) for name, values in config.stage.items()}
+    return config
+
+
 def _span(name: str, values: Any) -> SpanConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"stage.{name}={values}: must be a span, like {{steps: 100}}; ~stage.{name} leaves it out")

@@ -28,6 +28,8 @@ def check(config: Config) -> None:
                           "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false")  # fmt: skip
     _check_shape(config.model)
     _check_sources(config.data)
+    if config.init_from is not None and config.branch is not None:
+        raise ConfigError(f"init_from={config.init_from} and branch={config.branch} are both set: a run starts from one of them")
     if not config.name or Path(config.name).name != config.name or config.name in (".", ".."):
         raise ConfigError(f"name={config.name!r}: must be one plain directory name, without / or ..")
 

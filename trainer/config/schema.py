@@ -166,6 +166,7 @@ class Config:
     optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim/)
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
     branch: str | None = None  # a run's directory, or one of its checkpoints, that a new run starts from
+    init_from: str | None = None  # directory or hub name of AfmoeForCausalLM weights that a new run starts from
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -14,7 +14,7 @@ from trainer.data.sources import (
     permutation,
 )
 from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamState, TokenStream, check_split, with_slots
-from trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
 
 __all__ = [
     "BAD_KINDS",
@@ -38,5 +38,6 @@ __all__ = [
     "end_of_text_id",
     "load_tokenizer",
     "permutation",
+    "roles",
     "with_slots",
 ]

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from trainer.data.sources import BadDocument, Source, cache_path, hashed, permutation
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+START_OF_TEXT = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "<|bos|>")
+PAD = ("<|pad|>", "<pad>", "<|padding|>", "[PAD]")
 
 SAMPLE_MB = 6.0  # text that a tokenizer is trained on: 2 s on 2 idle cores for 32,768 entries (measured)
 FORMAT = 1  # of the cached tokenizers: raise it when `train_tokenizer` changes
@@ -43,6 +45,15 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     if not (found := [i for i in ids if i is not None]):
         raise ValueError(f"the tokenizer has no end-of-text token; looked for {', '.join(END_OF_TEXT)}")
     return found[0]
+
+
+def roles(tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
+    """{"eos": (token, id)}, and "bos" and "pad" where a special token has a name that says so."""
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    named = {"bos": START_OF_TEXT, "pad": PAD}
+    found = {role: [(name, special[name]) for name in names if name in special] for role, names in named.items()}
+    end = end_of_text_id(tokenizer)
+    return {"eos": (str(tokenizer.id_to_token(end)), end), **{role: tokens[0] for role, tokens in found.items() if tokens}}
 
 
 def cached_tokenizer(source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None) -> Path:

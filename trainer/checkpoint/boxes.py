@@ -1,0 +1,111 @@
+"""How is one box of a saved tensor read, and a safetensors file written, while nothing else is held in memory?
+
+A safetensors file is: 8 bytes, the length of the header; the header, {name: {dtype, shape, data_offsets}} in JSON; the bytes of
+the tensors. The header follows from shapes alone, so the tensors may be made one by one while the file is written.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.checkpoint.storage import DamagedError, Index, Piece, read_box
+
+MAX_OPEN = 64  # files at a time
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Kind(NamedTuple):
+    """What a tensor is, before anything of it is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class BoxReader:
+    """Reads boxes of the tensors of an index, from whichever pieces they lie in."""
+
+    def __init__(self, directory: Path, index: Index):
+        self.index = index
+        self.opened = lru_cache(MAX_OPEN)(lambda file: safe_open(directory / file, framework="pt"))
+
+    def read(self, name: str, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The box (sizes) at `offsets` of a tensor. Raises: DamagedError if no piece, or more than one, holds part of it."""
+        stored = self.index[name]
+        box, found = torch.empty(tuple(sizes), dtype=stored.dtype), 0
+        for piece in stored.pieces:
+            first, last = overlap(piece, offsets, sizes)
+            if all(a < b for a, b in zip(first, last, strict=True)):
+                part = [b - a for a, b in zip(first, last, strict=True)]
+                where = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, offsets, strict=True))
+                inside = [a - o for a, o in zip(first, piece.offsets, strict=True)]
+                box[where] = self.part(piece, offsets=inside, sizes=part)
+                found += prod(part)
+        if found != box.numel():
+            raise DamagedError(f"{name}: the checkpoint's pieces hold {found} of the {box.numel()} values at {tuple(offsets)}")
+        return box
+
+    def part(self, piece: Piece, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        return read_box(self.opened(piece.file), piece.key, offsets=offsets, sizes=sizes)
+
+
+def overlap(piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """First corner and, exclusive, last corner of what a piece and a box have in common, in the whole tensor's numbers."""
+    first = [max(a, b) for a, b in zip(piece.offsets, offsets, strict=True)]
+    ends = zip(piece.offsets, piece.sizes, offsets, sizes, strict=True)
+    return first, [min(a + n, b + m) for a, n, b, m in ends]
+
+
+def read_header(path: Path) -> dict[str, Kind]:
+    """What a safetensors file holds. Raises: DamagedError, naming the file, if it is none, cut off, or of other dtypes."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
+            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{path}: cannot be read as safetensors: {error}; fetch it again") from error
+    if other := {code for code, _ in kinds.values() if code not in DTYPES}:
+        name = next(name for name, (code, _) in kinds.items() if code in other)
+        raise DamagedError(f"{path}: {name} is {kinds[name][0]}; weights must be one of {', '.join(DTYPES)}")
+    return {name: Kind(DTYPES[code], shape) for name, (code, shape) in kinds.items()}
+
+
+def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tensor]) -> None:
+    """Writes the tensors that `make` gives one by one, and makes the file durable. Wider dtypes come first: all lie aligned.
+
+    Raises: ValueError if a tensor is not of its kind; OSError.
+    """
+    names = sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)  # stable: otherwise in the given order
+    with path.open("wb") as file:
+        file.write(header_of({name: kinds[name] for name in names}))
+        for name in names:
+            tensor = make(name)
+            if (has := Kind(tensor.dtype, tuple(tensor.shape))) != kinds[name]:
+                raise ValueError(f"{name}: is {has.dtype} {has.shape}, must be {kinds[name].dtype} {kinds[name].shape}")
+            file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            del tensor  # before the next one is made
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def header_of(kinds: Mapping[str, Kind]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, kind in kinds.items():
+        start, end = end, end + kind.num_bytes
+        header[name] = {"dtype": CODES[kind.dtype], "shape": list(kind.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
