@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
 from trainer import train
-from trainer.checkpoint import read_whole
+from trainer.build import full_state
+from trainer.checkpoint import Found, read_whole
 from trainer.config import load
 
 BASE = [
@@ -83,6 +85,39 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimi
     for num_ranks, layout in others:
         for losses in run_ranks(next_losses_worker, num_ranks, [*layout, *where]):
             assert losses == pytest.approx(same[0], rel=2e-6)
+
+
+LAYOUTS = {"one": (1, []), "fsdp2": (2, ["parallel=fsdp"]), "hsdp2": (2, ["parallel=hsdp"]), "ep2": (2, ["parallel=fsdp_ep"]),
+           "fsdp4": (4, ["parallel=fsdp"]), "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
+           "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"])}  # fmt: skip
+
+
+def whole_of(state: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a run's state, gathered; collective."""
+    parts = [whole_of(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in state.items()]
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+
+
+def test_a_checkpoint_of_any_layout_loads_on_any_other_bit_for_bit(tmp_path):
+    """Seven layouts on 1, 2 and 4 ranks: all 49 pairs, every tensor of the run's state."""
+    same = ["optim=muon", "steps=2", "data.buffer=2"]
+    for name, (num_ranks, layout) in LAYOUTS.items():
+        run_ranks(train_worker, num_ranks, [f"name={name}", f"run_dir={tmp_path}", *same, *layout], None)
+    saved = {name: tensors(tmp_path / name, 2) for name in LAYOUTS}
+    assert all(saved["one"].keys() == other.keys() for other in saved.values())
+
+    def loading(overrides: list[str]) -> list[str]:
+        run, wrong = train.build(load([*BASE, "name=any", *same, *overrides])), []
+        for name, expected in saved.items():
+            path = tmp_path / name / "checkpoints" / "step-00000002"
+            train.resume(run, Found(2, path))
+            state = whole_of(full_state(run, num_slots=expected["stream.index_VC"].shape[1]))
+            wrong += [f"{name}: {key}" for key in expected if not torch.equal(state[key], expected[key])]
+        return wrong
+
+    for name, (num_ranks, layout) in LAYOUTS.items():
+        assert run_ranks(loading, num_ranks, layout) == [[]] * num_ranks, name
 
 
 PROGRAM = [
