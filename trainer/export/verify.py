@@ -53,7 +53,7 @@ def compare(checkpoint: Path, config: Config, exported: Path, *, dtype: torch.dt
     if not difference <= limit:  # a NaN is none, either
         raise VerifyError(f"{told}: the exported weights are not those of {checkpoint}")
     begun_BL = tokens_BL[:, : max(1, length // 2)]
-    if (own := greedy(ours, begun_BL)) != (other := continued(theirs, begun_BL, max_new_tokens=NUM_NEW, eos_token_id=None)):
+    if (own := greedy(ours, begun_BL)) != (other := continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)):
         raise VerifyError(f"{told}, but {NUM_NEW} tokens after each row's first {begun_BL.shape[1]} do: {own}, theirs {other}")
     return f"verified: {told}, {NUM_NEW} greedy tokens are the same"
 
@@ -101,21 +101,23 @@ def greedy(model: Afmoe, tokens_BL: Tensor) -> list[list[int]]:
     return tokens_BL[:, length:].tolist()
 
 
-def continued(model: Any, tokens_BL: Tensor, *, max_new_tokens: int, **options: Any) -> list[list[int]]:
-    """What transformers' own `generate` adds, greedily."""
-    out_BL = model.generate(tokens_BL, attention_mask=torch.ones_like(tokens_BL), do_sample=False, max_new_tokens=max_new_tokens,
-                            pad_token_id=0, **options)  # fmt: skip
+def continued(model: Any, tokens_BL: Tensor, max_new_tokens: int, **options: Any) -> list[list[int]]:
+    """What transformers' own `generate` adds."""
+    out_BL = model.generate(tokens_BL, attention_mask=torch.ones_like(tokens_BL), max_new_tokens=max_new_tokens, pad_token_id=0,
+                            **options)  # fmt: skip
     return out_BL[:, tokens_BL.shape[1] :].tolist()
 
 
 @torch.no_grad()
 def continuation(exported: Path, prompt: str, *, max_new_tokens: int = 40) -> str:
-    """`prompt` and what follows it greedily: tokenizer, weights and `generate` are transformers' alone."""
+    """`prompt` and what follows it, drawn from the likelier tokens, the same each time: greedily a small model repeats itself.
+    Tokenizer, weights and `generate` are transformers' alone."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(exported)
     tokens_BL = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if not tokens_BL.numel():
         tokens_BL = torch.tensor([[tokenizer.eos_token_id]])  # an empty text begins where a document ended
-    new_BL = continued(their_model(exported), tokens_BL.long(), max_new_tokens=max_new_tokens)
+    torch.manual_seed(0)
+    new_BL = continued(their_model(exported), tokens_BL.long(), max_new_tokens, do_sample=True, temperature=0.8, top_k=50)
     return prompt + tokenizer.decode(new_BL[0], skip_special_tokens=True)
