@@ -20,7 +20,7 @@ NAN, INF = math.nan, math.inf
 
 
 def judged(health: Health, applied: list[tuple[float, float]], loss: float, grad_norm: float) -> str | None:
-    applied_2W = torch.tensor(applied, dtype=torch.float64).T.reshape(2, -1)
+    applied_2W = torch.tensor(applied, dtype=torch.float64).reshape(-1, 2).T
     return health.judge(loss=loss, grad_norm=grad_norm, applied_2W=applied_2W)
 
 
