@@ -22,8 +22,8 @@ def leave_unread(run: Run, heads: StreamState) -> NoReturn:
         save(run, heads=heads)
     run.checkpoints.finish()
     error = run.unread or DataError("another rank could not read its data")
-    if run.step:
-        error.add_note(f"saved at step {run.step}; the same command continues once the data can be read")
+    if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this one could not be written
+        error.add_note(f"saved at step {saved}; the same command continues once the data can be read")
     raise error
 
 

@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 
 from trainer import device
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, build, refusing, resume, save, stream_counts, summed
+from trainer.build import Run, build, finish_saving, refusing, resume, save, stream_counts, summed
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError
@@ -69,7 +69,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
             save(run)
         start_s = time.perf_counter()
     watchdog.beat("saving", limit_s=config.timeout_s)
-    run.checkpoints.finish()
+    finish_saving(run)
 
 
 def due(run: Run) -> bool:
