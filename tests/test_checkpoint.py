@@ -248,6 +248,32 @@ def test_a_save_is_tried_again_and_a_success_forgets_the_misses(tmp_path, monkey
     assert equal(read_whole(tmp_path / "step-00000001"), flat(state_of(1)))
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_what_fails_after_the_rename_is_told_and_is_no_miss(tmp_path, monkeypatch, num_ranks):
+    """The checkpoint is there: trying again would find it in the way, and three of them would end the run."""
+    (tmp_path / ".step-00000001.deleted" / "left").mkdir(parents=True)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    def worker() -> tuple:
+        said: list[str] = []
+        monkeypatch.setattr(checkpoints.log, "warning", lambda text, *values: said.append(text % values))
+        kept = Checkpoints(tmp_path, keep=1, **QUICK)
+        kept.save(1, state_of(1), wait=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(checkpoints.os, "replace", full)
+            kept.save(2, state_of(2), wait=True)
+        seen = kept.misses, kept.last_saved, kept.steps(), (tmp_path / "latest").read_text(), len(said)
+        kept.save(3, state_of(3), wait=True)
+        return *seen, kept.steps(), said
+
+    said = ["the checkpoint of step 2 was written, but not all after it was done: OSError: [Errno 28] No space left on device"]
+    expected = (0, 2, [1, 2], "step-00000001\n", 1, [3], said)
+    others = (0, 2, [1, 2], "step-00000001\n", 0, [3], [])
+    assert run_ranks(worker, num_ranks) == [expected, others][:num_ranks]
+
+
 def test_the_newest_are_kept_and_those_for_good(tmp_path):
     saved(tmp_path, *range(1, 9), keep=2, keep_every=3)
     assert names(tmp_path) == ["latest", *(f"step-0000000{step}" for step in (3, 6, 7, 8))]
