@@ -180,6 +180,15 @@ def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, 
     assert [line["loss"] for line in lines] == run_ranks(by_hand, num_ranks)[0]
 
 
+def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
+    where = [f"run_dir={tmp_path}", "name=back", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1",
+             "balance.trace=router.trace"]  # fmt: skip
+    run_ranks(lambda: faulty(where, wrong_at=(6,), factor=NAN), 1)
+    trace = [json.loads(line) for line in (tmp_path / "back" / "router.trace").read_text().splitlines()]
+    assert [line.get("step") for line in trace] == [None, *range(1, 9)]
+    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
+
+
 def test_random_numbers_are_those_of_the_step(tmp_path):
     """Something that draws (a dropout, a user's own layer) draws the same after a resume, and something else on each rank."""
     where = [f"run_dir={tmp_path}", "name=random", "steps=6", "checkpoint.interval=3", "parallel=fsdp"]

@@ -6,6 +6,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from trainer.balance.trace import TraceWriter
 from trainer.build import Run, resume, save, summed
 from trainer.data import DataError, StreamState
 from trainer.directory import record_rollback
@@ -47,8 +48,9 @@ def roll_back(run: Run, metrics: MetricsLog | None) -> None:
     if dist.get_rank() == 0:
         log.warning("back to step %d; the data of steps %d to %d is passed over", found.step, found.step + 1, now_at)
         record_rollback(run.config, step=found.step, steps=now_at - found.step)
-    if metrics is not None:
-        metrics.rewind(found.step)
+    logs = [metrics, *(observer for observer in run.balancer.observers if isinstance(observer, TraceWriter))]
+    for written in filter(None, logs):
+        written.rewind(found.step)
 
 
 def pass_over(run: Run, *, steps: int) -> None:
