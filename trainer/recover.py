@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from trainer.balance.trace import TraceWriter
 from trainer.build import Run, resume, save, summed
+from trainer.checkpoint import DamagedError
 from trainer.data import DataError, StreamState
 from trainer.directory import record_rollback
 from trainer.health import UnsoundError
@@ -31,10 +32,13 @@ def leave_unread(run: Run, heads: StreamState) -> NoReturn:
 def roll_back(run: Run, metrics: MetricsLog | None) -> None:
     """Back to the newest checkpoint, passing over the data that was read since. Raises: UnsoundError."""
     first, now_at = run.step - run.health.in_row + 1, run.step
+    since = f"step {now_at}: {run.health.reason}; no step could be applied from step {first} on"
     run.checkpoints.finish()
-    found = run.checkpoints.newest_good() if run.health.roll_back() else None
+    try:
+        found = run.checkpoints.newest_good() if run.health.roll_back() else None
+    except DamagedError as error:
+        raise UnsoundError(f"{since}; {error}") from error
     if found is None:
-        since = f"step {now_at}: {run.health.reason}; no step could be applied from step {first} on"
         newest = run.checkpoints.last_saved
         kept = f"the newest checkpoint is of step {newest}, from before" if newest is not None else "there is no checkpoint"
         remedy = "go on with a lower learning rate, or skip.rollbacks=1: it passes over the data since the newest checkpoint"
