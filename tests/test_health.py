@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tests.ranks import run_ranks
 from tests.test_resume import BASE, metrics, tensors
 from trainer import agree, train
 from trainer.agree import refuse_disagreement
-from trainer.checkpoint import problems
+from trainer.balance import Balancer
+from trainer.checkpoint import Checkpoints, problems, storage
 from trainer.config import ConfigError, load
 from trainer.health import FLOOR, LEAST, Health
 
@@ -153,6 +155,52 @@ def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(
     run_ranks(lambda: faulty(where, wrong_at=(), factor=1), 1)  # the same command, without the fault
     run_ranks(lambda: faulty([*where, "name=whole"], wrong_at=(), factor=1), 1)
     assert metrics(tmp_path / "lost") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
+def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(tmp_path, monkeypatch, num_ranks, layout):
+    """A rule may give biases that are no numbers in the step after a save: the thread that writes it must not die with the run."""
+    save_file, update = storage.save_file, Balancer.update
+
+    def slow(*arguments, **options):
+        time.sleep(2)
+        return save_file(*arguments, **options)
+
+    def failing(balancer, step, stats):
+        if step == 5:
+            raise FloatingPointError("step 5: biases that are not finite")
+        return update(balancer, step, stats)
+
+    def worker() -> int:
+        monkeypatch.setattr(storage, "save_file", slow)
+        monkeypatch.setattr(Balancer, "update", failing)
+        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=lost", "checkpoint.interval=4", *layout]
+        return train.main()
+
+    assert run_ranks(worker, num_ranks) == [train.UNSOUND] * num_ranks
+    assert Checkpoints(tmp_path / "lost" / "checkpoints").steps() == [4]
+
+
+def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go_on(tmp_path, capfd):
+    where = [*BASE, f"run_dir={tmp_path}", "name=lost", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1"]
+
+    def worker() -> int:
+        step = train.train_step
+
+        def failing(run, batches, **timing):
+            if run.step == 4:
+                run.checkpoints.finish()
+                (tmp_path / "lost" / "checkpoints" / "step-00000003" / "index.json").unlink()
+                run.model.register_forward_hook(lambda model, given, loss: Scaled.apply(loss, NAN))
+            return step(run, batches, **timing)
+
+        train.train_step = failing
+        train.sys.argv = ["train", *where]
+        return train.main()
+
+    assert run_ranks(worker, 1) == [train.UNSOUND]
+    told = capfd.readouterr().err
+    assert "error: step 5: gradient norm nan" in told and "none of the checkpoints can be used (steps 3)" in told
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])

@@ -10,6 +10,7 @@ written · 6 steps cannot be applied, or the guard ended it · 7 a rank hung · 
 import logging
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -109,6 +110,11 @@ def train(config: Config) -> int:
     watchdog.start()
     try:
         loop(run, metrics, watchdog)
+    except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before
+        watchdog.beat("saving", limit_s=config.timeout_s)
+        with suppress(SaveError):
+            run.checkpoints.finish()
+        raise
     finally:
         watchdog.close()
         run.stream.close()
