@@ -249,6 +249,25 @@ def test_a_save_is_tried_again_and_a_success_forgets_the_misses(tmp_path, monkey
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_directory_that_rank_0_cannot_tidy_is_refused_on_all_ranks(tmp_path, monkeypatch, num_ranks):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "index.json").unlink()
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    def worker() -> int | None:
+        monkeypatch.setattr(Path, "rename", denied)
+        kept = Checkpoints(tmp_path, **QUICK)
+        found = kept.newest_good()
+        with pytest.raises(SaveError, match=r"cannot be written to: PermissionError: \[Errno 13\]"):
+            kept.go_on_from(found.step)
+        return found.step
+
+    assert run_ranks(worker, num_ranks) == [1] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_what_fails_after_the_rename_is_told_and_is_no_miss(tmp_path, monkeypatch, num_ranks):
     """The checkpoint is there: trying again would find it in the way, and three of them would end the run."""
     (tmp_path / ".step-00000001.deleted" / "left").mkdir(parents=True)

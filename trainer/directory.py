@@ -55,9 +55,9 @@ class Opened(NamedTuple):
 
 
 def open_directory(config: Config, checkpoints: Checkpoints, *, corpus: str | dict[str, str], tokenizer) -> Opened:
-    """Takes the directory, finds where the run goes on, refuses to continue another run, and writes what describes this one.
+    """Takes the directory, finds where the run goes on, and refuses to continue another run.
 
-    Collective. Raises: ConfigError, on all ranks; then nothing was changed.
+    Collective. Raises: ConfigError, on all ranks; then nothing was changed. SaveError, on all ranks.
     """
     held = refusing_on_all(lambda: lock(run_directory(config)), refusals=(InUseError, OSError))
     try:

@@ -246,8 +246,12 @@ class Checkpoints:
         return sorted({problem for of_rank in gathered(found) for problem in of_rank})
 
     def go_on_from(self, step: int | None) -> None:
-        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside, drafts removed."""
-        if dist.get_rank() == 0 and self.directory.is_dir():
+        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside, drafts removed.
+
+        Raises: SaveError, on all ranks, if the directory cannot be written to.
+        """
+
+        def tidy() -> None:
             for path in self.directory.glob(".step-*"):
                 shutil.rmtree(path)
             for newer in reversed(self.all_steps()):
@@ -255,6 +259,9 @@ class Checkpoints:
                     log.warning("set aside: %s", self.set_aside(newer, "damaged"))
             if step is not None:
                 self.point_at(step)
+
+        if problem := agreed(attempted(tidy)[1] if dist.get_rank() == 0 and self.directory.is_dir() else None):
+            raise SaveError(f"{self.directory} cannot be written to: {problem}")
         self.last_saved = step
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
