@@ -118,6 +118,21 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_does_not_say_that_it_is_s
     assert "the same command continues" not in told.out
 
 
+def test_a_start_that_is_refused_changes_nothing(tmp_path, capfd):
+    def worker(steps: int) -> int:
+        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=a", f"steps={steps}"]
+        return train.main()
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "a").glob("*.*")}
+
+    assert set(run_ranks(worker, 1, 3)) <= {train.OK, train.COLLAPSED}
+    before = files()
+    assert before.keys() >= {"config.yaml", "data.json", "starts.jsonl", "metrics.jsonl"}
+    assert run_ranks(worker, 1, 2) == [train.REFUSED] and "use steps=3 or more" in capfd.readouterr().err
+    assert files() == before
+
+
 LAYOUTS = {"one": (1, []), "fsdp2": (2, ["parallel=fsdp"]), "hsdp2": (2, ["parallel=hsdp"]), "ep2": (2, ["parallel=fsdp_ep"]),
            "fsdp4": (4, ["parallel=fsdp"]), "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
            "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"])}  # fmt: skip

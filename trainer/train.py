@@ -20,6 +20,7 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 
 from trainer import device
+from trainer.agree import refusing_on_all
 from trainer.balance.trace import TraceWriter
 from trainer.build import Run, build, finish_saving, refusing, resume, save, stream_counts, summed
 from trainer.checkpoint import SaveError
@@ -97,8 +98,8 @@ def train(config: Config) -> int:
         start_from(config, run.model, run.stream.tokenizer)
     directory, resumed = run.directory, run.step
     metrics = None
+    refusing_on_all(partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened))
     if is_first:
-        record_start(config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)
         announce(run, opened.origin.path if opened.origin else None)
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
