@@ -133,6 +133,13 @@ def test_a_start_that_is_refused_changes_nothing(tmp_path, capfd):
     assert files() == before
 
 
+def test_a_branch_may_begin_at_a_run_that_is_named_like_a_checkpoint(tmp_path):
+    where = [f"run_dir={tmp_path}", "parallel=fsdp"]
+    run_ranks(train_worker, 2, [*where, "name=step-lr", "steps=2"], None)
+    run_ranks(train_worker, 2, [*where, "name=new", "steps=3", f"branch={tmp_path}/step-lr"], None)
+    assert [line["step"] for line in metrics(tmp_path / "new")] == [3]
+
+
 LAYOUTS = {"one": (1, []), "fsdp2": (2, ["parallel=fsdp"]), "hsdp2": (2, ["parallel=hsdp"]), "ep2": (2, ["parallel=fsdp_ep"]),
            "fsdp4": (4, ["parallel=fsdp"]), "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
            "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"])}  # fmt: skip

@@ -84,7 +84,7 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
     if (found := own.newest_good()) is not None or config.branch is None:
         return found
     path = Path(config.branch)
-    if not path.name.startswith("step-"):
+    if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):  # a run may have such a name
         found = Checkpoints(path / "checkpoints").newest_good()
     elif (step := path.name.removeprefix("step-")).isdecimal():
         found = Found(int(step), path) if agreed(path.is_dir()) else None
