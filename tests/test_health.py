@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from trainer.balance import Balancer
 from trainer.checkpoint import Checkpoints, problems, storage
 from trainer.config import ConfigError, load
 from trainer.health import FLOOR, LEAST, Health
+from trainer.stop import PREEMPTED
 
 NAN, INF = math.nan, math.inf
 
@@ -142,6 +144,28 @@ def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(tmp
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert ["grad_norm" in line for line in lines] == [True, True, False, True, False, True, True, True]
     assert all(math.isfinite(value) for line in lines for value in line.values())
+
+
+def test_a_run_saved_before_any_step_was_applied_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """AdamW counts its steps: torch counts one more when it is asked for a state that is not there yet."""
+
+    def stopping(name: str, stop_at: int | None, wrong_at: tuple[int, ...]) -> int:
+        step = train.train_step
+
+        def wrapped(run, batches, **timing):
+            if run.step + 1 == stop_at:
+                run.stop.signalled = signal.SIGTERM
+            return step(run, batches, **timing)
+
+        train.train_step = wrapped
+        return faulty([f"run_dir={tmp_path}", f"name={name}", "steps=6"], wrong_at=wrong_at, factor=NAN)
+
+    run_ranks(stopping, 1, "whole", None, (1, 2))
+    assert run_ranks(stopping, 1, "halves", 2, (1, 2)) == [PREEMPTED]
+    counts = {name: value for name, value in tensors(tmp_path / "halves", 2).items() if name.endswith(".step")}
+    assert counts and not any(value.any() for value in counts.values())
+    run_ranks(stopping, 1, "halves", None, ())
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
 
 
 def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(tmp_path):
