@@ -252,6 +252,25 @@ def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, 
     assert [line["loss"] for line in lines] == run_ranks(by_hand, num_ranks)[0]
 
 
+def test_all_data_is_passed_over_if_the_program_made_steps_longer_since(tmp_path):
+    where = [f"run_dir={tmp_path}", "steps=9", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1", "data.workers=0",
+             "stage.warmup.share=null", "stage.warmup.steps=4", "stage.stable.global_batch=8"]  # fmt: skip
+    run_ranks(lambda: faulty(["name=back", *where], wrong_at=(6,), factor=NAN), 1)
+
+    def by_hand() -> list[float]:
+        run, losses = train.build(load([*BASE, "name=by_hand", *where])), []
+        for _ in range(3):
+            losses.append(train.train_step(run, train.next_batches(run))["loss"])
+        for rows in (4, 8, 8):
+            run.stream.set(seq_len=32, global_batch=rows, mixture=None, buffer=0)
+            run.stream.next_step(1)
+        while run.step < run.last_step:
+            losses.append(train.train_step(run, train.next_batches(run))["loss"])
+        return losses
+
+    assert [line["loss"] for line in metrics(tmp_path / "back")] == run_ranks(by_hand, 1)[0]
+
+
 def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
     where = [f"run_dir={tmp_path}", "name=back", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1",
              "balance.trace=router.trace"]  # fmt: skip

@@ -58,8 +58,11 @@ def roll_back(run: Run, metrics: MetricsLog | None) -> None:
 
 
 def pass_over(run: Run, *, steps: int) -> None:
-    """Reads so many steps' data and does not train on it. Raises: BadDocument, DataError."""
+    """Reads so many steps' data and does not train on it: rows as long and as many as they were. Raises: BadDocument, DataError."""
+    back_at = run.tokens
     for _ in range(steps):
         next_batches(run)
         if summed(run, torch.tensor(int(run.unread is not None))):
             raise run.unread or DataError("another rank could not read its data")
+        run.tokens += run.program.at(run.tokens).tokens  # the program may have changed them on the way
+    run.tokens = back_at
