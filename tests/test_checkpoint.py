@@ -335,6 +335,16 @@ def test_going_back_is_not_undone_by_what_was_abandoned(tmp_path, capsys):
     assert "step-00000020.abandoned-2" in names(directory)
 
 
+def test_a_rewind_of_what_cannot_be_written_to_is_refused(tmp_path, capsys, monkeypatch):
+    saved(tmp_path / "checkpoints", 10, 20)
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", denied)
+    assert main(["rewind", str(tmp_path), "10"]) == REFUSED and "Permission denied" in capsys.readouterr().err
+
+
 def test_a_rewind_to_a_damaged_one_changes_nothing(tmp_path, capsys):
     saved(tmp_path / "checkpoints", 10, 20)
     flip(tmp_path / "checkpoints" / "step-00000010" / "rank-00000.safetensors")
