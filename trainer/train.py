@@ -95,7 +95,8 @@ def train(config: Config) -> int:
         with refusing():
             resume(run, opened.origin)
     elif config.init_from is not None:
-        start_from(config, run.model, run.stream.tokenizer)
+        with refusing():
+            start_from(config, run.model, run.stream.tokenizer)
     directory, resumed = run.directory, run.step
     metrics = None
     refusing_on_all(partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened))
