@@ -183,7 +183,7 @@ def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
 def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(tmp_path, monkeypatch, num_ranks, layout):
-    """A rule may give biases that are no numbers in the step after a save: the thread that writes it must not die with the run."""
+    """A rule may give biases that are no numbers in the step after a save: what writes it must not die with the run."""
     save_file, update = storage.save_file, Balancer.update
 
     def slow(*arguments, **options):

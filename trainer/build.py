@@ -228,7 +228,8 @@ def finish_saving(run: Run) -> None:
     """Waits until nothing is being written. Raises: SaveError, on all ranks, if this step was to be saved and is not."""
     run.checkpoints.finish()
     if run.checkpoints.misses and run.checkpoints.last_saved != run.step:
-        newest = f"the newest is of step {run.checkpoints.last_saved}" if run.checkpoints.last_saved is not None else "there is none"
+        last = run.checkpoints.last_saved
+        newest = f"the newest is of step {last}" if last is not None else "there is none"
         where = f"to {run.checkpoints.directory}, see the warnings"
         raise SaveError(f"the checkpoint of step {run.step}, where the run stops, could not be written {where}; {newest}")
 

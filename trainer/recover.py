@@ -58,7 +58,7 @@ def roll_back(run: Run, metrics: MetricsLog | None) -> None:
 
 
 def pass_over(run: Run, *, steps: int) -> None:
-    """Reads so many steps' data and does not train on it: rows as long and as many as they were. Raises: BadDocument, DataError."""
+    """Reads the rows of so many steps, as long and as many as they were, and drops them. Raises: BadDocument, DataError."""
     back_at = run.tokens
     for _ in range(steps):
         next_batches(run)
