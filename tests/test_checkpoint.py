@@ -248,6 +248,22 @@ def test_a_save_is_tried_again_and_a_success_forgets_the_misses(tmp_path, monkey
     assert equal(read_whole(tmp_path / "step-00000001"), flat(state_of(1)))
 
 
+def test_numbers_that_would_become_others_are_refused(tmp_path):
+    state = {"float": torch.tensor([1.7, 300.2]), "count": torch.tensor([2**40])}
+
+    def worker(**dtypes: torch.dtype) -> dict:
+        kept = Checkpoints(tmp_path, **QUICK)
+        if not kept.steps():
+            kept.save(1, state, wait=True)
+        return kept.load(1, {name: torch.zeros_like(t, dtype=dtypes.get(name, t.dtype)) for name, t in state.items()})
+
+    rounded = run_ranks(lambda: worker(float=torch.bfloat16), 1)[0]
+    assert equal(rounded, {**state, "float": state["float"].bfloat16()})
+    for wrong in ({"float": torch.uint8}, {"count": torch.int32}, {"count": torch.float32}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: has torch.*, must be {next(iter(wrong.values()))}"):
+            run_ranks(lambda given=wrong: worker(**given), 1)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_directory_that_rank_0_cannot_tidy_is_refused_on_all_ranks(tmp_path, monkeypatch, num_ranks):
     saved(tmp_path, 1, 2)
