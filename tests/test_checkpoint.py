@@ -248,6 +248,67 @@ def test_a_save_is_tried_again_and_a_success_forgets_the_misses(tmp_path, monkey
     assert equal(read_whole(tmp_path / "step-00000001"), flat(state_of(1)))
 
 
+def test_numbers_that_would_become_others_are_refused(tmp_path):
+    state = {"float": torch.tensor([1.7, 300.2]), "count": torch.tensor([2**40])}
+
+    def worker(**dtypes: torch.dtype) -> dict:
+        kept = Checkpoints(tmp_path, **QUICK)
+        if not kept.steps():
+            kept.save(1, state, wait=True)
+        return kept.load(1, {name: torch.zeros_like(t, dtype=dtypes.get(name, t.dtype)) for name, t in state.items()})
+
+    rounded = run_ranks(lambda: worker(float=torch.bfloat16), 1)[0]
+    assert equal(rounded, {**state, "float": state["float"].bfloat16()})
+    for wrong in ({"float": torch.uint8}, {"count": torch.int32}, {"count": torch.float32}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: has torch.*, must be {next(iter(wrong.values()))}"):
+            run_ranks(lambda given=wrong: worker(**given), 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_directory_that_rank_0_cannot_tidy_is_refused_on_all_ranks(tmp_path, monkeypatch, num_ranks):
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "index.json").unlink()
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    def worker() -> int | None:
+        monkeypatch.setattr(Path, "rename", denied)
+        kept = Checkpoints(tmp_path, **QUICK)
+        found = kept.newest_good()
+        with pytest.raises(SaveError, match=r"cannot be written to: PermissionError: \[Errno 13\]"):
+            kept.go_on_from(found.step)
+        return found.step
+
+    assert run_ranks(worker, num_ranks) == [1] * num_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_what_fails_after_the_rename_is_told_and_is_no_miss(tmp_path, monkeypatch, num_ranks):
+    """The checkpoint is there: trying again would find it in the way, and three of them would end the run."""
+    (tmp_path / ".step-00000001.deleted" / "left").mkdir(parents=True)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    def worker() -> tuple:
+        said: list[str] = []
+        monkeypatch.setattr(checkpoints.log, "warning", lambda text, *values: said.append(text % values))
+        kept = Checkpoints(tmp_path, keep=1, **QUICK)
+        kept.save(1, state_of(1), wait=True)
+        with monkeypatch.context() as broken:
+            broken.setattr(checkpoints.os, "replace", full)
+            kept.save(2, state_of(2), wait=True)
+        seen = kept.misses, kept.last_saved, kept.steps(), (tmp_path / "latest").read_text(), len(said)
+        kept.save(3, state_of(3), wait=True)
+        return *seen, kept.steps(), said
+
+    said = ["the checkpoint of step 2 was written, but not all after it was done: OSError: [Errno 28] No space left on device"]
+    expected = (0, 2, [1, 2], "step-00000001\n", 1, [3], said)
+    others = (0, 2, [1, 2], "step-00000001\n", 0, [3], [])
+    assert run_ranks(worker, num_ranks) == [expected, others][:num_ranks]
+
+
 def test_the_newest_are_kept_and_those_for_good(tmp_path):
     saved(tmp_path, *range(1, 9), keep=2, keep_every=3)
     assert names(tmp_path) == ["latest", *(f"step-0000000{step}" for step in (3, 6, 7, 8))]
@@ -288,6 +349,16 @@ def test_going_back_is_not_undone_by_what_was_abandoned(tmp_path, capsys):
     assert names(directory) == ["latest", "step-00000010", "step-00000020", "step-00000020.abandoned", "step-00000030.abandoned"]
     assert main(["rewind", str(run), "10"]) == OK
     assert "step-00000020.abandoned-2" in names(directory)
+
+
+def test_a_rewind_of_what_cannot_be_written_to_is_refused(tmp_path, capsys, monkeypatch):
+    saved(tmp_path / "checkpoints", 10, 20)
+
+    def denied(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", denied)
+    assert main(["rewind", str(tmp_path), "10"]) == REFUSED and "Permission denied" in capsys.readouterr().err
 
 
 def test_a_rewind_to_a_damaged_one_changes_nothing(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from tests.ranks import run_ranks
 from tests.test_resume import BASE, metrics, tensors
 from trainer import agree, train
 from trainer.agree import refuse_disagreement
-from trainer.checkpoint import problems
+from trainer.balance import Balancer
+from trainer.checkpoint import Checkpoints, problems, storage
 from trainer.config import ConfigError, load
 from trainer.health import FLOOR, LEAST, Health
+from trainer.stop import PREEMPTED
 
 NAN, INF = math.nan, math.inf
 
@@ -142,6 +146,28 @@ def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(tmp
     assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
+def test_a_run_saved_before_any_step_was_applied_goes_on_as_if_it_had_not_stopped(tmp_path):
+    """AdamW counts its steps: torch counts one more when it is asked for a state that is not there yet."""
+
+    def stopping(name: str, stop_at: int | None, wrong_at: tuple[int, ...]) -> int:
+        step = train.train_step
+
+        def wrapped(run, batches, **timing):
+            if run.step + 1 == stop_at:
+                run.stop.signalled = signal.SIGTERM
+            return step(run, batches, **timing)
+
+        train.train_step = wrapped
+        return faulty([f"run_dir={tmp_path}", f"name={name}", "steps=6"], wrong_at=wrong_at, factor=NAN)
+
+    run_ranks(stopping, 1, "whole", None, (1, 2))
+    assert run_ranks(stopping, 1, "halves", 2, (1, 2)) == [PREEMPTED]
+    counts = {name: value for name, value in tensors(tmp_path / "halves", 2).items() if name.endswith(".step")}
+    assert counts and not any(value.any() for value in counts.values())
+    run_ranks(stopping, 1, "halves", None, ())
+    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
+
+
 def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(tmp_path):
     where = [f"run_dir={tmp_path}", "name=lost", "steps=20", "checkpoint.interval=3", "skip.most=4"]
     with pytest.raises(FloatingPointError, match=r"step 11: gradient norm nan; no step could be applied from step 7 on; "
@@ -153,6 +179,52 @@ def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(
     run_ranks(lambda: faulty(where, wrong_at=(), factor=1), 1)  # the same command, without the fault
     run_ranks(lambda: faulty([*where, "name=whole"], wrong_at=(), factor=1), 1)
     assert metrics(tmp_path / "lost") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
+def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(tmp_path, monkeypatch, num_ranks, layout):
+    """A rule may give biases that are no numbers in the step after a save: what writes it must not die with the run."""
+    save_file, update = storage.save_file, Balancer.update
+
+    def slow(*arguments, **options):
+        time.sleep(2)
+        return save_file(*arguments, **options)
+
+    def failing(balancer, step, stats):
+        if step == 5:
+            raise FloatingPointError("step 5: biases that are not finite")
+        return update(balancer, step, stats)
+
+    def worker() -> int:
+        monkeypatch.setattr(storage, "save_file", slow)
+        monkeypatch.setattr(Balancer, "update", failing)
+        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=lost", "checkpoint.interval=4", *layout]
+        return train.main()
+
+    assert run_ranks(worker, num_ranks) == [train.UNSOUND] * num_ranks
+    assert Checkpoints(tmp_path / "lost" / "checkpoints").steps() == [4]
+
+
+def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go_on(tmp_path, capfd):
+    where = [*BASE, f"run_dir={tmp_path}", "name=lost", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1"]
+
+    def worker() -> int:
+        step = train.train_step
+
+        def failing(run, batches, **timing):
+            if run.step == 4:
+                run.checkpoints.finish()
+                (tmp_path / "lost" / "checkpoints" / "step-00000003" / "index.json").unlink()
+                run.model.register_forward_hook(lambda model, given, loss: Scaled.apply(loss, NAN))
+            return step(run, batches, **timing)
+
+        train.train_step = failing
+        train.sys.argv = ["train", *where]
+        return train.main()
+
+    assert run_ranks(worker, 1) == [train.UNSOUND]
+    told = capfd.readouterr().err
+    assert "error: step 5: gradient norm nan" in told and "none of the checkpoints can be used (steps 3)" in told
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
@@ -178,6 +250,34 @@ def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, 
         return losses
 
     assert [line["loss"] for line in lines] == run_ranks(by_hand, num_ranks)[0]
+
+
+def test_all_data_is_passed_over_if_the_program_made_steps_longer_since(tmp_path):
+    where = [f"run_dir={tmp_path}", "steps=9", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1", "data.workers=0",
+             "stage.warmup.share=null", "stage.warmup.steps=4", "stage.stable.global_batch=8"]  # fmt: skip
+    run_ranks(lambda: faulty(["name=back", *where], wrong_at=(6,), factor=NAN), 1)
+
+    def by_hand() -> list[float]:
+        run, losses = train.build(load([*BASE, "name=by_hand", *where])), []
+        for _ in range(3):
+            losses.append(train.train_step(run, train.next_batches(run))["loss"])
+        for rows in (4, 8, 8):
+            run.stream.set(seq_len=32, global_batch=rows, mixture=None, buffer=0)
+            run.stream.next_step(1)
+        while run.step < run.last_step:
+            losses.append(train.train_step(run, train.next_batches(run))["loss"])
+        return losses
+
+    assert [line["loss"] for line in metrics(tmp_path / "back")] == run_ranks(by_hand, 1)[0]
+
+
+def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
+    where = [f"run_dir={tmp_path}", "name=back", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1",
+             "balance.trace=router.trace"]  # fmt: skip
+    run_ranks(lambda: faulty(where, wrong_at=(6,), factor=NAN), 1)
+    trace = [json.loads(line) for line in (tmp_path / "back" / "router.trace").read_text().splitlines()]
+    assert [line.get("step") for line in trace] == [None, *range(1, 9)]
+    assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
 
 
 def test_random_numbers_are_those_of_the_step(tmp_path):

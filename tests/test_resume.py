@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from tests.ranks import run_ranks
 from trainer import train
 from trainer.build import full_state
-from trainer.checkpoint import Found, read_whole
+from trainer.checkpoint import Found, read_whole, storage
 from trainer.config import load
 
 BASE = [
@@ -85,6 +85,59 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimi
     for num_ranks, layout in others:
         for losses in run_ranks(next_losses_worker, num_ranks, [*layout, *where]):
             assert losses == pytest.approx(same[0], rel=2e-6)
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["checkpoint.background=false"]), (2, ["parallel=fsdp"])])
+@pytest.mark.parametrize("stop_at", [None, 7])
+def test_a_run_whose_last_checkpoint_cannot_be_written_does_not_say_that_it_is_saved(
+    tmp_path, monkeypatch, capfd, num_ranks, layout, stop_at
+):
+    """One miss is no reason to end a run that goes on; for one that ends it is all that there is."""
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    def worker() -> int:
+        step = train.train_step
+
+        def filling(run, batches, **timing):
+            if run.step == 6:
+                monkeypatch.setattr(storage, "make_durable", full)
+            if run.step + 1 == stop_at:
+                run.stop.signalled = signal.SIGTERM
+            return step(run, batches, **timing)
+
+        train.train_step = filling
+        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=full", "steps=8", "checkpoint.interval=4",
+                          "checkpoint.retries=0", *layout]  # fmt: skip
+        return train.main()
+
+    assert run_ranks(worker, num_ranks) == [train.CANNOT_SAVE] * num_ranks
+    told = capfd.readouterr()
+    assert f"the checkpoint of step {stop_at or 8}" in told.err and "the newest is of step 4" in told.err
+    assert "the same command continues" not in told.out
+
+
+def test_a_start_that_is_refused_changes_nothing(tmp_path, capfd):
+    def worker(steps: int) -> int:
+        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=a", f"steps={steps}"]
+        return train.main()
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "a").glob("*.*")}
+
+    assert set(run_ranks(worker, 1, 3)) <= {train.OK, train.COLLAPSED}
+    before = files()
+    assert before.keys() >= {"config.yaml", "data.json", "starts.jsonl", "metrics.jsonl"}
+    assert run_ranks(worker, 1, 2) == [train.REFUSED] and "use steps=3 or more" in capfd.readouterr().err
+    assert files() == before
+
+
+def test_a_branch_may_begin_at_a_run_that_is_named_like_a_checkpoint(tmp_path):
+    where = [f"run_dir={tmp_path}", "parallel=fsdp"]
+    run_ranks(train_worker, 2, [*where, "name=step-lr", "steps=2"], None)
+    run_ranks(train_worker, 2, [*where, "name=new", "steps=3", f"branch={tmp_path}/step-lr"], None)
+    assert [line["step"] for line in metrics(tmp_path / "new")] == [3]
 
 
 LAYOUTS = {"one": (1, []), "fsdp2": (2, ["parallel=fsdp"]), "hsdp2": (2, ["parallel=hsdp"]), "ep2": (2, ["parallel=fsdp_ep"]),

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trainer import device
 from trainer.agree import compare_clocks, refuse_disagreement
 from trainer.balance import Balancer, Guard, LossWeights
-from trainer.checkpoint import Checkpoints, Found, code_version, set_training_state, training_state
+from trainer.checkpoint import Checkpoints, Found, SaveError, code_version, set_training_state, training_state
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import COUNTED, BadDocument, DataError, Source, StreamState, TokenStream, load_tokenizer, with_slots
 from trainer.device import ParallelDims
@@ -222,6 +222,16 @@ def save(run: Run, *, heads: StreamState | None = None) -> None:
         about = {"tokens": run.tokens, **run.about}
         wait = not run.config.checkpoint.background
         run.checkpoints.save(run.step, full_state(run, heads=heads), about=about, texts=run.texts, wait=wait)
+
+
+def finish_saving(run: Run) -> None:
+    """Waits until nothing is being written. Raises: SaveError, on all ranks, if this step was to be saved and is not."""
+    run.checkpoints.finish()
+    if run.checkpoints.misses and run.checkpoints.last_saved != run.step:
+        last = run.checkpoints.last_saved
+        newest = f"the newest is of step {last}" if last is not None else "there is none"
+        where = f"to {run.checkpoints.directory}, see the warnings"
+        raise SaveError(f"the checkpoint of step {run.step}, where the run stops, could not be written {where}; {newest}")
 
 
 def resume(run: Run, origin: Found) -> None:

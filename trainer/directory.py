@@ -55,9 +55,9 @@ class Opened(NamedTuple):
 
 
 def open_directory(config: Config, checkpoints: Checkpoints, *, corpus: str | dict[str, str], tokenizer) -> Opened:
-    """Takes the directory, finds where the run goes on, refuses to continue another run, and writes what describes this one.
+    """Takes the directory, finds where the run goes on, and refuses to continue another run.
 
-    Collective. Raises: ConfigError, on all ranks; then nothing was changed.
+    Collective. Raises: ConfigError, on all ranks; then nothing was changed. SaveError, on all ranks.
     """
     held = refusing_on_all(lambda: lock(run_directory(config)), refusals=(InUseError, OSError))
     try:
@@ -71,9 +71,6 @@ def open_directory(config: Config, checkpoints: Checkpoints, *, corpus: str | di
     changed = refusing_on_all(lambda: changes(config, origin.path, data)) if origin is not None else None
     checkpoints.go_on_from(origin.step if origin is not None and origin.path.parent == checkpoints.directory else None)
     texts = {"config.yaml": resolved_yaml(config)} | ({"tokenizer.json": tokenizer_text} if tokenizer_text else {})
-    if dist.get_rank() == 0:
-        for name, text in {**texts, "data.json": json.dumps(data)}.items():
-            (run_directory(config) / name).write_text(text)
     about = {"name": config.name, "code": code_version(), "torch": torch.__version__, "ranks": dist.get_world_size(),
              "parallel": asdict(config.parallel), "data": data}  # fmt: skip
     return Opened(held, origin, changed or {}, about, texts)
@@ -87,7 +84,7 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
     if (found := own.newest_good()) is not None or config.branch is None:
         return found
     path = Path(config.branch)
-    if not path.name.startswith("step-"):
+    if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):  # a run may have such a name
         found = Checkpoints(path / "checkpoints").newest_good()
     elif (step := path.name.removeprefix("step-")).isdecimal():
         found = Found(int(step), path) if agreed(path.is_dir()) else None
@@ -100,7 +97,12 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
 
 
 def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:
-    """Adds a line to starts.jsonl: a run may continue under other settings, and config.yaml has the latest only."""
+    """Writes what describes the run. Once nothing can be refused any more: else it would describe a run that never was.
+
+    And adds a line to starts.jsonl: a run may continue under other settings, and config.yaml has the latest only.
+    """
+    for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
+        (run_directory(config) / name).write_text(text)
     spans = [
         {"start": span.start, "end": span.end, **asdict(span.now), "lr": asdict(span.lr), "bias_rate": asdict(span.bias_rate)}
         for span in program.spans

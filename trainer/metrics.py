@@ -125,14 +125,14 @@ class MetricsLog:
     ):
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
         self.path, self.file = path, started(path, after_step=after_step)
-        self.steps, self.interval = steps, interval
+        self.steps, self.interval, self.told = steps, interval, False
         self.tracker = self._guarded(start_tracker) if start_tracker else None
         self.bar = _Bar(steps, after_step) if sys.stderr.isatty() else None
 
     def write(self, metrics: dict[str, float], *, alarms: Sequence[str] = ()) -> None:
         """alarms: of the guard; printed and passed on to the tracker."""
         step = int(metrics["step"])
-        self.file.write(json.dumps(metrics) + "\n")
+        self._recorded(lambda: self.file.write(json.dumps(metrics) + "\n"))
         if self.tracker is not None:
             tracker = self.tracker
             self._guarded(lambda: tracker.log(metrics, step))
@@ -146,15 +146,24 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """The run went back to this step: lines of later ones are dropped."""
-        self.file.close()
+        self._recorded(self.file.close)
         self.file = started(self.path, after_step=step)
 
     def close(self) -> None:
-        self.file.close()
+        self._recorded(self.file.close)
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
             self._guarded(self.tracker.finish)
+
+    def _recorded(self, call: Callable[[], Any]) -> None:
+        """A full disk is no reason to end a run: the last lines wait in the file's buffer until there is room."""
+        try:
+            call()
+        except OSError as error:
+            if not self.told:
+                log.warning("%s cannot be written: %s; the run goes on", self.path, error)
+            self.told = True
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """A tracker may be down; the run goes on without it."""
@@ -172,7 +181,9 @@ def started(path: Path, *, after_step: int) -> TextIO:
     if after_step and path.exists():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
         kept = [line for line in whole if json.loads(line)["step"] <= after_step]
-    path.write_text("".join(f"{line}\n" for line in kept))
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text("".join(f"{line}\n" for line in kept))
+    draft.replace(path)  # a kill on the way must not lose the lines
     return path.open("a", buffering=1)
 
 

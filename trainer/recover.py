@@ -6,7 +6,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from trainer.balance.trace import TraceWriter
 from trainer.build import Run, resume, save, summed
+from trainer.checkpoint import DamagedError
 from trainer.data import DataError, StreamState
 from trainer.directory import record_rollback
 from trainer.health import UnsoundError
@@ -22,18 +24,21 @@ def leave_unread(run: Run, heads: StreamState) -> NoReturn:
         save(run, heads=heads)
     run.checkpoints.finish()
     error = run.unread or DataError("another rank could not read its data")
-    if run.step:
-        error.add_note(f"saved at step {run.step}; the same command continues once the data can be read")
+    if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this one could not be written
+        error.add_note(f"saved at step {saved}; the same command continues once the data can be read")
     raise error
 
 
 def roll_back(run: Run, metrics: MetricsLog | None) -> None:
     """Back to the newest checkpoint, passing over the data that was read since. Raises: UnsoundError."""
     first, now_at = run.step - run.health.in_row + 1, run.step
+    since = f"step {now_at}: {run.health.reason}; no step could be applied from step {first} on"
     run.checkpoints.finish()
-    found = run.checkpoints.newest_good() if run.health.roll_back() else None
+    try:
+        found = run.checkpoints.newest_good() if run.health.roll_back() else None
+    except DamagedError as error:
+        raise UnsoundError(f"{since}; {error}") from error
     if found is None:
-        since = f"step {now_at}: {run.health.reason}; no step could be applied from step {first} on"
         newest = run.checkpoints.last_saved
         kept = f"the newest checkpoint is of step {newest}, from before" if newest is not None else "there is no checkpoint"
         remedy = "go on with a lower learning rate, or skip.rollbacks=1: it passes over the data since the newest checkpoint"
@@ -47,13 +52,17 @@ def roll_back(run: Run, metrics: MetricsLog | None) -> None:
     if dist.get_rank() == 0:
         log.warning("back to step %d; the data of steps %d to %d is passed over", found.step, found.step + 1, now_at)
         record_rollback(run.config, step=found.step, steps=now_at - found.step)
-    if metrics is not None:
-        metrics.rewind(found.step)
+    logs = [metrics, *(observer for observer in run.balancer.observers if isinstance(observer, TraceWriter))]
+    for written in filter(None, logs):
+        written.rewind(found.step)
 
 
 def pass_over(run: Run, *, steps: int) -> None:
-    """Reads so many steps' data and does not train on it. Raises: BadDocument, DataError."""
+    """Reads the rows of so many steps, as long and as many as they were, and drops them. Raises: BadDocument, DataError."""
+    back_at = run.tokens
     for _ in range(steps):
         next_batches(run)
         if summed(run, torch.tensor(int(run.unread is not None))):
             raise run.unread or DataError("another rank could not read its data")
+        run.tokens += run.program.at(run.tokens).tokens  # the program may have changed them on the way
+    run.tokens = back_at

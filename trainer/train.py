@@ -10,6 +10,7 @@ written · 6 steps cannot be applied, or the guard ended it · 7 a rank hung · 
 import logging
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 
 from trainer import device
+from trainer.agree import refusing_on_all
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, build, refusing, resume, save, stream_counts, summed
+from trainer.build import Run, build, finish_saving, refusing, resume, save, stream_counts, summed
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError
@@ -69,7 +71,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
             save(run)
         start_s = time.perf_counter()
     watchdog.beat("saving", limit_s=config.timeout_s)
-    run.checkpoints.finish()
+    finish_saving(run)
 
 
 def due(run: Run) -> bool:
@@ -93,11 +95,12 @@ def train(config: Config) -> int:
         with refusing():
             resume(run, opened.origin)
     elif config.init_from is not None:
-        start_from(config, run.model, run.stream.tokenizer)
+        with refusing():
+            start_from(config, run.model, run.stream.tokenizer)
     directory, resumed = run.directory, run.step
     metrics = None
+    refusing_on_all(partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened))
     if is_first:
-        record_start(config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)
         announce(run, opened.origin.path if opened.origin else None)
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
@@ -109,6 +112,11 @@ def train(config: Config) -> int:
     watchdog.start()
     try:
         loop(run, metrics, watchdog)
+    except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before
+        watchdog.beat("saving", limit_s=config.timeout_s)
+        with suppress(SaveError):
+            run.checkpoints.finish()
+        raise
     finally:
         watchdog.close()
         run.stream.close()

@@ -33,12 +33,21 @@ class TraceWriter:
 
     def __init__(self, path: Path, *, after_step: int = 0):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._start(after_step)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to this step: lines of later ones are dropped."""
+        self.file.close()
+        self._start(step)
+
+    def _start(self, after_step: int) -> None:
         kept = []
-        if after_step and path.exists():
-            lines = path.read_text().splitlines()
+        if after_step and self.path.exists():
+            lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= after_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = self.path.open("a", buffering=1)
         self.empty = not kept
 
     def __call__(self, step: int, stats: RoutingStats) -> None:

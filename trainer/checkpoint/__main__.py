@@ -82,11 +82,11 @@ def rewound(checkpoints: Checkpoints, run: Path, step: int) -> int:
     try:
         with lock(run):
             moved = checkpoints.rewind(step)
-    except InUseError as error:
-        return refused(str(error))
     except DamagedError as error:
         print(f"error: the run was left as it is: {error}", file=sys.stderr)
         return DAMAGED
+    except (InUseError, OSError) as error:
+        return refused(str(error))
     for path in moved:
         print(f"set aside: {path}")
     print(f"{run} goes on from step {step}")

@@ -177,12 +177,17 @@ class Checkpoints:
             write_manifest(draft, {"step": step, "saved_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}, entries)
             make_durable(draft)
             draft.rename(self.path(step))
+
+        def tidy() -> None:
             self.point_at(step)
+            self._purge()
 
         if (problem := self._first(prepare)) is None:
             files, problem = self._each(write)
             problem = problem or self._first(commit)
-            self._first(self._purge if problem is None else lambda: shutil.rmtree(draft, ignore_errors=True))
+            after = self._first(tidy if problem is None else lambda: shutil.rmtree(draft, ignore_errors=True))
+            if after and dist.get_rank() == 0:  # it is there: a further attempt would only find that
+                log.warning("the checkpoint of step %d was written, but not all after it was done: %s", step, after)
         return problem
 
     def _first(self, action: Callable[[], Any]) -> str | None:
@@ -208,8 +213,9 @@ class Checkpoints:
         whole = [step for step in self.steps() if not problems(self.path(step), hashes=False)]
         for step in whole[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                gone = self.path(step).rename(self.directory / f".{self.path(step).name}.deleted")  # at once: nobody finds half
-                shutil.rmtree(gone)
+                gone = self.directory / f".{self.path(step).name}.deleted"
+                shutil.rmtree(gone, ignore_errors=True)  # what an earlier one left, which would be in the way
+                shutil.rmtree(self.path(step).rename(gone))  # renamed at once: nobody finds half
 
     # -- loading --
 
@@ -240,8 +246,12 @@ class Checkpoints:
         return sorted({problem for of_rank in gathered(found) for problem in of_rank})
 
     def go_on_from(self, step: int | None) -> None:
-        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside, drafts removed."""
-        if dist.get_rank() == 0 and self.directory.is_dir():
+        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside, drafts removed.
+
+        Raises: SaveError, on all ranks, if the directory cannot be written to.
+        """
+
+        def tidy() -> None:
             for path in self.directory.glob(".step-*"):
                 shutil.rmtree(path)
             for newer in reversed(self.all_steps()):
@@ -249,6 +259,9 @@ class Checkpoints:
                     log.warning("set aside: %s", self.set_aside(newer, "damaged"))
             if step is not None:
                 self.point_at(step)
+
+        if problem := agreed(attempted(tidy)[1] if dist.get_rank() == 0 and self.directory.is_dir() else None):
+            raise SaveError(f"{self.directory} cannot be written to: {problem}")
         self.last_saved = step
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:

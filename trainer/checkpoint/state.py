@@ -21,9 +21,16 @@ def training_state(model: nn.Module, optimizer: Optimizers, balancer: nn.Module)
 
     Hyper-parameters are not in it: those of the present configuration count.
     """
+    new = [one for one in optimizer.optimizers if not one.state]
+    of_optimizer = get_optimizer_state_dict(model, optimizer.optimizers)["state"]
+    for one in new:  # torch makes what is missing by a step without gradient, and counts it
+        for of_parameter in one.state.values():
+            for name, value in of_parameter.items():
+                if name == "step":
+                    value.zero_()
     return {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer.optimizers)["state"],
+        "optimizer": of_optimizer,
         "balancer": balancer.state_dict(),
     }
 

@@ -46,17 +46,25 @@ class StagedPlanner(DefaultSavePlanner):
 def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[str, Any]:
     """Fills the tensors of `state` in place, each rank its own part, and returns it. Collective.
 
-    Raises: ValueError naming every tensor that is missing or has another shape; DamagedError if a file cannot be read.
+    Raises: ValueError naming every tensor that is missing, has another shape or no such dtype; DamagedError if a file cannot be read.
     """
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state)
     wanted = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
     missing = [f"{name}: is not in it, must be {shape}" for name, shape in wanted.items() if name not in index]
     both = [(name, index[name].shape, shape) for name, shape in wanted.items() if name in index]
-    if wrong := missing + [f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape]:
+    wrong = missing + [f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape]
+    pairs = [(name, index[name].dtype, tensor.dtype) for name, tensor in planner.state_dict.items() if name in index]
+    wrong += [f"{name}: has {there}, must be {own}" for name, there, own in pairs if not converts(there, own)]
+    if wrong:
         raise ValueError("\n".join([f"{directory}: {len(wrong)} tensors do not fit this run:", *wrong]))
     _load(state, SafetensorsReader(directory, index), alone=dist.get_world_size() == 1, planner=planner)
     return state
+
+
+def converts(there: torch.dtype, own: torch.dtype) -> bool:
+    """Between floats a value is rounded; a count that does not fit would silently become another one."""
+    return there == own or (there.is_floating_point and own.is_floating_point)
 
 
 def read_whole(directory: Path, names: list[str] | None = None) -> dict[str, Tensor]:
