@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.agree import agreed, gathered
 from trainer.checkpoint.manifest import MANIFEST, file_entry, problems, write_manifest
@@ -267,3 +268,6 @@ def attempted(action: Callable[[], Any]) -> tuple[Any, str | None]:
         return action(), None
     except Exception as error:  # noqa: BLE001  # a full disk has many names: OSError, SafetensorError, CheckpointException
         return None, f"{type(error).__name__}: {error}"
+    except CheckpointException as errors:  # of several ranks; no Exception, a BaseException
+        rank, (error, _) = min(errors.failures.items(), key=lambda of_rank: of_rank[0])
+        return None, f"{type(error).__name__} on rank {rank}: {error}"
