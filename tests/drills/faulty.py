@@ -89,8 +89,14 @@ def hang_in_step(where: Path, *, step: int) -> None:
     around_steps(before=lambda run, at: sleep_for_ever() if at == step and first_time(where) else None)
 
 
-def die(where: Path, *, step: int) -> None:
-    around_steps(before=lambda run, at: os.kill(os.getpid(), signal.SIGKILL) if at == step and first_time(where) else None)
+def hold(where: Path, *, step: int) -> None:
+    """It waits before this step until the file `go` is there."""
+
+    def wait(run, at):
+        while at == step and not (where / "go").exists():
+            time.sleep(0.02)
+
+    around_steps(before=wait)
 
 
 def pause(where: Path, *, hook: str, step: int) -> None:
@@ -132,6 +138,11 @@ def pause(where: Path, *, hook: str, step: int) -> None:
             next(path.iterdir()).unlink()
         return is_it
 
+    def half_metrics(path, text):
+        if is_it := "metrics.jsonl" in path.name and not (where / "fired").exists():
+            path.write_bytes(text[: len(text) // 2].encode())
+        return is_it
+
     if hook == "deleting an old one":
         saving.shutil = SimpleNamespace(rmtree=saving.shutil.rmtree)  # the module of everybody else stays as it is
     hooks = {
@@ -143,6 +154,7 @@ def pause(where: Path, *, hook: str, step: int) -> None:
         "before the rename": (Path, "rename", lambda path, to: path.name == f".{name}.draft"),
         "before `latest`": (saving.Checkpoints, "point_at", lambda checkpoints, of: of == step),
         "deleting an old one": (getattr(saving, "shutil", None), "rmtree", half_deleted),
+        "half of metrics.jsonl": (Path, "write_text", half_metrics),
     }
     wrapped(*hooks[hook])
 
@@ -247,7 +259,7 @@ def other_code(where: Path, *, version: str) -> None:
 
 
 FAULTS: dict[str, Callable[..., None]] = {
-    of.__name__: of for of in (hang_in_step, die, pause, source, full_disk, wrong_numbers, other_code)
+    of.__name__: of for of in (hang_in_step, hold, pause, source, full_disk, wrong_numbers, other_code)
 }
 
 if __name__ == "__main__":

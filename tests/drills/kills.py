@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.drills.jobs import INTERVAL, STEPS, Where, same_losses, undisturbed, until
 from tests.drills.table import Facts, drill
 from trainer.checkpoint import problems
+from trainer.stop import PREEMPTED
 
 HOOKS = ["half a shard", "before the rename", "before the first byte", "between two ranks' files", "before the manifest",
          "half a manifest", "before `latest`", "deleting an old one"]  # fmt: skip
@@ -103,6 +104,22 @@ def kill_one_of_four_ranks(directory: Path, short: bool) -> Facts:
     go_on(where, facts, killed_s=killed_s)
     facts.equal = same_losses(where, undisturbed(4))
     return facts
+
+
+@drill(limit_s=120)
+def kill_at_a_start(directory: Path, short: bool) -> Facts:
+    """kill -9 while the next start takes over metrics.jsonl · no line of it is lost"""
+    where = Where(directory)
+    job = where.finish(fault={"stop_at": 7})
+    before = where.metrics()
+    assert set(job.codes) == {PREEMPTED} and [line["step"] for line in before] == [*range(1, 8)], job.output
+    with where.start(fault={"fault": "pause", "hook": "half of metrics.jsonl", "step": 0, "rank": 0}) as job:
+        job.until(lambda: (where.path / "reached").exists(), what="the start")
+        killed_s = job.kill()
+        job.wait()
+    assert where.metrics() == before, f"metrics.jsonl has steps {[line['step'] for line in where.metrics()]}"
+    where.completes()
+    return Facts(lost=[0], recovered_s=[where.recovered_s(killed_s)], equal=same_losses(where, undisturbed(2)))
 
 
 @drill(limit_s=200, short=True)

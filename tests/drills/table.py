@@ -4,6 +4,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,9 @@ def run(of: Drill, *, short: bool) -> tuple[list[str], str | None]:
         with at_most(of.limit_s):
             facts = of.act(directory, short)
     except Exception as error:  # noqa: BLE001  # a drill that breaks is a drill that failed, and the others go on
-        failure = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        at = next(frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if "/drills/" in frame.filename)
+        line = f"{Path(at.filename).name}:{at.lineno}: {at.line}"
+        failure = "\n".join([f"{type(error).__name__}: {error}", line, *getattr(error, "__notes__", [])])
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     took = f"{time.monotonic() - start_s:.0f}"
