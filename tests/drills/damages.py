@@ -35,8 +35,8 @@ def zeroed(path: Path) -> None:
 
 DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
     ("rank-00001.safetensors", flipped), ("manifest.json", Path.unlink), ("rank-00000.safetensors", truncated),
-    ("rank-00000.safetensors", zeroed), ("rank-00001.safetensors", Path.unlink), ("index.json", flipped), ("index.json", truncated),
-    ("manifest.json", flipped), ("manifest.json", truncated), ("config.yaml", flipped),
+    ("rank-00000.safetensors", zeroed), ("rank-00001.safetensors", Path.unlink), ("index.json", flipped),
+    ("index.json", truncated), ("manifest.json", flipped), ("manifest.json", truncated), ("config.yaml", flipped),
 ]  # fmt: skip
 
 
@@ -109,7 +109,8 @@ def a_poisoned_pickle(directory: Path, short: bool) -> Facts:
     pickle.loads(poison)
     assert ran.exists(), "the poison is none"
     ran.unlink()
-    for file, resumed in ((".metadata", NEWEST), ("rank-00000.safetensors", NEWEST - INTERVAL), ("index.json", NEWEST - INTERVAL)):
+    before = NEWEST - INTERVAL
+    for file, resumed in ((".metadata", NEWEST), ("rank-00000.safetensors", before), ("index.json", before)):
         where = Where(directory / file.strip("."))
         stopped(where)
         (where.checkpoint(NEWEST) / file).write_bytes(poison)

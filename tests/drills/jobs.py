@@ -194,7 +194,8 @@ class Job:
         """As a launcher does: when one has failed, the others are given PATIENCE_S to end by themselves."""
         deadline_s = time.monotonic() + timeout_s
         assert until(lambda: any(self.codes) or None not in self.codes, timeout_s=timeout_s), f"not done after {timeout_s} s"
-        patience_s = min(PATIENCE_S, max(1.0, deadline_s - time.monotonic())) if any(self.codes) else deadline_s - time.monotonic()
+        left_s = deadline_s - time.monotonic()
+        patience_s = min(PATIENCE_S, max(1.0, left_s)) if any(self.codes) else left_s
         if not until(lambda: None not in self.codes, timeout_s=patience_s):
             raise AssertionError(f"one rank has ended, others live on after {patience_s:.0f} s: {self.codes}")
         return self.codes

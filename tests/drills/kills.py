@@ -66,7 +66,7 @@ def kill_at_random_times(directory: Path, short: bool) -> Facts:
     delays = random.Random(seed)
     reference = undisturbed(2)
     for victims in ([], [1], [0]):  # []: all
-        where, number = Where(directory / f"of-{victims}"), 0
+        where, number = Where(directory / f"of-{len(victims)}-{sum(victims)}"), 0
         while number < 4:
             with where.start(f"checkpoint.interval={interval}") as job:
                 job.trained(where.starts_at() + 1)

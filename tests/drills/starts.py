@@ -36,8 +36,11 @@ def ranks_disagree(directory: Path, short: bool) -> Facts:
     """rank 1 has another learning rate; another seed; other code · all ranks refuse with exit code 2, naming the rank and both
     values; nothing was written"""
     other = {"fault": "other_code", "rank": 1, "version": "0.0.0+drill"}
-    cases = [(["optim.lr=5e-3"], None, "rank 1 has optim.lr=0.005 (rank 0: 0.001)"), (["seed=7"], None, "rank 1 has seed=7 (rank 0: 0)"),
-             ([], other, "rank 1 has the code='0.0.0+drill' (rank 0: '")]  # fmt: skip
+    cases = [
+        (["optim.lr=5e-3"], None, "rank 1 has optim.lr=0.005 (rank 0: 0.001)"),
+        (["seed=7"], None, "rank 1 has seed=7 (rank 0: 0)"),
+        ([], other, "rank 1 has the code='0.0.0+drill' (rank 0: '"),
+    ]
     for number, (more, fault, said) in enumerate(cases):
         where = Where(directory / str(number))
         with where.start(*more, ranks=[1], fault=fault) as job:
@@ -51,14 +54,18 @@ def ranks_disagree(directory: Path, short: bool) -> Facts:
 @drill(limit_s=200)
 def another_program(directory: Path, short: bool) -> Facts:
     """a run goes on with another learning rate, another schedule, longer rows in a later span; with another model · the first
-    three are recorded in starts.jsonl with both values; the last is refused with exit code 2, naming both, and nothing is changed"""
+    three are recorded in starts.jsonl with both values; the last is refused with exit code 2, naming both, and nothing changes"""
     facts = Facts()
     half = Where(shared() / "half")
     if not half.run.exists():
         job = half.finish(fault={"stop_at": 10})
         assert set(job.codes) == {75}, job.output
     longer = ["stage=constant", "~stage.run", "+stage.a={steps: 12}", f"+stage.b={{steps: {STEPS - 12}, seq_len: 32}}"]
-    changes = [(["optim.lr=2e-3"], "optim.lr", [0.001, 0.002]), (["stage=cosine"], None, None), (longer, "stage.b.seq_len", [None, 32])]
+    changes = [
+        (["optim.lr=2e-3"], "optim.lr", [0.001, 0.002]),
+        (["stage=cosine"], None, None),
+        (longer, "stage.b.seq_len", [None, 32]),
+    ]
     for number, (more, key, values) in enumerate(changes):
         where = Where(directory / str(number))
         where.copy_of(half.run)

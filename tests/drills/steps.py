@@ -6,7 +6,7 @@ The references are made by hand: the same program, in which the step's update is
 import json
 from pathlib import Path
 
-from tests.drills.jobs import INTERVAL, Where, same_losses, shared, undisturbed
+from tests.drills.jobs import INTERVAL, TIMED, Where, same_losses, shared, undisturbed
 from tests.drills.table import Facts, drill
 from tests.ranks import run_ranks
 from trainer import train
@@ -15,7 +15,7 @@ from trainer.config import load
 from trainer.stop import UNSOUND
 
 LONG = 48  # [steps] spikes are judged after 32 applied ones
-COUNTS = ("skipped_steps",)  # the hand-made runs have none
+IGNORED = ("skipped_steps", *TIMED)  # runs by hand count none
 
 
 def by_hand(overrides: list[str], left_out: list[int], origin: Found | None, passed_over: int) -> list[dict]:
@@ -40,10 +40,11 @@ def same_as_by_hand(where: Where, *more: str, left_out: tuple = (), origin: Foun
     overrides.append(f"run_dir={shared() / 'by-hand'}")
     expected = run_ranks(by_hand, where.num_ranks, overrides, [*left_out], origin, passed_over)[0]
     found = {line["step"]: line for line in where.metrics()}
-    assert [line["step"] for line in expected] == [step for step in sorted(found) if step >= expected[0]["step"] and step not in left_out]
+    steps = [line["step"] for line in expected]
+    assert steps == [step for step in sorted(found) if step >= steps[0] and step not in left_out]
     for line in expected:
         of_run = found[line["step"]]
-        differ = {key: (of_run.get(key), line[key]) for key in line if key in of_run and key not in COUNTS and of_run[key] != line[key]}
+        differ = {key: (of_run.get(key), line[key]) for key in line if key not in IGNORED and of_run.get(key) != line[key]}
         assert not differ, f"step {line['step']}: {differ}"
     return f"{len(expected)} of {len(expected)} bit for bit those of a run by hand"
 
@@ -51,8 +52,8 @@ def same_as_by_hand(where: Where, *more: str, left_out: tuple = (), origin: Foun
 def unchanged(where: Where, steps: list[int], *, of_rank: int) -> None:
     """Weights, optimizer state and biases were the same after these steps as before."""
     lines = [json.loads(line) for line in (where.path / f"digests.{of_rank}").read_text().splitlines()]
-    by_step = {step: {key: line[key] for line in lines for key in line if line["step"] == step and key != "step"} for step in steps}
-    assert all(of["before"] == of["after"] for of in by_step.values()), f"rank {of_rank}: a skipped step changed something"
+    before, after = ({line["step"]: line[when] for line in lines if when in line} for when in ("before", "after"))
+    assert [*before] == steps and before == after, f"rank {of_rank}: a skipped step changed something"
 
 
 @drill(limit_s=250, short=True)

@@ -12,8 +12,8 @@ from trainer.stop import NO_DATA
 
 @drill(limit_s=200, short=True)
 def the_data_cannot_be_read(directory: Path, short: bool) -> Facts:
-    """reads fail for good on one rank, in its data worker and in its own process · all ranks end with exit code 4 and a checkpoint
-    of the last trained step; once the data can be read the same command goes on"""
+    """reads fail for good on one rank, in its data worker and in its own process · all ranks end with exit code 4 and a
+    checkpoint of the last trained step; once the data can be read the same command goes on"""
     facts = Facts()
     for workers in [1] if short else [1, 0]:
         where, more = Where(directory / str(workers)), (f"data.workers={workers}", "data.retries=2", "data.prefetch=1")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("drill", "what was done", "what must hold", "held", "steps lost", "recovered in [s]", "losses equal an undisturbed run's",
-           "took [s]")  # fmt: skip
+COLUMNS = ("drill", "what was done", "what must hold", "held", "steps lost", "recovered in [s]",
+           "losses equal an undisturbed run's", "took [s]")  # fmt: skip
 
 
 @dataclass(kw_only=True)
