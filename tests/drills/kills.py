@@ -18,6 +18,8 @@ def go_on(where: Where, facts: Facts, *more: str, killed_s: float, saving: int |
     trained = where.trained()[where.before(killed_s) - 1][1]
     good = [step for step in where.checkpoints() if not problems(where.checkpoint(step))]
     assert where.checkpoints() == good, f"{where.checkpoints()} are named like checkpoints, {good} are whole"
+    latest = where.run / "checkpoints" / "latest"
+    assert not latest.exists() or (latest.parent / latest.read_text().strip()).is_dir(), "`latest` names what is not there"
     where.completes(*more)
     resumed = where.starts()[-1]["step"]
     assert resumed == max(good, default=0), f"went on from step {resumed}, the newest good checkpoint was of step {max(good)}"
@@ -26,7 +28,6 @@ def go_on(where: Where, facts: Facts, *more: str, killed_s: float, saving: int |
     facts.lost.append(trained - resumed)
     facts.recovered_s.append(where.recovered_s(killed_s))
     where.whole()
-    latest = where.run / "checkpoints" / "latest"
     assert latest.read_text().strip() == where.checkpoint(where.last_trained()).name
     names = {path.name for path in (where.run / "checkpoints").iterdir()}
     assert not (drafts := [name for name in names if name.startswith(".")]), f"left behind: {drafts}"
