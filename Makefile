@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 LINTERS := .venv/.installed-dev
 LOG := .venv/setup.log
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test drills lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ demo: setup  ## train a small AFMoE on Python's standard library (about 4 minute
 
 test: setup  ## run the tests
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
+
+drills: setup  ## break runs on purpose and print what held (about 8 minutes on 2 cores)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m tests.drills $(ARGS)
 
 lint: $(LINTERS)  ## ruff, pyright, shellcheck
 	@$(VENV) -m ruff check

@@ -7,10 +7,12 @@ progress bar, or a line every `interval` steps where it is not interactive.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -124,15 +126,15 @@ class MetricsLog:
         self, path: Path, *, steps: int, interval: int, after_step: int = 0, start_tracker: Callable[[], Tracker] | None = None
     ):
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
-        self.path, self.file = path, started(path, after_step=after_step)
-        self.steps, self.interval, self.told = steps, interval, False
+        self.path, self.file, self.unwritten = path, started(path, after_step=after_step), b""
+        self.steps, self.interval = steps, interval
         self.tracker = self._guarded(start_tracker) if start_tracker else None
         self.bar = _Bar(steps, after_step) if sys.stderr.isatty() else None
 
     def write(self, metrics: dict[str, float], *, alarms: Sequence[str] = ()) -> None:
         """alarms: of the guard; printed and passed on to the tracker."""
         step = int(metrics["step"])
-        self._recorded(lambda: self.file.write(json.dumps(metrics) + "\n"))
+        self._append(json.dumps(metrics) + "\n")
         if self.tracker is not None:
             tracker = self.tracker
             self._guarded(lambda: tracker.log(metrics, step))
@@ -146,24 +148,28 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """The run went back to this step: lines of later ones are dropped."""
-        self._recorded(self.file.close)
-        self.file = started(self.path, after_step=step)
+        self.file.close()
+        self.file, self.unwritten = started(self.path, after_step=step), b""
+
+    def _append(self, line: str) -> None:
+        """A full disk does not stop a run: lines wait here until there is room."""
+        waited, self.unwritten = bool(self.unwritten), self.unwritten + line.encode()
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]  # a disk that becomes full takes a part
+        except OSError as error:
+            if not waited:
+                log.warning("%s cannot be written, its lines wait: %s", self.path, error)
 
     def close(self) -> None:
-        self._recorded(self.file.close)
+        self._append("")
+        if self.unwritten:
+            log.warning("%s lacks its last lines, they could not be written", self.path)
+        self.file.close()
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
             self._guarded(self.tracker.finish)
-
-    def _recorded(self, call: Callable[[], Any]) -> None:
-        """A full disk is no reason to end a run: the last lines wait in the file's buffer until there is room."""
-        try:
-            call()
-        except OSError as error:
-            if not self.told:
-                log.warning("%s cannot be written: %s; the run goes on", self.path, error)
-            self.told = True
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """A tracker may be down; the run goes on without it."""
@@ -175,16 +181,16 @@ class MetricsLog:
             return None
 
 
-def started(path: Path, *, after_step: int) -> TextIO:
-    """The file, open to go on with, with its lines up to this step."""
+def started(path: Path, *, after_step: int) -> FileIO:
+    """The file, open to go on with, with its lines up to this step. Replaced at once: a kill in between costs none of them."""
     kept = []
     if after_step and path.exists():
         whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
         kept = [line for line in whole if json.loads(line)["step"] <= after_step]
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text("".join(f"{line}\n" for line in kept))
-    draft.replace(path)  # a kill on the way must not lose the lines
-    return path.open("a", buffering=1)
+    os.replace(draft, path)
+    return path.open("ab", buffering=0)
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -65,6 +65,9 @@ class Agent(LocalElasticAgent):
             raise Ended(told[0] if told else 1) from None  # 1: srun reports the highest code, and another node has the cause
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        # torch keeps the store over a restart: ranks find the addresses of those that are gone there (pytorch #135712, #167288).
+        # With this forgotten, it makes another one, on another port.
+        worker_group.spec.rdzv_handler._bootstrap_store_info = None
         with interruptible():
             super()._rendezvous(worker_group)
 
