@@ -173,8 +173,7 @@ def test_any_damage_is_found_and_named_and_the_run_goes_on_from_the_one_before(t
 
 
 def test_ranks_verify_together_and_all_hear_of_it(tmp_path):
-    saved(tmp_path, 1)
-    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000002")
+    saved(tmp_path, 1, 2)
     flip(tmp_path / "step-00000002" / "rank-00000.safetensors")
     found = run_ranks(lambda: (Checkpoints(tmp_path).verify(1), Checkpoints(tmp_path).verify(2)), 3)
     assert all(good == [] and len(bad) == 1 and "rank-00000" in bad[0] for good, bad in found)
@@ -246,6 +245,13 @@ def test_a_save_is_tried_again_and_a_success_forgets_the_misses(tmp_path, monkey
 
     assert run_ranks(worker, 1) == [([0.5, 1.0], 0, [1])]
     assert equal(read_whole(tmp_path / "step-00000001"), flat(state_of(1)))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_used(tmp_path):
+    saved(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000005")
+    assert run_ranks(lambda: Checkpoints(tmp_path).newest_good().step, 1) == [2]
+    assert problems(tmp_path / "step-00000005") == [f"{tmp_path}/step-00000005 holds step 2: it was renamed or copied"]
 
 
 def test_numbers_that_would_become_others_are_refused(tmp_path):

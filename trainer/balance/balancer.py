@@ -161,6 +161,7 @@ class Balancer(nn.Module):
         return Verdict(
             collapsed=[(m, e) for m, e in collapsed_ME.nonzero().tolist()],
             num_experts=self.tail_counts_ME.numel(),
+            num_steps=int(num_steps),
             max_violation=max_violation / max(num_steps, 1),
             floor=floor / max(num_steps, 1),
         )
@@ -172,6 +173,7 @@ class Verdict:
 
     collapsed: list[tuple[int, int]]
     num_experts: int
+    num_steps: int  # that it is about
     max_violation: float
     floor: float
 
@@ -180,6 +182,8 @@ class Verdict:
         return not self.collapsed
 
     def __str__(self) -> str:
+        if self.num_experts and not self.num_steps:
+            return "balance: not measured, no step of the run's last tenth was applied here"
         return (
             f"balance: {'ok' if self.ok else 'FAILED'}, {len(self.collapsed)} of {self.num_experts} experts collapsed, "
             f"MaxVio {self.max_violation:.2f} (floor {self.floor:.2f})"

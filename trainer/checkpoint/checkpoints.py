@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +119,8 @@ class Checkpoints:
         """
         self.finish()
         if self.group is None and dist.get_world_size() > 1:
-            self.group = dist.new_group(backend="gloo")  # apart from the step's collectives, which go on meanwhile
+            # Apart from the step's collectives, which go on meanwhile; writing may take its time, a dead rank is seen at once.
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.planner.stage(state)
         job = (step, state, dict(about or {}), dict(texts or {}))
         self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)

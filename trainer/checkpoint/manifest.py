@@ -7,6 +7,7 @@ It is written last, so a directory without one is not a checkpoint.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,9 @@ def problems(directory: Path, *, hashes: bool = True, share: slice = slice(None)
         manifest = read_manifest(directory)
     except DamagedError as error:
         return [str(error)]
+    named = re.fullmatch(r"step-(\d+)", directory.name)
+    if named and int(named[1]) != manifest["step"]:
+        return [f"{directory} holds step {manifest['step']}: it was renamed or copied"]
     files = manifest["files"]
     found = (_problem(directory / name, files[name], hashes=hashes) for name in sorted(files)[share])
     return [*filter(None, found)]

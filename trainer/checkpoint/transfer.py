@@ -46,8 +46,7 @@ class StagedPlanner(DefaultSavePlanner):
 def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[str, Any]:
     """Fills the tensors of `state` in place, each rank its own part, and returns it. Collective.
 
-    Raises: ValueError naming every tensor that is missing, has another shape or no such dtype; DamagedError if a file cannot be
-    read.
+    Raises: ValueError naming every tensor that is missing, or of another shape or dtype; DamagedError if a file cannot be read.
     """
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state)
