@@ -6,13 +6,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 from tests.drills.jobs import INTERVAL, STEPS, Where, same_losses, undisturbed
 from tests.drills.table import Facts, drill
 from trainer.checkpoint import problems
+from trainer.checkpoint.__main__ import main
 from trainer.stop import CANNOT_SAVE
 
 SIZE_MB = 16
@@ -119,9 +121,8 @@ def going_back(directory: Path, short: bool) -> Facts:
         where = Where(directory / how)
         where.copy_of(reference.run)
         if how == "rewind":
-            from trainer.checkpoint.__main__ import main
-
-            assert main(["rewind", str(where.run), "10"]) == 0
+            with redirect_stdout(StringIO()):
+                assert main(["rewind", str(where.run), "10"]) == 0
             assert where.checkpoints() == [5, 10]
         else:
             for step in (15, 20):
@@ -144,7 +145,8 @@ def going_back(directory: Path, short: bool) -> Facts:
         assert not any(problems(where.checkpoint(step)) for step in where.checkpoints())
     line = Where(directory / "straight")  # the new line, without a kill
     line.copy_of(reference.run)
-    assert main(["rewind", str(line.run), "10"]) == 0
+    with redirect_stdout(StringIO()):
+        assert main(["rewind", str(line.run), "10"]) == 0
     line.completes("checkpoint.keep=2", "optim.lr=2e-3")
     for how in ("rewind", "incomplete"):
         where = Where(directory / how)

@@ -6,6 +6,7 @@ group of its own, with its data workers and its watchdog's observer: none of the
 
 import atexit
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -215,6 +216,7 @@ def _rank(rank: int, num: int, port: int, log: Path, spec: dict[str, Any], overr
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
+    logging.getLogger().handlers.clear()  # pytest's: a rank's warnings belong into its log
     sys.exit(faulty.main(spec, overrides))
 
 
