@@ -29,7 +29,7 @@ def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s:
     ended it, it cannot start another.
     """
     with tempfile.TemporaryDirectory(prefix="triquetra-ranks-") as directory:
-        job = (worker, args, num_ranks, _free_port(), timeout_s, Path(directory))
+        job = (worker, args, num_ranks, free_port(), timeout_s, Path(directory))
         context = start_processes(_run_rank, job, nprocs=num_ranks, join=False, start_method="fork")
         deadline_s = time.monotonic() + timeout_s
         try:
@@ -85,7 +85,7 @@ def _first_failure(directory: Path) -> BaseException | None:
     return min(failures, key=lambda failure: failure[0])[1] if failures else None
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below the ports that the system gives to outgoing connections, so nobody is given it before rank 0 listens."""
     choose = random.SystemRandom()
     while True:

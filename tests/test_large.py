@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from tests.ranks import _free_port  # noqa: F401  # heavy imports before the fork
+from tests.ranks import free_port  # noqa: F401  # heavy imports before the fork
 from trainer import device
 from trainer.config import ParallelConfig, load
 from trainer.model.afmoe import afmoe_config

@@ -9,11 +9,9 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 
 from tests.drills import faulty
+from tests.ranks import free_port
 from trainer.checkpoint import problems
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -321,13 +320,3 @@ def group_lives(group: int) -> bool:
             if int(pgrp) == group and state != "Z":
                 return True
     return False
-
-
-def free_port() -> int:
-    """Below the ports that the system gives to outgoing connections, so nobody is given it before rank 0 listens."""
-    choose = random.SystemRandom()
-    while True:
-        port = choose.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

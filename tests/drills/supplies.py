@@ -5,8 +5,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.drills.jobs import STEPS, Where, free_port, same_losses, undisturbed
+from tests.drills.jobs import STEPS, Where, same_losses, undisturbed
 from tests.drills.table import Facts, drill
+from tests.ranks import free_port
 from trainer.stop import NO_DATA
 
 
