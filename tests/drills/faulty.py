@@ -134,7 +134,7 @@ def pause(where: Path, *, hook: str, step: int) -> None:
         return is_it
 
     def half_deleted(path, *of):
-        if is_it := path.name.endswith(".deleted"):
+        if is_it := path.name.endswith(".deleted") and path.exists():
             next(path.iterdir()).unlink()
         return is_it
 

@@ -84,8 +84,11 @@ def kill_at_random_times(directory: Path, short: bool) -> Facts:
             assert where.checkpoints() == good, f"{where.checkpoints()} are named like checkpoints, {good} are whole"
             assert trained - max(good, default=0) <= 2 * interval, f"killed after step {trained}, whole: {good}"
             facts.lost.append(trained - max(good, default=0))
+            if where.starts_at() == STEPS and number < 4:  # killed after the last save: nothing is left to train
+                where.restart()
         where.completes(f"checkpoint.interval={interval}")
-        facts.recovered_s.append(where.recovered_s(killed_s))
+        if where.trained()[-1][0] > killed_s:
+            facts.recovered_s.append(where.recovered_s(killed_s))
         facts.equal = same_losses(where, reference)
         where.whole()
     facts.note = f"{len(facts.lost)} kills, seed {seed}, interval {interval}"
