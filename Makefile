@@ -25,7 +25,7 @@ demo: setup  ## train a small AFMoE on Python's standard library (about 4 minute
 test: setup  ## run the tests
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
 
-drills: setup  ## break runs on purpose and print what held (under 15 minutes on 2 cores)
+drills: setup  ## break runs on purpose and print what held (6 to 9 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m tests.drills $(ARGS)
 
 lint: $(LINTERS)  ## ruff, pyright, shellcheck
