@@ -30,6 +30,7 @@ drills: setup  ## break runs on purpose and print what held (6 to 9 minutes on 2
 
 lint: $(LINTERS)  ## ruff, pyright, shellcheck
 	@$(VENV) -m ruff check
+	@$(VENV) -m ruff format --check
 	@$(VENV) -m pyright
 	@.venv/bin/shellcheck .ci/run launch/*.sh launch/*.sbatch
 
@@ -48,7 +49,7 @@ latest=$$(cat '$(RUN)/checkpoints/latest') || exit 1; \
 	if [ -e "$$out" ]; then echo "$$out: was exported before"; exit 0; fi; \
 	set -- '$(RUN)/checkpoints/'"$$latest" "$$out" --verify; \
 	if [ -e '$(RUN)/tokenizer.json' ]; then set -- "$$@" --prompt 'def main():'; fi; \
-	$(VENV) -m trainer.export "$$@"
+	$(VENV) -m trainer export "$$@"
 endef
 
 # $(1): the extra of pyproject.toml, $(2): what to tell. The log is shown only on failure.

@@ -51,7 +51,10 @@ def main() -> None:
             step_s.append(time.perf_counter() - start_s)
         log.close()
     shares = [b / s for b, s in zip(balancing_s, step_s, strict=True)]
-    print(f"balancer and metrics, {LAYERS} layers x {EXPERTS} experts: {statistics.median(balancing_s) * 1e3:.1f} ms")
+    print(
+        f"balancer and metrics, {LAYERS} layers x {EXPERTS} experts: "
+        f"{statistics.median(balancing_s) * 1e3:.1f} ms"
+    )
     print(f"training step, model=small, 2,048 tokens: {statistics.median(step_s) * 1e3:.0f} ms")
     print(f"share {statistics.median(shares):.2%} (rounds {min(shares):.2%} to {max(shares):.2%})")
 

@@ -1,10 +1,12 @@
-"""What does a checkpoint cost: how long does the step wait, how long until it is durable, how long to verify and load it?
+"""What does a checkpoint cost: how long does the step wait, how long until it is durable, how long to verify
+and load it?
 
     python -m benchmarks.checkpoint [rounds=5] [any setting of the trainer: model=small ...]
 
-One process trains; in each round the contenders save the same state one after another, in turns: ours with the step waiting for
-all of it, ours in the background, and torch's own `dcp.save` and `dcp.async_save`, which neither hash nor rename. `waits` is how
-long the call holds up the step. While ours is being written, steps are timed against those before it.
+One process trains; in each round the contenders save the same state one after another, in turns: ours with
+the step waiting for all of it, ours in the background, and torch's own `dcp.save` and `dcp.async_save`, which
+neither hash nor rename. `waits` is how long the call holds up the step. While ours is being written, steps
+are timed against those before it.
 """
 
 import shutil
@@ -22,13 +24,21 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from trainer import train
-from trainer.build import full_state, resume
 from trainer.checkpoint import Checkpoints, problems
 from trainer.checkpoint.checkpoints import Found
 from trainer.config import load
+from trainer.run.build import full_state, resume
 
-SETTINGS = ["model=small", "data=synthetic", "data.workers=0", "name=checkpoint", "steps=1000", "seq_len=256", "global_batch=8",
-            "micro_batch=4"]  # fmt: skip
+SETTINGS = [
+    "model=small",
+    "data=synthetic",
+    "data.workers=0",
+    "name=checkpoint",
+    "steps=1000",
+    "seq_len=256",
+    "global_batch=8",
+    "micro_batch=4",
+]
 Times = dict[str, list[float]]
 
 
@@ -42,7 +52,9 @@ def one_step(run: train.Run) -> None:
     train.train_step(run, train.next_batches(run))
 
 
-def one_round(run: train.Run, ours: Checkpoints, times: Times, *, number: int, group: dist.ProcessGroup) -> None:
+def one_round(
+    run: train.Run, ours: Checkpoints, times: Times, *, number: int, group: dist.ProcessGroup
+) -> None:
     for _ in range(3):
         times["step"].append(timed(one_step, run))
     state_s = timed(full_state, run)
@@ -66,7 +78,11 @@ def one_round(run: train.Run, ours: Checkpoints, times: Times, *, number: int, g
 def main() -> None:
     rounds = int(next((a.removeprefix("rounds=") for a in sys.argv[1:] if a.startswith("rounds=")), 5))
     run = train.build(load([*SETTINGS, *(a for a in sys.argv[1:] if not a.startswith("rounds="))]))
-    directory, times, group = Path(tempfile.mkdtemp(dir=".")), defaultdict[str, list[float]](list), dist.new_group(backend="gloo")
+    directory, times, group = (
+        Path(tempfile.mkdtemp(dir=".")),
+        defaultdict[str, list[float]](list),
+        dist.new_group(backend="gloo"),
+    )
     ours = Checkpoints(directory / "ours", keep=1)
     try:
         one_round(run, ours, defaultdict(list), number=0, group=group)  # warms up
@@ -80,7 +96,10 @@ def main() -> None:
     finally:
         shutil.rmtree(directory)
     sync_s = statistics.median(times["sync"])
-    print(f"{size / 1e6:.0f} MB, {torch.get_num_threads()} threads, medians of {rounds} rounds and their range\n")
+    print(
+        f"{size / 1e6:.0f} MB, {torch.get_num_threads()} threads, medians of {rounds} rounds and "
+        "their range\n"
+    )
     print("| | ms | of `sync` |\n|---|---|---|")
     for name, values in times.items():
         middle, low, high = (1e3 * of(values) for of in (statistics.median, min, max))

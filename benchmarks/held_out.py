@@ -1,10 +1,10 @@
 """How do the runs of a study that kept their checkpoints do on files that none of them was trained on? [nats]
 
-    python -m trainer.ablate study=rsdb run_dir=runs/ablate keep_checkpoints=true
+    triquetra ablate study=rsdb run_dir=runs/ablate keep_checkpoints=true
     python -m benchmarks.held_out runs/ablate/rsdb '.*[gk]\\.py'
 
-The files of the Python library whose names match; all runs see the same rows, in which each file has about as many tokens. Means
-and differences to the study's reference as in the study's own tables.
+The files of the Python library whose names match; all runs see the same rows, in which each file has about as
+many tokens. Means and differences to the study's reference as in the study's own tables.
 """
 
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.ablate import table
-from trainer.ablate.programs import PROGRAMS
-from trainer.ablate.study import Job, jobs_of, load_study
-from trainer.ablate.workers import FINISHED, record_of
-from trainer.build import build, resume
 from trainer.data import PythonSource, TokenStream
-from trainer.intervals import estimate
+from trainer.lab.ablate import table
+from trainer.lab.ablate.programs import PROGRAMS
+from trainer.lab.ablate.study import Job, jobs_of, load_study
+from trainer.lab.ablate.workers import FINISHED, record_of
+from trainer.lab.intervals import estimate
+from trainer.run.build import build, resume
 
 ROWS, TOKENS = 16, 65_536
 NAME = "held-out loss"
@@ -36,7 +36,8 @@ def held_out_loss(job: Job, *, match: str) -> float:
         raise SystemExit(f"{job.directory} has no checkpoint: run the study with keep_checkpoints=true")
     resume(run, found)
     source, seq_len = PythonSource(match), job.config.seq_len
-    sizes = {"seq_len": seq_len, "global_batch": ROWS, "num_streams": 1, "buffer": len(source)}  # all files open
+    # all files open
+    sizes = {"seq_len": seq_len, "global_batch": ROWS, "num_streams": 1, "buffer": len(source)}
     rows = TokenStream(source=source, tokenizer=run.stream.tokenizer, seed=0, rank=0, num_ranks=1, **sizes)
     run.model.lm_head.z_loss_weight = 0.0
     loss, targets = 0.0, 0
@@ -63,7 +64,10 @@ def main() -> None:
     lines = []
     for arm in study.arms:
         found = list(table.values_of(results, arm, NAME).values())
-        changes = [table.paired(results, arm, reference, NAME) if arm != reference else None for reference in references]
+        changes = [
+            table.paired(results, arm, reference, NAME) if arm != reference else None
+            for reference in references
+        ]
         cells = ["" if e is None else str(e) + (" *" if e.excludes_zero else "") for e in changes]
         lines.append([f"`{arm}`", str(len(found)), table.cell(estimate(found), of=len(found)), *cells])
     print(table.grid(["arm", "seeds", NAME, *(f"to `{reference}`" for reference in references)], lines))

@@ -1,12 +1,17 @@
-"""How alike are the batches that a stream delivers, with and without the document buffer? Statistics of rows, without training.
+"""How alike are the batches that a stream delivers, with and without the document buffer? Statistics of rows,
+without training.
 
-    python -m benchmarks.heterogeneity [docs/benchmarks/heterogeneity.svg]       (1.5 minutes; the picture needs matplotlib)
+    python -m benchmarks.heterogeneity [docs/benchmarks/heterogeneity.svg]       (1.5 minutes)
 
-Documents of lognormal lengths in 8 domains. A token's loss is made up: its domain's level + its document's offset + a trend along
-the document [nats]. A token's value is its place in the corpus, so what a row holds is read off the rows that
-`TokenStream.next_step` returns. All arms read the same corpus from its start; statistics are of the second half of the steps.
+The picture needs matplotlib.
 
-Letters: R rows delivered, M microbatches of B rows in a step, D domains, P pieces of documents in rows, N documents.
+Documents of lognormal lengths in 8 domains. A token's loss is made up: its domain's level + its document's
+offset + a trend along the document [nats]. A token's value is its place in the corpus, so what a row holds is
+read off the rows that `TokenStream.next_step` returns. All arms read the same corpus from its start;
+statistics are of the second half of the steps.
+
+Letters: R rows delivered, M microbatches of B rows in a step, D domains, P pieces of documents in rows, N
+documents.
 """
 
 import sys
@@ -16,11 +21,12 @@ from itertools import pairwise
 import numpy as np
 
 from trainer.data import Document, TokenStream
-from trainer.intervals import estimate
+from trainer.lab.intervals import estimate
 
 SEQ_LEN, ROWS, MICRO = 8192, 32, 4  # of a row, of a step, of a microbatch
 STEPS, SEEDS, TOGETHER = 1000, 5, 10  # the last: steps whose mean is taken
-MEAN_LENGTH, SIGMA, TOTAL = 5000, 1.8, 420_000_000  # [tokens]; of a document, of the logarithm, of the corpus at least
+# [tokens]; of a document, of the logarithm, of the corpus at least
+MEAN_LENGTH, SIGMA, TOTAL = 5000, 1.8, 420_000_000
 LEVEL_D = np.linspace(1.5, 3.5, 8)  # [nats] of a domain
 OFFSET, TREND = 0.3, 0.3  # [nats] a document's, as a standard deviation; what it falls by from start to end
 SPANS = (0, 10, 20, 40, 80, 160, 262)  # [10^6 tokens delivered]
@@ -55,11 +61,16 @@ class Corpus:
     def __init__(self, *, seed: int) -> None:
         random = np.random.default_rng(seed)
         num_documents = int(1.05 * TOTAL / MEAN_LENGTH)
-        length_N = random.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, num_documents).astype(np.int64) + 1
+        length_N = (
+            random.lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, num_documents).astype(np.int64) + 1
+        )
         end_N = length_N.cumsum()
         keep = min(num_documents, int(np.searchsorted(end_N, TOTAL)))
         self.length_N, self.start_N = length_N[:keep], (end_N - length_N)[:keep]
-        self.domain_N, self.offset_N = random.integers(len(LEVEL_D), size=keep), OFFSET * random.standard_normal(keep)
+        self.domain_N, self.offset_N = (
+            random.integers(len(LEVEL_D), size=keep),
+            OFFSET * random.standard_normal(keep),
+        )
         self.share_D = np.bincount(self.domain_N, self.length_N, len(LEVEL_D)) / self.length_N.sum()
         self.is_long_N = self.length_N >= np.quantile(self.length_N, 0.9)
         self.share_long = self.length_N[self.is_long_N].sum() / self.length_N.sum()
@@ -118,7 +129,13 @@ def shuffled(rows: Rows, *, seed: int) -> Rows:
     """The same rows in a random order."""
     order_R = np.random.default_rng(seed).permutation(len(rows.loss_R))
     place_R = order_R.argsort()
-    return Rows(rows.loss_R[order_R], rows.share_RD[order_R], rows.long_R[order_R], place_R[rows.row_P], rows.document_P)
+    return Rows(
+        rows.loss_R[order_R],
+        rows.share_RD[order_R],
+        rows.long_R[order_R],
+        place_R[rows.row_P],
+        rows.document_P,
+    )
 
 
 def autocorrelation(value_T: np.ndarray, lag: int) -> float:
@@ -127,7 +144,9 @@ def autocorrelation(value_T: np.ndarray, lag: int) -> float:
 
 
 def shared_neighbours(rows: Rows, *, after: int) -> float:
-    """Share of the pairs of neighbouring rows of a microbatch that hold pieces of the same document; rows from `after` on."""
+    """Share of the pairs of neighbouring rows of a microbatch that hold pieces of the same document; rows
+    from `after` on.
+    """
     num_rows = len(rows.loss_R) + 1
     is_late = rows.row_P >= after
     key = np.unique(rows.document_P[is_late] * num_rows + rows.row_P[is_late])
@@ -167,13 +186,17 @@ def domain_distance(share_RD: np.ndarray, corpus: Corpus, *, size: int) -> float
 
 
 def long_share(rows: Rows, corpus: Corpus) -> list[float]:
-    """Of the longest tenth of the documents, span after span of the delivered tokens, over its share of the corpus."""
+    """Of the longest tenth of the documents, span after span of the delivered tokens, over its share of the
+    corpus.
+    """
     bounds = [round(span * 1e6 / SEQ_LEN) for span in SPANS]
     return [rows.long_R[first:last].mean() / corpus.share_long for first, last in pairwise(bounds)]
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+    return (
+        "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]) + "\n"
+    )
 
 
 def draw(path: str, rows_of: dict[str, Rows], corpus: Corpus) -> None:
@@ -191,7 +214,10 @@ def draw(path: str, rows_of: dict[str, Rows], corpus: Corpus) -> None:
             left.plot(range(STEPS // 2 + 1, STEPS // 2 + 201), late_T[:200], **style)
         middle.plot(range(31), [autocorrelation(late_T, lag) for lag in range(31)], **style, label=arm)
         together = 20 * ROWS
-        long = rows.long_R[: len(rows.long_R) // together * together].reshape(-1, together).mean(1) / corpus.share_long
+        long = (
+            rows.long_R[: len(rows.long_R) // together * together].reshape(-1, together).mean(1)
+            / corpus.share_long
+        )
         right.plot((np.arange(len(long)) + 0.5) * together * SEQ_LEN / 1e6, long, **style)
     left.set(xlabel="step", ylabel="[nats]", title="Mean loss of a step")
     middle.set(xlabel="steps apart", title="Autocorrelation of the steps' losses")
@@ -209,7 +235,9 @@ def main() -> None:
     long_shares = []
     for seed in range(SEEDS):
         corpus = Corpus(seed=seed)
-        rows_of = {arm: deliver(corpus, num_streams=v, buffer=buffer, seed=seed) for arm, (v, buffer) in ARMS.items()}
+        rows_of = {
+            arm: deliver(corpus, num_streams=v, buffer=buffer, seed=seed) for arm, (v, buffer) in ARMS.items()
+        }
         rows_of[SHUFFLED] = shuffled(rows_of["sequential, 1 stream"], seed=seed)
         long_shares.append(corpus.share_long)
         for arm, rows in rows_of.items():
@@ -219,7 +247,10 @@ def main() -> None:
             draw(sys.argv[1], rows_of, corpus)
     names = list(found[SHUFFLED][0])
     for some in (names[:6], names[6:]):
-        lines = [[arm, *(str(estimate([of[name] for of in seeds])) for name in some)] for arm, seeds in found.items()]
+        lines = [
+            [arm, *(str(estimate([of[name] for of in seeds])) for name in some)]
+            for arm, seeds in found.items()
+        ]
         print(table(["", *some], lines))
     lines = []
     for arm, base in COMPARED:
@@ -228,8 +259,21 @@ def main() -> None:
         lower = [[theirs[name] / ours[name] for ours, theirs in pairs] for name in names[1:3]]
         cells = [f"{estimate(ratios)} ({min(ratios):.2f} to {max(ratios):.2f})" for ratios in (het, *lower)]
         lines.append([f"{arm} / {base}", *cells])
-    print(table(["mean ± 95 % interval (range over the seeds)", "BatchHet", "variance, times lower", "of 10 steps"], lines))
-    print(f"The longest tenth of the documents holds {estimate(long_shares)} of the tokens. Delivered, over that:\n")
+    print(
+        table(
+            [
+                "mean ± 95 % interval (range over the seeds)",
+                "BatchHet",
+                "variance, times lower",
+                "of 10 steps",
+            ],
+            lines,
+        )
+    )
+    print(
+        f"The longest tenth of the documents holds {estimate(long_shares)} of the tokens. Delivered, "
+        "over that:\n"
+    )
     spans = [f"{first} to {last}" for first, last in pairwise(SPANS)]
     lines = [[arm, *map(str, map(estimate, zip(*seeds, strict=True)))] for arm, seeds in long.items()]
     print(table(["10^6 tokens", *spans], lines))

@@ -1,7 +1,8 @@
-"""Draws the losses of `study=lr_transfer` over the learning rate, one line for each width, from that at 2e-2 of the same seed.
+"""Draws the losses of `study=lr_transfer` over the learning rate, one line for each width, from that at 2e-2
+of the same seed.
 
-    python -m trainer.ablate study=lr_transfer
-    python -m benchmarks.lr_transfer runs/ablate/lr_transfer docs/studies/lr_transfer.svg      (needs matplotlib)
+triquetra ablate study=lr_transfer
+python -m benchmarks.lr_transfer runs/ablate/lr_transfer docs/studies/lr_transfer.svg      (needs matplotlib)
 """
 
 import json
@@ -21,7 +22,9 @@ REFERENCE = 2e-2
 
 
 def losses(directory: Path) -> dict[int, dict[float, list[float]]]:
-    """By width and learning rate, one for each seed: the mean over the last tenth of the steps, as the study's table has it."""
+    """By width and learning rate, one for each seed: the mean over the last tenth of the steps, as the
+    study's table has it.
+    """
     found = defaultdict(lambda: defaultdict(list))
     for job in sorted(directory.glob("d*-s*")):
         width, rate = re.fullmatch(r"d(\d+)_(\S+)-s\d+", job.name).groups()
@@ -35,13 +38,28 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for width, by_rate in sorted(losses(directory).items()):
         rates = sorted(by_rate)
-        by_rate = {r: [loss - start for loss, start in zip(by_rate[r], by_rate[REFERENCE], strict=True)] for r in rates}
+        by_rate = {
+            r: [loss - start for loss, start in zip(by_rate[r], by_rate[REFERENCE], strict=True)]
+            for r in rates
+        }
         means = [statistics.mean(by_rate[rate]) for rate in rates]
-        print(f"d = {width}: " + ", ".join(f"{rate:g}: {mean:+.3f}" for rate, mean in zip(rates, means, strict=True)))
+        print(
+            f"d = {width}: "
+            + ", ".join(f"{rate:g}: {mean:+.3f}" for rate, mean in zip(rates, means, strict=True))
+        )
         (line,) = axes.plot(rates, means, marker="o", label=f"d = {width}")
         color = line.get_color()
-        axes.fill_between(rates, [min(by_rate[r]) for r in rates], [max(by_rate[r]) for r in rates], color=color, alpha=0.2)
-        axes.plot(rates[means.index(min(means))], min(means), marker="o", markersize=12, fillstyle="none", color=color)
+        axes.fill_between(
+            rates, [min(by_rate[r]) for r in rates], [max(by_rate[r]) for r in rates], color=color, alpha=0.2
+        )
+        axes.plot(
+            rates[means.index(min(means))],
+            min(means),
+            marker="o",
+            markersize=12,
+            fillstyle="none",
+            color=color,
+        )
     axes.set(xscale="log", xlabel="Muon's peak learning rate", ylabel="loss, from that at 2e-2 [nats]")
     axes.set_title("Circled: the best rate of a width")
     axes.legend()

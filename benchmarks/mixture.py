@@ -1,6 +1,7 @@
-"""How far from its weights is a mixture, in what is delivered? The largest error of a share over windows of 1.05 million tokens.
+"""How far from its weights is a mixture, in what is delivered? The largest error of a share over windows of
+1.05 million tokens.
 
-    python -m benchmarks.mixture
+python -m benchmarks.mixture
 """
 
 import math
@@ -35,14 +36,25 @@ def errors(sigma: float, *, num_streams: int, buffer: int) -> list[float]:
     found = np.zeros((SEEDS, WINDOWS))
     for seed in range(SEEDS):
         sources = {
-            name: Marked(i, mean=mean, sigma=sigma, seed=10 * seed + i) for i, (name, mean) in enumerate(MEANS.items())
-        }  # fmt: skip
+            name: Marked(i, mean=mean, sigma=sigma, seed=10 * seed + i)
+            for i, (name, mean) in enumerate(MEANS.items())
+        }
         stream = TokenStream(
-            source=sources, tokenizer=None, seq_len=SEQ_LEN, global_batch=ROWS, num_streams=num_streams, seed=seed, rank=0,
-            num_ranks=1, mixture=WEIGHTS, buffer=buffer,
-        )  # fmt: skip
+            source=sources,
+            tokenizer=None,
+            seq_len=SEQ_LEN,
+            global_batch=ROWS,
+            num_streams=num_streams,
+            seed=seed,
+            rank=0,
+            num_ranks=1,
+            mixture=WEIGHTS,
+            buffer=buffer,
+        )
         for window in range(WINDOWS):
-            tokens = np.concatenate([stream.next_step(ROWS)[0].tokens_BL.numpy().ravel() for _ in range(STEPS)])
+            tokens = np.concatenate(
+                [stream.next_step(ROWS)[0].tokens_BL.numpy().ravel() for _ in range(STEPS)]
+            )
             shares = np.bincount(tokens, minlength=len(WEIGHTS)) / len(tokens)
             found[seed, window] = np.abs(shares - list(WEIGHTS.values())).max()
     return found.max(0).tolist()
@@ -53,5 +65,7 @@ if __name__ == "__main__":
     for sigma in (0.7, 1.8):
         for num_streams in (1, 8, 32):
             for buffer in (0, 4, 64):
-                found = " | ".join(f"{100 * error:.2f} %" for error in errors(sigma, num_streams=num_streams, buffer=buffer))
+                found = " | ".join(
+                    f"{100 * error:.2f} %" for error in errors(sigma, num_streams=num_streams, buffer=buffer)
+                )
                 print(f"| {sigma} | {num_streams} | {buffer} | {found} |", flush=True)

@@ -1,12 +1,15 @@
-"""How orthogonal is Muon's update, and what does it cost: in time at `model=small`, in FLOP and bytes for Trinity Large?
+"""How orthogonal is Muon's update, and what does it cost: in time at `model=small`, in FLOP and bytes for
+Trinity Large?
 
     python -m benchmarks.muon [rounds=5] [any setting of the trainer: model=small global_batch=16 ...]
 
-Accuracy: singular values after Newton-Schulz, of Gaussian matrices and of one with a spectrum that falls to 1e-4.
-Measured: the whole `train_step` and the optimizers' part of it, with AdamW and with Muon, interleaved in one process.
-Counted: the plan of rank 0 of 2,048 (dp_replicate 16 x dp_shard 128, ep 8) on a fake process group, from shapes alone;
-bytes are those of bfloat16. The minimum is what must move when each matrix is orthogonalised by one rank: its missing pieces
-to that rank, the result to all R x S ranks that hold a piece.
+Accuracy: singular values after Newton-Schulz, of Gaussian matrices and of one with a spectrum that falls to
+1e-4.
+Measured: the whole `train_step` and the optimizers' part of it, with AdamW and with Muon, interleaved in one
+process.
+Counted: the plan of rank 0 of 2,048 (dp_replicate 16 x dp_shard 128, ep 8) on a fake process group, from
+shapes alone; bytes are those of bfloat16. The minimum is what must move when each matrix is orthogonalised by
+one rank: its missing pieces to that rank, the result to all R x S ranks that hold a piece.
 """
 
 import math
@@ -19,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.train_step import SETTINGS, packed_batch
-from trainer import device, train
+from trainer import train
 from trainer.config import load
 from trainer.data import Batch
 from trainer.model.afmoe import afmoe_config
@@ -27,12 +30,23 @@ from trainer.model.parallelize import build_parallel
 from trainer.optim import muon
 from trainer.optim.newton_schulz import cost, orthogonalize
 from trainer.optim.plan import Item, Plan
+from trainer.ranks import device
 
-HYPER = {"lr": 1e-3, "adamw_lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+HYPER = {
+    "lr": 1e-3,
+    "adamw_lr": 1e-3,
+    "momentum": 0.95,
+    "betas": [0.9, 0.95],
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+}
 
 
 def accuracy() -> None:
-    print("| matrix | dtype | smallest and largest singular value | deviation from orthogonal, mean over directions |")
+    print(
+        "| matrix | dtype | smallest and largest singular value | deviation from orthogonal, mean over "
+        "directions |"
+    )
     print("|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     cases = (("256 x 256", 256, 256, 0), ("256 x 768", 256, 768, 0), ("256 x 768, 1 to 1e-4", 256, 768, 4))
@@ -57,7 +71,10 @@ def measure(rounds: int, overrides: list[str]) -> None:
         for name, step in steps.items():
             times[name].append(step())
     config = load(arms["muon"])
-    print(f"{config.global_batch} x {config.seq_len} tokens, {torch.get_num_threads()} threads, medians of {rounds} rounds\n")
+    print(
+        f"{config.global_batch} x {config.seq_len} tokens, {torch.get_num_threads()} threads, medians of "
+        f"{rounds} rounds\n"
+    )
     print("| optimizer | step [ms] | its part [ms] | share |\n|---|---|---|---|")
     for name, pairs in times.items():
         whole_ms, part_ms = (statistics.median(seconds) * 1e3 for seconds in zip(*pairs[1:], strict=True))
@@ -70,7 +87,9 @@ def stepper(overrides: list[str]) -> Callable[[], tuple[float, float]]:
     run = train.build(load(overrides))
     config, part_s = run.config, 0.0
     batch = packed_batch(config.model.vocab_size, rows=config.global_batch, seq_len=config.seq_len)
-    micro_batches = [Batch(*parts) for parts in zip(*(t.split(config.micro_batch) for t in batch), strict=True)]
+    micro_batches = [
+        Batch(*parts) for parts in zip(*(t.split(config.micro_batch) for t in batch), strict=True)
+    ]
     step_weights = run.optimizer.step
 
     def timed() -> None:
@@ -96,7 +115,10 @@ def count() -> None:
     start_s = time.perf_counter()
     plans = muon(model, **HYPER, dtype="bfloat16")[0].plans
     print(f"\nTrinity Large on 2,048 ranks, rank 0; planned in {time.perf_counter() - start_s:.2f} s\n")
-    print("| matrices | number | owners | rounds | TFLOP | most/mean | TFLOP if replicas repeated it | GB received | minimum |")
+    print(
+        "| matrices | number | owners | rounds | TFLOP | most/mean | TFLOP if replicas repeated it | GB "
+        "received | minimum |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for plan in plans:
         items = [item for owned in plan.rounds for items in owned for item in items]
@@ -112,7 +134,10 @@ def count() -> None:
 
 
 def flop_by_owner(plan: Plan) -> list[int]:
-    return [sum(cost(*item.shape) for owned in plan.rounds for item in owned[owner]) for owner in range(len(plan.rounds[0]))]
+    return [
+        sum(cost(*item.shape) for owned in plan.rounds for item in owned[owner])
+        for owner in range(len(plan.rounds[0]))
+    ]
 
 
 def received(plan: Plan) -> int:
@@ -120,9 +145,13 @@ def received(plan: Plan) -> int:
     total = 0
     for owned in plan.rounds:
         shares = [owned[r * plan.num_cuts : (r + 1) * plan.num_cuts] for r in range(plan.num_replicas)]
-        size = [[sum(math.prod(plan.piece_shape(item, plan.cut_rank)) for item in items) for items in share] for share in shares]
+        size = [
+            [sum(math.prod(plan.piece_shape(item, plan.cut_rank)) for item in items) for items in share]
+            for share in shares
+        ]
         mine = shares[plan.replica][plan.cut_rank]
-        total += sum(math.prod(item.shape) for item in mine) - size[plan.replica][plan.cut_rank]  # pieces to this owner
+        # pieces to this owner
+        total += sum(math.prod(item.shape) for item in mine) - size[plan.replica][plan.cut_rank]
         total += sum(size[plan.replica]) - size[plan.replica][plan.cut_rank]  # results of this replica
         total += (plan.num_replicas - 1) * max(map(sum, size))  # results of the others
     return total

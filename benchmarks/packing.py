@@ -1,6 +1,6 @@
 """How fast are documents packed into rows, without reading and tokenising them? [10^6 tokens per CPU-second]
 
-    python -m benchmarks.packing
+python -m benchmarks.packing
 """
 
 import time
@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from trainer.data import Document, TokenStream
-from trainer.device import keep_freed_memory
+from trainer.ranks.device import keep_freed_memory
 
 SEQ_LEN, STREAMS, ROUNDS, STEPS = 8192, 8, 15, 30
 
@@ -59,4 +59,7 @@ if __name__ == "__main__":
     found = ", ".join(f"{speed(ragged, buffer=buffer):.0f}" for buffer in (0, 64, 128))
     print(f"documents of 5,000 tokens, sigma 1.8, buffer 0, 64, 128: {found}")
     several = {name: Memory(700, total=8_000_000) for name in "abcd"}
-    print(f"4 sources, documents of 700 tokens, buffer 0, 64: {speed(several, buffer=0):.0f}, {speed(several, buffer=64):.0f}")
+    print(
+        f"4 sources, documents of 700 tokens, buffer 0, 64: {speed(several, buffer=0):.0f}, "
+        f"{speed(several, buffer=64):.0f}"
+    )

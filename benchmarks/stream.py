@@ -2,8 +2,9 @@
 
     python -m benchmarks.stream [vocab_size=32768] [backends=tokenizers,fastokens,gigatoken]
 
-One corpus, one tokenizer, one thread in each process, contenders in turn in one run, each beside a round of the tokenizer alone:
-10^6 tokens per CPU-second, all CPU time of workers included, also that in which they read ahead while others are measured.
+One corpus, one tokenizer, one thread in each process, contenders in turn in one run, each beside a round of
+the tokenizer alone: 10^6 tokens per CPU-second, all CPU time of workers included, also that in which they
+read ahead while others are measured.
 """
 
 import json
@@ -15,12 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 import numpy as np
 
 from trainer.data import JsonlSource, PythonSource, TokenStream, end_of_text_id, load_tokenizer
-from trainer.device import keep_freed_memory
+from trainer.ranks.device import keep_freed_memory
 
 SEQ_LEN, ROWS, ROUNDS = 2048, 8, 5
 ROUND_TOKENS = {"tokenizers": 700_000, "fastokens": 12_000_000, "gigatoken": 12_000_000}
@@ -72,7 +77,9 @@ def raw(source: JsonlSource, tokenizer) -> Iterator[int]:
     texts = [source[i].text for i in range(len(source))]
     while True:
         for start in range(0, len(texts), 256):
-            yield sum(map(len, tokenizer.encode_batch_fast(texts[start : start + 256], add_special_tokens=False)))
+            yield sum(
+                map(len, tokenizer.encode_batch_fast(texts[start : start + 256], add_special_tokens=False))
+            )
 
 
 def torchtitan_loader(path: Path, tokenizer) -> Iterator[int]:
@@ -84,24 +91,40 @@ def torchtitan_loader(path: Path, tokenizer) -> Iterator[int]:
             return [*tokenizer.encode(text, add_special_tokens=False).ids, end_of_text_id(tokenizer)]
 
     def load(path: str):
-        return load_dataset("json", data_files=path, split="train", cache_dir=str(Path(path).parent / "cache"))
+        return load_dataset(
+            "json", data_files=path, split="train", cache_dir=str(Path(path).parent / "cache")
+        )
 
     logging.getLogger("torchtitan").setLevel(logging.ERROR)
-    text_datasets.DATASETS["ours"] = DatasetConfig(path=str(path), loader=load, sample_processor=lambda row: row["text"])
+    text_datasets.DATASETS["ours"] = DatasetConfig(
+        path=str(path), loader=load, sample_processor=lambda row: row["text"]
+    )
     loader = text_datasets.HuggingFaceTextDataset("ours", str(path), Same(), seq_len=SEQ_LEN, infinite=True)
     for row, _ in loader:
         yield row["input"].numel()
 
 
 def make(source: JsonlSource, tokenizer, **settings) -> TokenStream:
-    sizes = {"seq_len": SEQ_LEN, "global_batch": ROWS, "num_streams": ROWS, "seed": 0, "rank": 0, "num_ranks": 1}
+    sizes = {
+        "seq_len": SEQ_LEN,
+        "global_batch": ROWS,
+        "num_streams": ROWS,
+        "seed": 0,
+        "rank": 0,
+        "num_ranks": 1,
+    }
     return TokenStream(source=source, tokenizer=tokenizer, **{**sizes, **settings})
 
 
 def ours(name: str, source: JsonlSource, tokenizer, *, tokens: int, **settings) -> Contender:
     stream = make(source, tokenizer, **settings)
     stream.next_step(ROWS)
-    return Contender(name, lambda: len(stream.next_step(ROWS)) * ROWS * SEQ_LEN, tokens=tokens, pids=stream.intake.workers.pids)
+    return Contender(
+        name,
+        lambda: len(stream.next_step(ROWS)) * ROWS * SEQ_LEN,
+        tokens=tokens,
+        pids=stream.intake.workers.pids,
+    )
 
 
 def resume(source: JsonlSource, tokenizer, **settings) -> tuple[float, float, int]:
@@ -139,11 +162,15 @@ def main(vocab_size: int, backends: list[str]) -> None:
         contenders = [Contender("torchtitan 0.3.0", lambda: next(other), tokens=tokens)]
         for backend in backends:
             for label, settings in {
-                "no worker": {}, "1 worker": {"workers": 1}, "2 workers": {"workers": 2},
+                "no worker": {},
+                "1 worker": {"workers": 1},
+                "2 workers": {"workers": 2},
                 "1 worker, buffer 64": {"workers": 1, "buffer": 64},
-            }.items():  # fmt: skip
+            }.items():
                 name = f"{backend}, {label}"
-                contenders.append(ours(name, source, tokenizer, tokens=ROUND_TOKENS[backend], backend=backend, **settings))
+                contenders.append(
+                    ours(name, source, tokenizer, tokens=ROUND_TOKENS[backend], backend=backend, **settings)
+                )
         for i in range(ROUNDS + 1):
             for contender in contenders:
                 if i:  # in the first round it is still filling what lies ahead

@@ -1,11 +1,14 @@
 """How fast is a whole training step next to `transformers`, and which share of the matmul peak is it?
 
-    python -m benchmarks.train_step [rounds=7] [profile=true] [any setting of the trainer: model=small seq_len=512 ...]
+    python -m benchmarks.train_step [rounds=7] [profile=true] [any setting of the trainer: model=small
+    seq_len=512 ...]
 
-All train the same AFMoE from the same weights on the same packed batch, in float32, with the same threads, fused
-AdamW and clipping: our `train_step` (balancing included, reading data excluded) and `AfmoeForCausalLM` with each
-of its expert implementations, once as it is and once with our allocator setting. Each contender has a process of
-its own, because an allocator belongs to a process; the rounds are interleaved and the figures are medians.
+All train the same AFMoE from the same weights on the same packed batch, in float32, with the same threads,
+fused
+AdamW and clipping: our `train_step` (balancing included, reading data excluded) and `AfmoeForCausalLM` with
+each of its expert implementations, once as it is and once with our allocator setting. Each contender has a
+process of its own, because an allocator belongs to a process; the rounds are interleaved and the figures are
+medians.
 """
 
 import statistics
@@ -22,15 +25,26 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
-from trainer import device, train
+from trainer import train
 from trainer.config import load
 from trainer.data import Batch
 from trainer.model.afmoe import flops_per_token
 from trainer.model.hf import hf_config, to_hf
+from trainer.ranks import device
 
-SETTINGS = ["name=benchmark", "model=small", "data=synthetic", "steps=1000000", "seq_len=512", "global_batch=4",
-            "micro_batch=4", "optim.lr=1e-4", "stage.warmup.share=0"]  # fmt: skip
-EXPERTS = ("grouped_mm", "eager")  # batched_mm copies the weights of an expert for each token: 24 GiB at these shapes
+SETTINGS = [
+    "name=benchmark",
+    "model=small",
+    "data=synthetic",
+    "steps=1000000",
+    "seq_len=512",
+    "global_batch=4",
+    "micro_batch=4",
+    "optim.lr=1e-4",
+    "stage.warmup.share=0",
+]
+# batched_mm copies the weights of an expert for each token: 24 GiB at these shapes
+EXPERTS = ("grouped_mm", "eager")
 
 
 def packed_batch(vocab_size: int, *, rows: int, seq_len: int) -> Batch:
@@ -47,26 +61,42 @@ def ours(config, directory: Path) -> Callable[[], float]:
     """Also writes the weights that the others start from."""
     run = train.build(config)
     weights = to_hf(run.model.state_dict(), config.model)
-    save_file({k: v.contiguous() for k, v in weights.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in weights.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     AfmoeConfig(**hf_config(config.model, max_position_embeddings=config.seq_len)).save_pretrained(directory)
     batch = packed_batch(config.model.vocab_size, rows=config.global_batch, seq_len=config.seq_len)
     rows = run.model.rows(batch.positions_BL)
-    torch.save({"full_attention": rows.global_mask, "sliding_attention": rows.local_mask}, directory / "masks")
-    micro_batches = [Batch(*parts) for parts in zip(*(t.split(config.micro_batch) for t in batch), strict=True)]
+    torch.save(
+        {"full_attention": rows.global_mask, "sliding_attention": rows.local_mask}, directory / "masks"
+    )
+    micro_batches = [
+        Batch(*parts) for parts in zip(*(t.split(config.micro_batch) for t in batch), strict=True)
+    ]
     return lambda: train.train_step(run, micro_batches)["loss"]
 
 
 def transformers(config, directory: Path, *, experts: str, our_allocator: bool) -> Callable[[], float]:
-    """Its masks are made beforehand, outside the clock: the model does not derive document masks from positions."""
+    """Its masks are made beforehand, outside the clock: the model does not derive document masks from
+    positions.
+    """
     if our_allocator:
         device.keep_freed_memory()
-    model = AfmoeForCausalLM.from_pretrained(directory, attn_implementation="sdpa", experts_implementation=experts).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    model = AfmoeForCausalLM.from_pretrained(
+        directory, attn_implementation="sdpa", experts_implementation=experts
+    ).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     batch = packed_batch(config.model.vocab_size, rows=config.global_batch, seq_len=config.seq_len)
     masks = torch.load(directory / "masks")
 
     def step() -> float:
-        logits = model(batch.tokens_BL, position_ids=batch.positions_BL, attention_mask=masks, use_cache=False).logits
+        logits = model(
+            batch.tokens_BL, position_ids=batch.positions_BL, attention_mask=masks, use_cache=False
+        ).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels_BL.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
@@ -90,7 +120,11 @@ def serve(build: Callable, pipe) -> None:
         if order == "profile":
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
                 value = step()
-            print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=48))
+            print(
+                recorded.key_averages().table(
+                    sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=48
+                )
+            )
         else:
             value = step()
         pipe.send((time.perf_counter() - start_s, value))
@@ -106,7 +140,9 @@ def main() -> None:
         for experts in EXPERTS:
             for allocator in (False, True):
                 label = f"transformers, {experts}{', our allocator' if allocator else ''}"
-                builders[label] = lambda e=experts, a=allocator: transformers(config, directory, experts=e, our_allocator=a)
+                builders[label] = lambda e=experts, a=allocator: transformers(
+                    config, directory, experts=e, our_allocator=a
+                )
         context, pipes = get_context("fork"), {}
         for label, build in builders.items():  # one after another: the first one writes the weights
             pipes[label], child = context.Pipe()
@@ -142,8 +178,15 @@ def report(config, answers: list[dict]) -> None:
             continue
         median_s = statistics.median(answer[label][0] for answer in answers)
         ratios = sorted(answer[label][0] / answer["ours"][0] for answer in answers)
-        against = "" if label == "ours" else f"  ours is {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        print(f"{label:40s} {tokens / median_s:6.0f} tokens/s  {flop / median_s / peak:4.0%} of the peak{against}")
+        against = (
+            ""
+            if label == "ours"
+            else f"  ours is {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
+        print(
+            f"{label:40s} {tokens / median_s:6.0f} tokens/s  {flop / median_s / peak:4.0%} of the "
+            f"peak{against}"
+        )
 
 
 if __name__ == "__main__":

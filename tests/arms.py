@@ -1,7 +1,8 @@
-"""Every arm of configs/balance/, and a small lab to try each in: the trainer's router, counters and Balancer, no experts.
+"""Every arm of configs/balance/, and a small lab to try each in: the trainer's router, counters and Balancer,
+no experts.
 
-The gate's weights are multiples of 1/64 and its inputs of 1/8: sums of their products are exact in any order, so a token's
-logits are the same bits however the batch is cut. What differs then is the bookkeeping's doing.
+The gate's weights are multiples of 1/64 and its inputs of 1/8: sums of their products are exact in any order,
+so a token's logits are the same bits however the batch is cut. What differs then is the bookkeeping's doing.
 
 Letters: M layers, B sequences, L tokens each, D dim, E experts, K experts per token.
 """
@@ -17,7 +18,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from trainer.balance import NO_LOSSES, Balancer, LossWeights, RoutingStats, register_routing_buffers, routing_sums
+from trainer.balance import (
+    NO_LOSSES,
+    Balancer,
+    LossWeights,
+    RoutingStats,
+    register_routing_buffers,
+    routing_sums,
+)
 from trainer.config import CONFIG_DIR
 from trainer.model.router import Gate, Router, count_and_balance
 
@@ -46,8 +54,11 @@ class GatedLayer(nn.Module):
         super().__init__()
         gate = Gate.Config(in_features=DIM, out_features=num_experts)
         self.router = Router.Config(num_experts=num_experts, top_k=top_k, route_scale=1.0, gate=gate).build()
-        weight_ED = torch.randint(-32, 33, (num_experts, DIM), generator=torch.Generator().manual_seed(seed)) / 64
-        weight_ED[:, 0] = (torch.linspace(-1, 1, num_experts) * 64).round() / 64  # of the input that is always 1
+        weight_ED = (
+            torch.randint(-32, 33, (num_experts, DIM), generator=torch.Generator().manual_seed(seed)) / 64
+        )
+        # of the input that is always 1
+        weight_ED[:, 0] = (torch.linspace(-1, 1, num_experts) * 64).round() / 64
         self.router.gate.weight.data.copy_(weight_ED)
         self.top_k, self.loss_weights = top_k, loss_weights
         register_routing_buffers(self, num_experts)
@@ -80,7 +91,9 @@ class Lab:
         """One optimizer step: `feed` runs the layers, forward and backward; the gates' weights stay."""
         feed(self, x_BLD)
         weights = [layer.router.gate.weight for layer in self.layers]
-        self.gradients.append(torch.stack([torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights]))
+        self.gradients.append(
+            torch.stack([torch.zeros_like(w) if w.grad is None else w.grad.clone() for w in weights])
+        )
         for weight in weights:
             weight.grad = None
         self.metrics.append(self.balancer.step(len(self.metrics) + 1))
@@ -94,7 +107,13 @@ class Lab:
 
 
 def make_lab(
-    name: str, *, layers: int = 2, experts: int = 16, top_k: int = 2, loss_weights: LossWeights = NO_LOSSES, **options
+    name: str,
+    *,
+    layers: int = 2,
+    experts: int = 16,
+    top_k: int = 2,
+    loss_weights: LossWeights = NO_LOSSES,
+    **options,
 ) -> Lab:
     """options: of the Balancer."""
     gated = [GatedLayer(experts, top_k, seed=seed, loss_weights=loss_weights) for seed in range(layers)]
@@ -113,7 +132,10 @@ def stats_of(scores_MTE: Tensor, bias_ME: Tensor, *, top_k: int) -> RoutingStats
     """All that can be counted, of scores as they are."""
     ids_MTK = (scores_MTE + bias_ME.unsqueeze(1)).topk(top_k).indices
     logits_MTE = scores_MTE.logit()
-    sums = [routing_sums(*layer, required=True) for layer in zip(scores_MTE, logits_MTE, ids_MTK, bias_ME, strict=True)]
+    sums = [
+        routing_sums(*layer, required=True)
+        for layer in zip(scores_MTE, logits_MTE, ids_MTK, bias_ME, strict=True)
+    ]
     return RoutingStats.from_sums(torch.stack(sums), bias_ME, top_k=top_k)
 
 

@@ -21,12 +21,13 @@ import trainer.train  # noqa: F401  # and with it torchtitan: before the fork, o
 
 
 def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-    """Calls `worker(*args)` in `num_ranks` new processes that share a gloo process group. Returns each rank's result.
+    """Calls `worker(*args)` in `num_ranks` new processes that share a gloo process group. Returns each rank's
+    result.
 
-    A result must survive torch.save: whole tensors, no DTensor. `worker` and `args` are inherited, not pickled,
-    so closures are fine. What the first failing rank raised is raised here, with its traceback as a note; a job
-    that is not done after `timeout_s` is killed and raises TimeoutError. A worker need not end the group; having
-    ended it, it cannot start another.
+    A result must survive torch.save: whole tensors, no DTensor. `worker` and `args` are inherited, not
+    pickled, so closures are fine. What the first failing rank raised is raised here, with its traceback as a
+    note; a job that is not done after `timeout_s` is killed and raises TimeoutError. A worker need not end
+    the group; having ended it, it cannot start another.
     """
     with tempfile.TemporaryDirectory(prefix="triquetra-ranks-") as directory:
         job = (worker, args, num_ranks, free_port(), timeout_s, Path(directory))
@@ -44,14 +45,28 @@ def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s:
                 if process.is_alive():
                     process.kill()
                 process.join()
-        return [torch.load(Path(directory, f"result-{rank}"), weights_only=False) for rank in range(num_ranks)]
+        return [
+            torch.load(Path(directory, f"result-{rank}"), weights_only=False) for rank in range(num_ranks)
+        ]
 
 
 def _run_rank(
-    rank: int, worker: Callable[..., Any], args: tuple, num_ranks: int, port: int, timeout_s: float, directory: Path
+    rank: int,
+    worker: Callable[..., Any],
+    args: tuple,
+    num_ranks: int,
+    port: int,
+    timeout_s: float,
+    directory: Path,
 ) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
@@ -77,16 +92,21 @@ def _picklable(error: BaseException, rank: int) -> BaseException:
 
 
 def _first_failure(directory: Path) -> BaseException | None:
-    """What the first rank to fail raised: the others then fail too, as it is gone. None if it left no word."""
+    """What the first rank to fail raised: the others then fail too, as it is gone. None if it left no
+    word.
+    """
     failures = []
     for path in directory.glob("failure-*"):
-        with suppress(EOFError, pickle.UnpicklingError):  # half written by a rank that was terminated meanwhile
+        # half written by a rank that was terminated meanwhile
+        with suppress(EOFError, pickle.UnpicklingError):
             failures.append(pickle.loads(path.read_bytes()))
     return min(failures, key=lambda failure: failure[0])[1] if failures else None
 
 
 def free_port() -> int:
-    """Below the ports that the system gives to outgoing connections, so nobody is given it before rank 0 listens."""
+    """Below the ports that the system gives to outgoing connections, so nobody is given it before rank 0
+    listens.
+    """
     choose = random.SystemRandom()
     while True:
         port = choose.randrange(20_000, 32_000)

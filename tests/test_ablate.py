@@ -1,4 +1,6 @@
-"""Studies of arms x seeds: the statistics by hand, the engine on a program that does as it is told, one real training."""
+"""Studies of arms x seeds: the statistics by hand, the engine on a program that does as it is told, one real
+training.
+"""
 
 import fcntl
 import json
@@ -14,11 +16,11 @@ from shutil import rmtree
 
 import pytest
 
-from trainer.ablate import programs, study
-from trainer.ablate.__main__ import FAILED, OK, REFUSED, STOPPED, main
-from trainer.ablate.study import Metric
 from trainer.config import CONFIG_DIR, ConfigError
-from trainer.intervals import T_975, Estimate, estimate
+from trainer.lab.ablate import programs, study
+from trainer.lab.ablate.__main__ import FAILED, OK, REFUSED, STOPPED, main
+from trainer.lab.ablate.study import Metric
+from trainer.lab.intervals import T_975, Estimate, estimate
 
 VALUES = {"a": [1.0, 2.0, 3.0], "b": [1.5, 2.4, 3.6]}  # arm -> the loss of seeds 0, 1, 2
 
@@ -73,9 +75,13 @@ def obedient(monkeypatch):
     monkeypatch.setitem(programs.PROGRAMS, "train", Obedient())
 
 
-def write_study(directory, *, arms="{a: [], b: [arm=b]}", metrics="{loss: {of: loss, take: last}}", more="") -> str:
+def write_study(
+    directory, *, arms="{a: [], b: [arm=b]}", metrics="{loss: {of: loss, take: last}}", more=""
+) -> str:
     path = directory / "mine.yaml"
-    path.write_text(f"question: Which?\nbase: [steps=10]\narms: {arms}\nreference: a\nmetrics: {metrics}\n{more}")
+    path.write_text(
+        f"question: Which?\nbase: [steps=10]\narms: {arms}\nreference: a\nmetrics: {metrics}\n{more}"
+    )
     return f"study={path}"
 
 
@@ -92,7 +98,9 @@ def result(directory: Path) -> dict:
 
 
 def outcomes(directory: Path, arm: str) -> list[str]:
-    return [json.loads((directory / "mine" / f"{arm}-s{s}" / "job.json").read_text())["outcome"] for s in range(3)]
+    return [
+        json.loads((directory / "mine" / f"{arm}-s{s}" / "job.json").read_text())["outcome"] for s in range(3)
+    ]
 
 
 # -- statistics -------------------------------------------------------------------------------------------
@@ -102,7 +110,10 @@ def test_interval_of_three_values_by_hand():
     """1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.303, so the half width is 4.303 / sqrt(3) = 2.4843."""
     found = estimate([1.0, 2.0, 3.0])
     assert found is not None and (found.mean, found.num_seeds) == (2.0, 3)
-    assert found.half == pytest.approx(2.4843, abs=1e-4) and not Estimate(mean=2.48, half=2.4843, num_seeds=3).excludes_zero
+    assert (
+        found.half == pytest.approx(2.4843, abs=1e-4)
+        and not Estimate(mean=2.48, half=2.4843, num_seeds=3).excludes_zero
+    )
     assert str(found) == "2.0 ± 2.5"
     assert estimate([]) is None
     one = estimate([4.0])
@@ -112,11 +123,17 @@ def test_interval_of_three_values_by_hand():
 
 @pytest.mark.parametrize("df", range(1, 31))
 def test_t_quantiles_cut_off_a_fortieth_of_the_density(df):
-    """The integral of Student's density from 0 to t, by Simpson's rule, is 0.475 up to the rounding of t to 0.001."""
+    """The integral of Student's density from 0 to t, by Simpson's rule, is 0.475 up to the rounding of t to
+    0.001.
+    """
     t, n = T_975[df - 1], 2000
 
     def density(x):
-        return math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2)) * (1 + x * x / df) ** (-(df + 1) / 2)
+        return (
+            math.gamma((df + 1) / 2)
+            / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+            * (1 + x * x / df) ** (-(df + 1) / 2)
+        )
 
     inner = sum((4 if i % 2 else 2) * density(t * i / n) for i in range(1, n))
     assert (density(0) + inner + density(t)) * t / n / 3 == pytest.approx(0.475, abs=3e-5)
@@ -136,7 +153,8 @@ def test_t_quantiles_cut_off_a_fortieth_of_the_density(df):
         (Metric(of="loss", take="first_above", level=3.0), 1),
         (Metric(of="broken", take="last"), 0.0),  # null and nan are left out
         (Metric(of="loss", take="spread"), 0.0),  # a straight line
-        (Metric(of="zigzag", take="spread", over=0.2), math.sqrt(3.2 / 2)),  # 1, -1, 1, -1: the best line is 0.6 - 0.4 n
+        # 1, -1, 1, -1: the best line is 0.6 - 0.4 n
+        (Metric(of="zigzag", take="spread", over=0.2), math.sqrt(3.2 / 2)),
         (Metric(of="zigzag", take="lag_1", over=0.2), -2.4 / 3.2),  # off it: 0.4, -1.2, 1.2, -0.4
         (Metric(of="loss", take="spread", over=0.1), None),  # two steps
         (Metric(of="broken", take="lag_1"), None),  # no spread
@@ -145,19 +163,25 @@ def test_t_quantiles_cut_off_a_fortieth_of_the_density(df):
 )
 def test_metric_of_a_run_by_hand(metric, expected):
     broken = {19: None, 20: math.nan}
-    rows = [{"step": s, "loss": 20.5 - s, "floor": 1.0, "broken": broken.get(s, 0.0), "zigzag": (-1.0) ** (s + 1)}
-            for s in range(1, 21)]  # fmt: skip
+    rows = [
+        {"step": s, "loss": 20.5 - s, "floor": 1.0, "broken": broken.get(s, 0.0), "zigzag": (-1.0) ** (s + 1)}
+        for s in range(1, 21)
+    ]
     assert programs.measure(metric, rows) == pytest.approx(expected, abs=1e-12)
 
 
 def test_difference_is_paired_by_seed(tmp_path, obedient):
-    """b - a is .5, .4, .6: mean .5, s = .1, half 4.303 x .1 / sqrt(3) = .24843. The arms' own intervals overlap widely."""
+    """b - a is .5, .4, .6: mean .5, s = .1, half 4.303 x .1 / sqrt(3) = .24843. The arms' own intervals
+    overlap widely.
+    """
     assert run(tmp_path) == OK
     a, b = result(tmp_path)["arms"]["a"], result(tmp_path)["arms"]["b"]
     assert a["metrics"]["loss"]["values"] == {"0": 1.0, "1": 2.0, "2": 3.0}
     assert [b["metrics"]["loss"][k] for k in ("mean", "num_seeds")] == [pytest.approx(2.5), 3]
     change = b["differences"]["loss"]
-    assert [change[k] for k in ("mean", "low", "high")] == pytest.approx([0.5, 0.5 - 0.24843, 0.5 + 0.24843], abs=1e-5)
+    assert [change[k] for k in ("mean", "low", "high")] == pytest.approx(
+        [0.5, 0.5 - 0.24843, 0.5 + 0.24843], abs=1e-5
+    )
     assert change["excludes_zero"] and a["differences"] == {}
     page = (tmp_path / "mine" / "study.md").read_text()
     assert "| `b` | 0.50 ± 0.25 * |" in page and "| `a` | 3     | 2.0 ± 2.5 |" in page
@@ -211,26 +235,34 @@ def test_a_setting_that_came_later_changes_nothing_at_its_default():
     assert study.differences(before, {"lr": 3, "guard": False}, defaults) == ["lr"]
     assert study.differences({"lr": 1, "gone": None}, {"lr": 1}, defaults) == ["gone"]
     config = asdict(Told(name="x", run_dir="here"))
-    assert study.settings(Told(name="y", run_dir="there")) == {k: v for k, v in config.items() if k not in ("name", "run_dir")}
+    assert study.settings(Told(name="y", run_dir="there")) == {
+        k: v for k, v in config.items() if k not in ("name", "run_dir")
+    }
 
 
 def test_diverged_run_is_a_result(tmp_path, obedient, capsys):
     assert run(tmp_path, arms="{a: [], b: [arm=b, do=diverge]}") == OK
     assert outcomes(tmp_path, "b") == ["ok", "diverged", "ok"]
     b = result(tmp_path)["arms"]["b"]
-    assert b["metrics"]["loss"]["values"] == {"0": 1.5, "2": 3.6} and b["differences"]["loss"]["num_seeds"] == 2
+    assert (
+        b["metrics"]["loss"]["values"] == {"0": 1.5, "2": 3.6} and b["differences"]["loss"]["num_seeds"] == 2
+    )
     page = capsys.readouterr().out
     assert "b seed 1 diverged: step 3: loss nan" in page and "(2 of 3)" in page
     assert run(tmp_path, arms="{a: [], b: [arm=b, do=diverge]}") == OK
     assert calls(tmp_path)["b-s1"] == 1
 
 
-@pytest.mark.parametrize(("how", "message"), [("fail once", "RuntimeError: no space"), ("be killed once", "killed by signal 9")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("fail once", "RuntimeError: no space"), ("be killed once", "killed by signal 9")]
+)
 def test_failed_job_does_not_stop_the_others_and_runs_again(tmp_path, obedient, how, message):
     arms = f"{{a: [], b: [arm=b, 'do={how}']}}"
     assert run(tmp_path, arms=arms) == FAILED
     assert outcomes(tmp_path, "b") == ["ok", "failed", "ok"]
-    assert next(job["message"] for job in result(tmp_path)["jobs"] if job["outcome"] == "failed").startswith(message)
+    assert next(job["message"] for job in result(tmp_path)["jobs"] if job["outcome"] == "failed").startswith(
+        message
+    )
     assert run(tmp_path, arms=arms) == OK
     assert calls(tmp_path) == {f"{arm}-s{s}": 1 + (arm == "b" and s == 1) for arm in "ab" for s in range(3)}
 
@@ -275,14 +307,18 @@ def test_one_engine_at_a_time(tmp_path, obedient, capsys):
     with (tmp_path / "mine" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert run(tmp_path) == REFUSED
-    assert "in use by another trainer.ablate" in capsys.readouterr().err and calls(tmp_path) == {}
+    assert "in use by another trainer.lab.ablate" in capsys.readouterr().err and calls(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
     ("parts", "arguments", "message"),
     [
         ({"more": "seds: 3"}, [], "did you mean seeds"),
-        ({"metrics": "{loss: {of: loss, ovr: 1}}"}, [], "metrics.loss.ovr: Key 'ovr' not in 'Metric' (did you mean over?)"),
+        (
+            {"metrics": "{loss: {of: loss, ovr: 1}}"},
+            [],
+            "metrics.loss.ovr: Key 'ovr' not in 'Metric' (did you mean over?)",
+        ),
         ({"metrics": "{loss: {take: last}}"}, [], "not set: metrics.loss.of"),
         ({"metrics": "{loss: {of: loss, take: lost}}"}, [], "did you mean last?"),
         ({"metrics": "{loss: {of: loss, over: 10}}"}, [], "above 0 and at most 1"),
@@ -345,7 +381,9 @@ metrics: {{excess: {{of: excess_mean}}, steps: {{of: steps_to_balance}}}}
 
 
 def test_real_training_two_steps_and_a_divergence(tmp_path):
-    """The second arm's first update is far outside what float32 multiplies, so its second loss is not finite."""
+    """The second arm's first update is far outside what float32 multiplies, so its second loss is not
+    finite.
+    """
     small = "model=debug, data=synthetic, steps=2, seq_len=32, global_batch=2, micro_batch=2"
     base = f"base: [{small}, stage.warmup.share=0, skip.most=0]"
     path = tmp_path / "mine.yaml"

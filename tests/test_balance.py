@@ -1,4 +1,5 @@
-"""Oracles for what is counted, for each rule and for the Balancer: the equations by hand, slow loops, closed forms, small plants.
+"""Oracles for what is counted, for each rule and for the Balancer: the equations by hand, slow loops, closed
+forms, small plants.
 
 What must hold for every rule alike is in tests/test_conformance.py.
 """
@@ -73,7 +74,9 @@ def random_routing(tokens: int, experts: int, top_k: int, seed: int = 0) -> tupl
 @pytest.mark.parametrize(("experts", "top_k"), [(6, 2), (5, 4), (3, 1)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_sums_of_a_slow_loop_over_tokens(experts, top_k, padded):
-    """In float32 numbers, one by one: counts, margins, logits and required biases as the docstring of stats.py defines them."""
+    """In float32 numbers, one by one: counts, margins, logits and required biases as the docstring of
+    stats.py defines them.
+    """
     scores, logits, ids, bias = random_routing(120, experts, top_k)
     valid = torch.rand(1, 120, generator=torch.Generator().manual_seed(1)) < 0.7 if padded else None
     counts, margins = [0] * experts, [0] * NUM_MARGINS
@@ -99,7 +102,8 @@ def test_sums_of_a_slow_loop_over_tokens(experts, top_k, padded):
     assert stats.counts_ME.tolist() == [counts] and stats.margins_MW.tolist() == [margins]
     assert stats.required_MEH.tolist() == [required]
     num_tokens = sum(counts) / top_k
-    assert abs(stats.logits_M1.item() - mean_squares) < num_tokens  # each rounded to a unit of 2^-20, here in float64
+    # each rounded to a unit of 2^-20, here in float64
+    assert abs(stats.logits_M1.item() - mean_squares) < num_tokens
     assert stats.tokens_M1.item() == num_tokens
     assert stats.logit_rms_M.item() == pytest.approx(math.sqrt(mean_squares / 2**20 / num_tokens), rel=1e-6)
     without = routing_sums(scores, logits, ids, bias, valid)
@@ -107,20 +111,37 @@ def test_sums_of_a_slow_loop_over_tokens(experts, top_k, padded):
 
 
 def test_margin_bins_at_their_edges():
-    """Quarter octaves from 2^-20 to 2, by hand; what lies outside is in the first or last bin, nan in the first."""
+    """Quarter octaves from 2^-20 to 2, by hand; what lies outside is in the first or last bin, nan in the
+    first.
+    """
     margins = [0.0, 1e-30, 2.0**-20, 2.0**-19, 0.25, 0.5, 1.0, 1.999, 2.0, 50.0, math.inf, math.nan]
     assert margin_bin(torch.tensor(margins)).tolist() == [0, 0, 0, 4, 72, 76, 80, 83, 83, 83, 83, 0]
     below = torch.nextafter(torch.tensor([2.0**-19, 0.5, 1.0]), torch.zeros(3))
     inside = torch.tensor([2.0**-19, 0.5, 1.0]) * (1 - 1e-5)
     assert margin_bin(inside).tolist() == [3, 75, 79]
-    assert all(0 <= at - got <= 1 for at, got in zip([4, 76, 80], margin_bin(below).tolist(), strict=True))  # log2 rounds
+    # log2 rounds
+    assert all(0 <= at - got <= 1 for at, got in zip([4, 76, 80], margin_bin(below).tolist(), strict=True))
 
 
 def test_required_bins_at_their_edges():
-    """1,000 bins from the smallest bias - 1 to the largest + 1, here [-1.5, 1.5): 3/1000 each; numbers that float32 holds."""
+    """1,000 bins from the smallest bias - 1 to the largest + 1, here [-1.5, 1.5): 3/1000 each; numbers that
+    float32 holds.
+    """
     bias = torch.tensor([-0.5, 0.5, 0.0])
     required = [-1.5, -9.0, -math.inf, -0.75, -0.7501, 0.0, 0.75, 1.4999, 1.5, 7.0, math.inf]
-    assert required_bin(torch.tensor(required), bias).tolist() == [0, 0, 0, 250, 249, 500, 750, 999, 999, 999, 999]
+    assert required_bin(torch.tensor(required), bias).tolist() == [
+        0,
+        0,
+        0,
+        250,
+        249,
+        500,
+        750,
+        999,
+        999,
+        999,
+        999,
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
@@ -137,8 +158,12 @@ def test_logits_that_blow_up_show_and_do_not_overflow(value):
 
 def test_required_biases_are_counted_where_asked_for_only():
     layer = Layer(4)
-    for rule, required, expected in [(None, False, False), (None, True, True), (SignRule((1, 4), lr=1.0), False, False),
-                                     (QuantileRule((1, 4)), False, True)]:  # fmt: skip
+    for rule, required, expected in [
+        (None, False, False),
+        (None, True, True),
+        (SignRule((1, 4), lr=1.0), False, False),
+        (QuantileRule((1, 4)), False, True),
+    ]:
         Balancer([layer], rule, steps=1, required=required)
         assert collects_required(layer) == expected
     collect_required(layer)
@@ -148,16 +173,25 @@ def test_required_biases_are_counted_where_asked_for_only():
 
 
 def test_violation_by_hand():
-    torch.testing.assert_close(RoutingStats(torch.tensor([[10, 20, 30, 20]])).violation_ME, torch.tensor([[0.5, 0.0, -0.5, 0.0]]))
+    torch.testing.assert_close(
+        RoutingStats(torch.tensor([[10, 20, 30, 20]])).violation_ME, torch.tensor([[0.5, 0.0, -0.5, 0.0]])
+    )
     stats = RoutingStats(torch.tensor([[10, 20, 30, 20], [0, 0, 0, 0]]))
-    assert stats.load_ME.tolist() == [[0.5, 1.0, 1.5, 1.0], [0.0] * 4] and stats.violation_ME[1].tolist() == [0.0] * 4
+    assert (
+        stats.load_ME.tolist() == [[0.5, 1.0, 1.5, 1.0], [0.0] * 4]
+        and stats.violation_ME[1].tolist() == [0.0] * 4
+    )
 
 
 def test_metrics_by_hand():
     counts_ME = torch.tensor([[10, 20, 30, 20], [0, 0, 40, 40]])  # mean 20
     bias_ME = torch.tensor([[0.1, -0.1, 0.0, 0.0], [0.2, -0.2, 0.0, 0.0]])
     got = {k: v.item() for k, v in routing_metrics(RoutingStats(counts_ME, top_k=2), bias_ME).items()}
-    entropy = (-(2 * 0.25 * math.log(0.25) + 0.125 * math.log(0.125) + 0.375 * math.log(0.375)) + math.log(2)) / 2 / math.log(4)
+    entropy = (
+        (-(2 * 0.25 * math.log(0.25) + 0.125 * math.log(0.125) + 0.375 * math.log(0.375)) + math.log(2))
+        / 2
+        / math.log(4)
+    )
     assert got == pytest.approx(
         {
             "balance/max_violation": (0.5 + 1.0) / 2,
@@ -172,7 +206,9 @@ def test_metrics_by_hand():
 
 
 def test_the_floor_is_what_independent_tokens_show():
-    """Against sampling: sqrt(2 ln E) bounds the expected maximum of E normals from above, closely for large E."""
+    """Against sampling: sqrt(2 ln E) bounds the expected maximum of E normals from above, closely for large
+    E.
+    """
     num_experts, top_k, tokens = 64, 4, 8192
     generator = torch.Generator().manual_seed(0)
     sampled = []
@@ -190,6 +226,7 @@ def test_the_floor_is_what_independent_tokens_show():
 
 def measured_gain(scores_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int, shift: float) -> float:
     """-dv/db by shifting one expert's bias up and down and routing again; mean over experts."""
+
     def count(e: int, by: float) -> int:
         shifted_E = bias_E.clone()
         shifted_E[e] += by
@@ -201,34 +238,47 @@ def measured_gain(scores_TE: torch.Tensor, bias_E: torch.Tensor, top_k: int, shi
 
 
 def test_gain_of_exponential_scores_in_closed_form():
-    """Scores 0.1 + Exp(sigma): the margins of the K chosen are K independent Exp(sigma), so G = 1 / sigma = 50.
+    """Scores 0.1 + Exp(sigma): the margins of the K chosen are K independent Exp(sigma), so G = 1 / sigma =
+    50.
 
-    Counted up to the edge h they give (1 - exp(-h / sigma)) / h. Five standard errors of a quarter of an expert per
-    token, 25,000; the finite difference has 0.1 x 25,000 tokens crossing for each of 8 experts.
+    Counted up to the edge h they give (1 - exp(-h / sigma)) / h. Five standard errors of a quarter of an
+    expert per token, 25,000; the finite difference has 0.1 x 25,000 tokens crossing for each of 8 experts.
     """
     sigma, tokens, experts, top_k = 0.02, 100_000, 8, 2
-    exponential_TE = -torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).clamp_min(1e-9).log()
+    exponential_TE = (
+        -torch.rand(tokens, experts, generator=torch.Generator().manual_seed(0)).clamp_min(1e-9).log()
+    )
     scores_TE, bias_E = 0.1 + sigma * exponential_TE, torch.zeros(experts)
     stats = stats_of(scores_TE[None], bias_E[None], top_k=top_k)
     seen = stats.margins_MW[0].cumsum(0)
     edge = 2.0 ** ((int((seen < tokens / 4).sum()) + 1) / 4 - 20)
-    assert stats.gain_M.item() == pytest.approx((1 - math.exp(-edge / sigma)) / edge, rel=5 / math.sqrt(tokens / 4))
+    assert stats.gain_M.item() == pytest.approx(
+        (1 - math.exp(-edge / sigma)) / edge, rel=5 / math.sqrt(tokens / 4)
+    )
     assert stats.gain_M.item() == pytest.approx(1 / sigma, rel=0.1)  # the window: h / 2 sigma = 7 %
-    assert measured_gain(scores_TE, bias_E, top_k, shift=0.002) == pytest.approx(1 / sigma, rel=5 / math.sqrt(8 * 2500))
+    assert measured_gain(scores_TE, bias_E, top_k, shift=0.002) == pytest.approx(
+        1 / sigma, rel=5 / math.sqrt(8 * 2500)
+    )
 
 
 @pytest.mark.parametrize(("experts", "top_k", "spread"), [(8, 2, 1.0), (32, 4, 0.3), (16, 1, 2.0)])
 def test_gain_is_how_far_a_shifted_bias_moves_the_load(experts, top_k, spread):
-    """Sigmoid scores of experts with unequal loads, under biases: within 12 %, as the density is seen over a window."""
+    """Sigmoid scores of experts with unequal loads, under biases: within 12 %, as the density is seen over a
+    window.
+    """
     generator = torch.Generator().manual_seed(1)
-    logits_TE = spread * (torch.randn(30_000, experts, generator=generator) + 0.3 * torch.randn(experts, generator=generator))
+    logits_TE = spread * (
+        torch.randn(30_000, experts, generator=generator) + 0.3 * torch.randn(experts, generator=generator)
+    )
     scores_TE, bias_E = logits_TE.sigmoid(), 0.02 * torch.randn(experts, generator=generator)
     gain = stats_of(scores_TE[None], bias_E[None], top_k=top_k).gain_M.item()
     assert measured_gain(scores_TE, bias_E, top_k, shift=0.05 / gain) == pytest.approx(gain, rel=0.12)
 
 
 def test_smebu_gain_finds_its_lambda_from_the_gain():
-    """lambda = rho / (kappa G): the first step is that of SMEBU with it; then G is a running mean; limited by max_lr."""
+    """lambda = rho / (kappa G): the first step is that of SMEBU with it; then G is a running mean; limited by
+    max_lr.
+    """
     spread_M11 = torch.tensor([[[1.0]], [[0.2]]])
     scores_MTE = (spread_M11 * torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(2))).sigmoid()
     stats = stats_of(scores_MTE, torch.zeros(2, 8), top_k=2)
@@ -263,7 +313,9 @@ def test_smebu_three_experts_three_steps_by_hand():
     a, c = 0.1 * t(1), (2 * t(2) - t(4)) / 3
     steps = [[a, 0, -a], [0, 0, 0], [0.1 * (-t(4) - c), 0.1 * (t(2) - c), 0.1 * (t(2) - c)]]
     momentum, bias = [0.0] * 3, [0.0] * 3
-    for number, (counts, step) in enumerate(zip([[2, 4, 6], [4, 4, 4], [12, 0, 0]], steps, strict=True), start=1):
+    for number, (counts, step) in enumerate(
+        zip([[2, 4, 6], [4, 4, 4], [12, 0, 0]], steps, strict=True), start=1
+    ):
         momentum = [0.5 * m + 0.5 * s for m, s in zip(momentum, step, strict=True)]
         bias = [b + m for b, m in zip(bias, momentum, strict=True)]
         layer.tokens_per_expert_E.add_(torch.tensor(counts))
@@ -273,7 +325,9 @@ def test_smebu_three_experts_three_steps_by_hand():
 
 def test_sign_by_hand_is_recentred():
     # counts (1, 1, 1, 9): mean 3, signs (+, +, +, -), their mean 0.5 is taken away
-    torch.testing.assert_close(apply(SignRule((1, 4), lr=0.1), [[1, 1, 1, 9]]), torch.tensor([[0.05, 0.05, 0.05, -0.15]]))
+    torch.testing.assert_close(
+        apply(SignRule((1, 4), lr=0.1), [[1, 1, 1, 9]]), torch.tensor([[0.05, 0.05, 0.05, -0.15]])
+    )
 
 
 def test_linear_by_hand():
@@ -292,7 +346,9 @@ def test_rms_by_hand():
 
 @pytest.mark.parametrize(("kp", "ki", "kd"), [(5e-3, 5e-3, 0.0), (0.0, 1e-2, 0.0), (3e-3, 1e-3, 7e-3)])
 def test_pid_is_the_textbook_controller(kp, ki, kd):
-    """Positional form, from scratch at each step: b = kp v + ki sum(v) + kd (v - v before), v = 0 before the start."""
+    """Positional form, from scratch at each step: b = kp v + ki sum(v) + kd (v - v before), v = 0 before the
+    start.
+    """
     counts = torch.randint(1, 100, (8, 6), generator=torch.Generator().manual_seed(0))
     balance = balancer(6, 1, PidRule((1, 6), kp=kp, ki=ki, kd=kd))
     violations = [[0.0] * 6]
@@ -309,8 +365,9 @@ def test_pid_is_the_textbook_controller(kp, ki, kd):
 def two_experts() -> RoutingStats:
     """E = 2, K = 1, four tokens, no biases: all choose expert 0; the runner-up alpha is expert 1's score.
 
-    alpha - s of expert 0: -.8, -.499, -.1, -.4; of expert 1: 0, four times. Two tokens each would be even. Bins of
-    2/1000 over [-1, 1]. Expert 0: the second smallest is -.499, alone in [-.5, -.498), so the target is its end.
+    alpha - s of expert 0: -.8, -.499, -.1, -.4; of expert 1: 0, four times. Two tokens each would be even.
+    Bins of 2/1000 over [-1, 1]. Expert 0: the second smallest is -.499, alone in [-.5, -.498), so the target
+    is its end.
     Expert 1: four in [0, .002), and two of four are wanted: its middle, .001.
     """
     scores_TE = torch.tensor([[0.9, 0.1], [0.8, 0.301], [0.7, 0.6], [0.6, 0.2]])
@@ -322,9 +379,13 @@ def test_quantile_of_four_tokens_by_hand():
     assert stats.counts_ME.tolist() == [[4, 0]]
     torch.testing.assert_close(stats.required_quantile_ME, torch.tensor([[-0.498, 0.001]]))
     torch.testing.assert_close(QuantileRule((1, 2))(stats, stats.bias_ME), torch.tensor([[-0.2495, 0.2495]]))
-    torch.testing.assert_close(QuantileRule((1, 2), ema=0.9)(stats, stats.bias_ME), torch.tensor([[-0.02495, 0.02495]]))
+    torch.testing.assert_close(
+        QuantileRule((1, 2), ema=0.9)(stats, stats.bias_ME), torch.tensor([[-0.02495, 0.02495]])
+    )
     # from other biases, as a replay does: q - b = (-.598, .105), minus their mean
-    torch.testing.assert_close(QuantileRule((1, 2))(stats, torch.tensor([[0.1, -0.104]])), torch.tensor([[-0.3515, 0.3515]]))
+    torch.testing.assert_close(
+        QuantileRule((1, 2))(stats, torch.tensor([[0.1, -0.104]])), torch.tensor([[-0.3515, 0.3515]])
+    )
 
 
 def test_smebu_quantile_two_steps_by_hand():
@@ -335,11 +396,14 @@ def test_smebu_quantile_two_steps_by_hand():
         torch.testing.assert_close(rule(stats, stats.bias_ME), torch.tensor([[-momentum, momentum]]))
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(4096, 32, 4), (1001, 48, 7), (500, 16, 1), (37, 8, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(4096, 32, 4), (1001, 48, 7), (500, 16, 1), (37, 8, 3)]
+)
 def test_quantiles_are_exact_within_a_bin(tokens, experts, top_k):
     """The oracle sorts alpha - score and takes the smallest that K/E of the tokens do not exceed (J. Su)."""
     generator = torch.Generator().manual_seed(tokens)
-    shared_TE = torch.randn(tokens, 4, generator=generator) @ torch.randn(4, experts, generator=generator)  # correlated experts
+    # correlated experts
+    shared_TE = torch.randn(tokens, 4, generator=generator) @ torch.randn(4, experts, generator=generator)
     scores_TE = (shared_TE + 0.5 * torch.randn(tokens, experts, generator=generator)).sigmoid()
     bias_E = 0.3 * torch.randn(experts, generator=generator)
     stats = stats_of(scores_TE[None], bias_E[None], top_k=top_k)
@@ -350,8 +414,8 @@ def test_quantiles_are_exact_within_a_bin(tokens, experts, top_k):
 
 
 def test_a_busy_expert_at_its_quantile_gets_the_even_share():
-    """Only its own bias moved, the tokens routed again: within the tokens of its bin. (A starved expert gets closer, but
-    not there: it must beat the K-th score, and alpha is the (K+1)-th.)"""
+    """Only its own bias moved, the tokens routed again: within the tokens of its bin. (A starved expert gets
+    closer, but not there: it must beat the K-th score, and alpha is the (K+1)-th.)"""
     generator = torch.Generator().manual_seed(7)
     scores_TE = (torch.randn(20_000, 16, generator=generator) + torch.linspace(-1, 1, 16)).sigmoid()
     stats = stats_of(scores_TE[None], torch.zeros(1, 16), top_k=2)
@@ -372,10 +436,11 @@ GAIN, EVEN = 8.0, 2**40  # EVEN: so many tokens per expert that v is not rounded
 
 
 def plant(bias_ME: torch.Tensor) -> RoutingStats:
-    """K = 1, v = -G b. Half of all margins lie below 2^-4 = 1 / (2 G), the upper edge of bin 63: so gain_M reads G = 8.
+    """K = 1, v = -G b. Half of all margins lie below 2^-4 = 1 / (2 G), the upper edge of bin 63: so gain_M
+    reads G = 8.
 
-    The quantile target is 0 for each expert: an even share lies in 0's bin, after as many tokens in bin 0 as makes
-    the interpolation hit it.
+    The quantile target is 0 for each expert: an even share lies in 0's bin, after as many tokens in bin 0 as
+    makes the interpolation hit it.
     """
     experts = bias_ME.shape[1]
     counts_ME = (EVEN * (1 + GAIN * bias_ME.double())).round().long()
@@ -402,8 +467,12 @@ SMEBU_LIMIT = 2 * (1 + BETA) / (1 - BETA)  # of lambda kappa G
 AT_LIMIT = {  # each rule, at `part` of its limit
     "linear": lambda part: LinearRule((1, 4), lr=part * 2 / GAIN),
     "smebu": lambda part: SmebuRule((1, 4), lr=part * SMEBU_LIMIT / (KAPPA * GAIN), beta=BETA, kappa=KAPPA),
-    "smebu without momentum": lambda part: SmebuRule((1, 4), lr=part * 2 / (KAPPA * GAIN), beta=0.0, kappa=KAPPA),
-    "smebu_gain": lambda part: SmebuGainRule((1, 4), rho=part * SMEBU_LIMIT, beta=BETA, kappa=KAPPA, max_lr=10.0),
+    "smebu without momentum": lambda part: SmebuRule(
+        (1, 4), lr=part * 2 / (KAPPA * GAIN), beta=0.0, kappa=KAPPA
+    ),
+    "smebu_gain": lambda part: SmebuGainRule(
+        (1, 4), rho=part * SMEBU_LIMIT, beta=BETA, kappa=KAPPA, max_lr=10.0
+    ),
     "smebu_quantile": lambda part: SmebuQuantileRule((1, 4), lr=0.02, rate=part * SMEBU_LIMIT, beta=BETA),
 }
 
@@ -411,7 +480,9 @@ AT_LIMIT = {  # each rule, at `part` of its limit
 @pytest.mark.parametrize("name", AT_LIMIT)
 @pytest.mark.parametrize("part", [0.9, 1.1])
 def test_stability_limits(name, part):
-    """A small disturbance dies out just below the limit and grows just above it; stability_M says on which side we are."""
+    """A small disturbance dies out just below the limit and grows just above it; stability_M says on which
+    side we are.
+    """
     rule, bias_ME = AT_LIMIT[name](part), 1e-4 * torch.tensor([[1.0, -2.0, 0.5, 0.5]])
     start = bias_ME.norm()
     for _ in range(60):
@@ -423,14 +494,18 @@ def test_stability_limits(name, part):
 
 def test_every_stability_is_tested():
     arms = {type(make_rule(name, (1, 4))) for name in RULES}
-    assert {rule for rule in arms if hasattr(rule, "stability_M")} == {type(make(0.5)) for make in AT_LIMIT.values()}
+    assert {rule for rule in arms if hasattr(rule, "stability_M")} == {
+        type(make(0.5)) for make in AT_LIMIT.values()
+    }
 
 
 # -- the balancer ---------------------------------------------------------------------------------------
 
 
 def test_the_biases_of_an_unbalanced_router_converge():
-    """Closed loop on fixed scores: SMEBU brings a router with skewed scores near the floor; none leaves it."""
+    """Closed loop on fixed scores: SMEBU brings a router with skewed scores near the floor; none leaves
+    it.
+    """
     torch.manual_seed(0)
     score_TE = torch.rand(4096, 8) * 0.5 + torch.linspace(0, 0.4, 8)
     excess = {}
@@ -445,7 +520,9 @@ def test_the_biases_of_an_unbalanced_router_converge():
 
 @pytest.mark.parametrize("tokens", [40_840, 2**25 + 1])
 def test_trap_1_counts_are_exact_beyond_bf16_and_fp32_spacing(tokens):
-    """Near 40k bf16 counts in steps of 256, beyond 2^24 fp32 in steps of 2; one token more must still be seen."""
+    """Near 40k bf16 counts in steps of 256, beyond 2^24 fp32 in steps of 2; one token more must still be
+    seen.
+    """
     layer = Layer(2)
     balance = Balancer([layer], SignRule((1, 2), lr=1.0), steps=1)
     for _ in range(2):  # two microbatches
@@ -482,7 +559,9 @@ def test_a_model_without_experts():
 def test_observers_see_the_sums_before_the_biases_move():
     seen = []
     balance = balancer(4, 2, SignRule((2, 4), lr=0.1))
-    balance.observers = (lambda step, stats: seen.append((step, stats.counts_ME.tolist(), stats.bias_ME.clone())),)
+    balance.observers = (
+        lambda step, stats: seen.append((step, stats.counts_ME.tolist(), stats.bias_ME.clone())),
+    )
     counts = [[[1, 2, 3, 2], [5, 5, 5, 1]], [[4, 4, 4, 4], [0, 0, 1, 3]]]
     biases = [balance.bias_ME]
     for step in (1, 2):

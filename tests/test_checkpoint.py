@@ -1,4 +1,6 @@
-"""Checkpoints prove themselves: what is loaded is what was saved, what was damaged is found, and nothing good is ever lost."""
+"""Checkpoints prove themselves: what is loaded is what was saved, what was damaged is found, and nothing good
+is ever lost.
+"""
 
 import json
 import logging
@@ -18,9 +20,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.ranks import run_ranks
-from trainer.checkpoint import Checkpoints, DamagedError, SaveError, checkpoints, problems, read_manifest, read_whole, storage
+from trainer.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    SaveError,
+    checkpoints,
+    problems,
+    read_manifest,
+    read_whole,
+    storage,
+)
 from trainer.checkpoint.__main__ import DAMAGED, OK, REFUSED, main
-from trainer.lock import InUseError, lock
+from trainer.ranks.lock import InUseError, lock
 
 QUICK = {"retries": 0, "retry_s": 0.0}
 
@@ -28,18 +39,28 @@ QUICK = {"retries": 0, "retry_s": 0.0}
 def state_of(seed: int) -> dict:
     """Every kind of tensor that a run has: nested, of no dimension, of no elements, of every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = {str(dtype): torch.randint(0, 2, (3, 4), generator=generator).to(dtype) for dtype in storage.DTYPES.values()}
-    weights = {"w": torch.randn(4, 6, generator=generator), "layer.bias": torch.randn(5, generator=generator).to(torch.bfloat16)}
+    kinds = {
+        str(dtype): torch.randint(0, 2, (3, 4), generator=generator).to(dtype)
+        for dtype in storage.DTYPES.values()
+    }
+    weights = {
+        "w": torch.randn(4, 6, generator=generator),
+        "layer.bias": torch.randn(5, generator=generator).to(torch.bfloat16),
+    }
     return {"model": weights, "kinds": kinds, "step": torch.tensor(seed), "empty": torch.zeros(0, 3)}
 
 
 def flat(state: dict, prefix: str = "") -> dict[str, torch.Tensor]:
-    parts = [flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in state.items()]
+    parts = [
+        flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in state.items()
+    ]
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one)
+    return one.keys() == other.keys() and all(
+        one[k].dtype == other[k].dtype and torch.equal(one[k], other[k]) for k in one
+    )
 
 
 def saved(directory: Path, *steps: int, **settings) -> Path:
@@ -48,7 +69,13 @@ def saved(directory: Path, *steps: int, **settings) -> Path:
     def worker() -> None:
         kept = Checkpoints(directory, **{"keep": 99, **QUICK, **settings})
         for step in steps:
-            kept.save(step, state_of(step), about={"tokens": 100 * step}, texts={"config.yaml": f"step: {step}\n"}, wait=True)
+            kept.save(
+                step,
+                state_of(step),
+                about={"tokens": 100 * step},
+                texts={"config.yaml": f"step: {step}\n"},
+                wait=True,
+            )
 
     run_ranks(worker, 1)
     return directory
@@ -65,11 +92,19 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
     assert equal(read_whole(tmp_path / "step-00000007"), flat(state_of(7)))
     assert (tmp_path / "step-00000007" / "config.yaml").read_text() == "step: 7\n"
     manifest = read_manifest(tmp_path / "step-00000007")
-    assert manifest["tokens"] == 700 and sorted(manifest["files"]) == ["config.yaml", "index.json", "rank-00000.safetensors"]
+    assert manifest["tokens"] == 700 and sorted(manifest["files"]) == [
+        "config.yaml",
+        "index.json",
+        "rank-00000.safetensors",
+    ]
 
     def worker() -> dict:
-        blank = {name: ({n: torch.zeros_like(t) for n, t in v.items()} if isinstance(v, dict) else torch.zeros_like(v))
-                 for name, v in state_of(7).items()}  # fmt: skip
+        blank = {
+            name: (
+                {n: torch.zeros_like(t) for n, t in v.items()} if isinstance(v, dict) else torch.zeros_like(v)
+            )
+            for name, v in state_of(7).items()
+        }
         return flat(Checkpoints(tmp_path).load(7, blank))
 
     assert equal(run_ranks(worker, 1)[0], flat(state_of(7)))
@@ -79,7 +114,9 @@ def test_every_file_can_be_read_by_whoever_can_read_the_directory(tmp_path):
     saved(tmp_path, 1)
     before = os.umask(0)
     os.umask(before)
-    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "step-00000001").iterdir()} == {oct(0o666 & ~before)}
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "step-00000001").iterdir()} == {
+        oct(0o666 & ~before)
+    }
 
 
 def test_a_save_is_a_copy_and_does_not_wait(tmp_path, monkeypatch):
@@ -106,25 +143,37 @@ def test_a_save_is_a_copy_and_does_not_wait(tmp_path, monkeypatch):
 
 def test_pieces_of_four_ranks_are_cut_anew_for_two_and_for_one(tmp_path):
     """Odd sizes: 7 rows over 4 ranks leave the last one with a single row, 3 rows leave it none."""
-    whole = {"a": torch.arange(21.0).view(7, 3), "b": torch.arange(12).view(3, 4), "c": torch.arange(5.0).sqrt()}
+    whole = {
+        "a": torch.arange(21.0).view(7, 3),
+        "b": torch.arange(12).view(3, 4),
+        "c": torch.arange(5.0).sqrt(),
+    }
 
     def sharded(of: dict) -> dict:
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-        return {"a": distribute_tensor(of["a"], mesh, [Shard(0)]), "b": distribute_tensor(of["b"], mesh, [Shard(1)]),
-                "b0": distribute_tensor(of["b"], mesh, [Shard(0)]), "c": of["c"].clone()}  # fmt: skip
+        return {
+            "a": distribute_tensor(of["a"], mesh, [Shard(0)]),
+            "b": distribute_tensor(of["b"], mesh, [Shard(1)]),
+            "b0": distribute_tensor(of["b"], mesh, [Shard(0)]),
+            "c": of["c"].clone(),
+        }
 
     def writing() -> None:
         Checkpoints(tmp_path, **QUICK).save(1, sharded(whole), wait=True)
 
     def reading() -> dict:
-        loaded = Checkpoints(tmp_path).load(1, sharded({name: torch.zeros_like(t) for name, t in whole.items()}))
+        loaded = Checkpoints(tmp_path).load(
+            1, sharded({name: torch.zeros_like(t) for name, t in whole.items()})
+        )
         return {name: t.full_tensor() if name != "c" else t for name, t in loaded.items()}
 
     run_ranks(writing, 4)
     expected = {**whole, "b0": whole["b"]}
     assert equal(read_whole(tmp_path / "step-00000001"), expected)
     files = names(tmp_path / "step-00000001")
-    assert [name for name in files if name.startswith("rank")] == [f"rank-{rank:05d}.safetensors" for rank in range(4)]
+    assert [name for name in files if name.startswith("rank")] == [
+        f"rank-{rank:05d}.safetensors" for rank in range(4)
+    ]
     for num_ranks in (1, 2, 4):
         assert all(equal(loaded, expected) for loaded in run_ranks(reading, num_ranks))
 
@@ -143,9 +192,12 @@ def zero(path: Path) -> None:
 
 
 DAMAGES = {
-    "flipped bit": flip, "zeros": zero, "truncated": lambda path: os.truncate(path, path.stat().st_size - 3),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b" "), "missing": Path.unlink,
-}  # fmt: skip
+    "flipped bit": flip,
+    "zeros": zero,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 3),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    "missing": Path.unlink,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -251,7 +303,9 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_used(tmp_path):
     saved(tmp_path, 1, 2)
     shutil.copytree(tmp_path / "step-00000002", tmp_path / "step-00000005")
     assert run_ranks(lambda: Checkpoints(tmp_path).newest_good().step, 1) == [2]
-    assert problems(tmp_path / "step-00000005") == [f"{tmp_path}/step-00000005 holds step 2: it was renamed or copied"]
+    assert problems(tmp_path / "step-00000005") == [
+        f"{tmp_path}/step-00000005 holds step 2: it was renamed or copied"
+    ]
 
 
 def test_numbers_that_would_become_others_are_refused(tmp_path):
@@ -261,12 +315,16 @@ def test_numbers_that_would_become_others_are_refused(tmp_path):
         kept = Checkpoints(tmp_path, **QUICK)
         if not kept.steps():
             kept.save(1, state, wait=True)
-        return kept.load(1, {name: torch.zeros_like(t, dtype=dtypes.get(name, t.dtype)) for name, t in state.items()})
+        return kept.load(
+            1, {name: torch.zeros_like(t, dtype=dtypes.get(name, t.dtype)) for name, t in state.items()}
+        )
 
     rounded = run_ranks(lambda: worker(float=torch.bfloat16), 1)[0]
     assert equal(rounded, {**state, "float": state["float"].bfloat16()})
     for wrong in ({"float": torch.uint8}, {"count": torch.int32}, {"count": torch.float32}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: has torch.*, must be {next(iter(wrong.values()))}"):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(wrong))}: has torch.*, must be {next(iter(wrong.values()))}"
+        ):
             run_ranks(lambda given=wrong: worker(**given), 1)
 
 
@@ -309,7 +367,12 @@ def test_what_fails_after_the_rename_is_told_and_is_no_miss(tmp_path, monkeypatc
         kept.save(3, state_of(3), wait=True)
         return *seen, kept.steps(), said
 
-    said = ["the checkpoint of step 2 was written, but not all after it was done: OSError: [Errno 28] No space left on device"]
+    said = [
+        (
+            "the checkpoint of step 2 was written, but not all after it was done: OSError: [Errno 28] No "
+            "space left on device"
+        )
+    ]
     expected = (0, 2, [1, 2], "step-00000001\n", 1, [3], said)
     others = (0, 2, [1, 2], "step-00000001\n", 0, [3], [])
     assert run_ranks(worker, num_ranks) == [expected, others][:num_ranks]
@@ -321,7 +384,9 @@ def test_the_newest_are_kept_and_those_for_good(tmp_path):
 
 
 def test_what_is_incomplete_counts_as_nothing_when_old_ones_are_deleted(tmp_path):
-    """torchtitan: keep 2, valid 10, incomplete 20 and 30, then 14 is saved: it deletes 10 and 14, and nothing valid is left."""
+    """torchtitan: keep 2, valid 10, incomplete 20 and 30, then 14 is saved: it deletes 10 and 14, and nothing
+    valid is left.
+    """
     saved(tmp_path, 10, 20, 30)
     (tmp_path / "step-00000020" / "manifest.json").unlink()
     os.truncate(tmp_path / "step-00000030" / "rank-00000.safetensors", 100)
@@ -352,7 +417,13 @@ def test_going_back_is_not_undone_by_what_was_abandoned(tmp_path, capsys):
     assert run_ranks(lambda: Checkpoints(directory).newest_good().step, 1) == [10]
     saved(directory, 20, keep=2)
     assert run_ranks(lambda: Checkpoints(directory).newest_good().step, 1) == [20]
-    assert names(directory) == ["latest", "step-00000010", "step-00000020", "step-00000020.abandoned", "step-00000030.abandoned"]
+    assert names(directory) == [
+        "latest",
+        "step-00000010",
+        "step-00000020",
+        "step-00000020.abandoned",
+        "step-00000030.abandoned",
+    ]
     assert main(["rewind", str(run), "10"]) == OK
     assert "step-00000020.abandoned-2" in names(directory)
 
@@ -430,7 +501,10 @@ def test_no_file_outside_of_the_checkpoint_is_read(tmp_path):
 def test_tensors_that_do_not_fit_are_all_named_with_both_shapes(tmp_path):
     saved(tmp_path, 1)
     other = {**state_of(1), "model": {"w": torch.zeros(4, 8), "new": torch.zeros(2)}}
-    with pytest.raises(ValueError, match=r"2 tensors do not fit(.|\n)*model.new: is not in it(.|\n)*\(4, 6\), must be \(4, 8\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 tensors do not fit(.|\n)*model.new: is not in it(.|\n)*\(4, 6\), must be \(4, 8\)",
+    ):
         run_ranks(lambda: Checkpoints(tmp_path).load(1, other), 1)
 
 
@@ -460,9 +534,16 @@ def test_list_and_verify(tmp_path, capsys):
 
 
 def test_a_lock_is_held_as_long_as_its_process_lives(tmp_path):
-    code = f"import time; from pathlib import Path; from trainer.lock import lock; f = lock(Path({str(tmp_path)!r})); "
-    holder = subprocess.Popen([sys.executable, "-c", code + "print('held', flush=True); time.sleep(600)"], stdout=subprocess.PIPE,
-                              text=True, cwd=Path(__file__).parent.parent)  # fmt: skip
+    code = (
+        "import time; from pathlib import Path; from trainer.ranks.lock import lock; f = "
+        f"lock(Path({str(tmp_path)!r})); "
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code + "print('held', flush=True); time.sleep(600)"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(InUseError, match=f"in use by process {holder.pid} on "):

@@ -15,7 +15,9 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
 
 
-GROUPS = [f"{g}={o}" for g in ("model", "balance", "parallel", "optim", "stage", "logging") for o in options(g)]
+GROUPS = [
+    f"{g}={o}" for g in ("model", "balance", "parallel", "optim", "stage", "logging") for o in options(g)
+]
 
 
 @pytest.mark.parametrize("choice", GROUPS)
@@ -44,8 +46,24 @@ def test_any_balance_arm_can_replace_that_of_an_experiment(balance):
 
 
 def test_overrides_reach_the_config():
-    config = load(["experiment=demo", "steps=7", "name=mine", "dtype=bfloat16", "seed=3", "model.dim=64", "balance.rule.lr=1e-3"])
-    assert (config.steps, config.name, config.dtype, config.seed, config.model.dim) == (7, "mine", "bfloat16", 3, 64)
+    config = load(
+        [
+            "experiment=demo",
+            "steps=7",
+            "name=mine",
+            "dtype=bfloat16",
+            "seed=3",
+            "model.dim=64",
+            "balance.rule.lr=1e-3",
+        ]
+    )
+    assert (config.steps, config.name, config.dtype, config.seed, config.model.dim) == (
+        7,
+        "mine",
+        "bfloat16",
+        3,
+        64,
+    )
     assert config.balance.rule["lr"] == 1e-3
 
 
@@ -71,7 +89,9 @@ REFUSED = {  # override: what the message must contain
     "stage.warmpu.share=0.5": "there is no span warmpu (did you mean warmup",
     "stage.warmup.shaer=0.5": "did you mean share",
     "data.source._target_=trainer.data.Nowhere": "cannot be imported",
-    "model=huge": "Could not find 'model/huge' Available options in 'model': debug large mini nano small tiny",
+    "model=huge": (
+        "Could not find 'model/huge' Available options in 'model': debug large mini nano small tiny"
+    ),
     "optim.betas=5": "optim.betas=5: trainer.optim.adamw wants",
     "experiment=dmeo": "demo",
     "steps=0": "steps=0: must be at least 1",
@@ -106,7 +126,9 @@ def test_what_must_be_set_is_named():
 
 
 def test_the_published_shapes():
-    """arXiv:2602.17004, table 1, typed from the paper: layers, dense, dim, ffn, heads, kv, window, experts, top-k, expert dim."""
+    """arXiv:2602.17004, table 1, typed from the paper: layers, dense, dim, ffn, heads, kv, window, experts,
+    top-k, expert dim.
+    """
     table = {
         "nano": (56, 2, 1024, 3072, 8, 2, 2048, 128, 8, 256),
         "mini": (32, 2, 2048, 6144, 32, 4, 2048, 128, 8, 1024),
@@ -114,8 +136,18 @@ def test_the_published_shapes():
     }
     for name, row in table.items():
         m = load([*RUN, f"model={name}"]).model
-        assert (m.num_layers, m.num_dense_layers, m.dim, m.ffn_dim, m.num_heads, m.num_kv_heads, m.window, m.num_experts, m.top_k,
-                m.expert_dim) == row  # fmt: skip
+        assert (
+            m.num_layers,
+            m.num_dense_layers,
+            m.dim,
+            m.ffn_dim,
+            m.num_heads,
+            m.num_kv_heads,
+            m.window,
+            m.num_experts,
+            m.top_k,
+            m.expert_dim,
+        ) == row
         assert (m.head_dim, m.vocab_size, m.num_shared_experts) == (128, 200_192, 1)
         assert m.route_scale == (2.448 if name == "large" else 2.826)
 

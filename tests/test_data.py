@@ -58,8 +58,15 @@ LENGTHS = [5, 0, 1, 16, 15, 17, 32, 300, 1, 1, 0, 7, 48, 3, 11, 2, 64, 9, 23, 13
 
 
 def make_stream(source: object, **changes: object) -> TokenStream:
-    settings = {"tokenizer": None, "seq_len": 16, "global_batch": 16, "num_streams": 8, "seed": 3, "rank": 0,
-                "num_ranks": 1}  # fmt: skip
+    settings = {
+        "tokenizer": None,
+        "seq_len": 16,
+        "global_batch": 16,
+        "num_streams": 8,
+        "seed": 3,
+        "rank": 0,
+        "num_ranks": 1,
+    }
     return TokenStream(source=source, **{**settings, **changes})
 
 
@@ -254,7 +261,12 @@ def test_counts_are_what_was_read() -> None:
     for _ in range(3):
         step_rows(stream)
     # 3 steps x 2 rows x 16 tokens = 96 tokens = 24 documents = 4 epochs of 6
-    expected = {"epoch": 4, "documents": 24, "tokens": 96, **dict.fromkeys(("open", "padding", "truncated", *data.BAD_KINDS), 0)}
+    expected = {
+        "epoch": 4,
+        "documents": 24,
+        "tokens": 96,
+        **dict.fromkeys(("open", "padding", "truncated", *data.BAD_KINDS), 0),
+    }
     assert stream.counts == expected
     open_17 = {"index_VC": torch.tensor([[-2], [8]]), "read_VC": torch.tensor([[0], [1]])}  # 17 = 1 + 8 * 2
     state = {**stream.state_dict(), **open_17, "next_VS": torch.tensor([[30], [19]])}
@@ -322,12 +334,23 @@ def write_lines(path: Path, lines: list[bytes]) -> str:
 def test_every_kind_of_bad_document_is_counted_and_located(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = [line for bad in BAD_LINES.values() for line in (b'{"text": "fine"}', bad)]
     path, reported = write_lines(tmp_path / "a.jsonl", lines), []
-    stream = make_stream(data.JsonlSource(path), tokenizer=tokenizer, report=reported.append, num_streams=1,
-                         global_batch=1, max_document_mb=0.001, shuffle=False)  # fmt: skip
+    stream = make_stream(
+        data.JsonlSource(path),
+        tokenizer=tokenizer,
+        report=reported.append,
+        num_streams=1,
+        global_batch=1,
+        max_document_mb=0.001,
+        shuffle=False,
+    )
     while cursor_of(stream)[0, 0] < len(lines):
         step_rows(stream)
     first = reported[: len(BAD_LINES)]  # the row may reach into the second epoch
-    assert [bad.kind for bad in first] == list(BAD_LINES) == [kind for kind in data.BAD_KINDS if kind != "corrupt"]
+    assert (
+        [bad.kind for bad in first]
+        == list(BAD_LINES)
+        == [kind for kind in data.BAD_KINDS if kind != "corrupt"]
+    )
     assert [bad.where for bad in first] == [f"{path}:{2 * i + 2}" for i in range(len(BAD_LINES))]
     kinds = Counter(bad.kind for bad in reported)
     assert {kind: stream.counts[kind] for kind in BAD_LINES} == kinds
@@ -342,24 +365,33 @@ def test_fatal_raises_at_the_bad_document(tmp_path: Path, tokenizer: Tokenizer, 
 
 
 def test_text_that_no_encoding_can_hold_is_a_bad_document(tokenizer: Tokenizer) -> None:
-    stream = make_stream(TextListSource(["fine", "half a pair: \ud800", "fine too"]), tokenizer=tokenizer, num_streams=1)
+    stream = make_stream(
+        TextListSource(["fine", "half a pair: \ud800", "fine too"]), tokenizer=tokenizer, num_streams=1
+    )
     step_rows(stream)
     assert stream.counts["not_utf8"] > 0
 
 
-def test_too_many_bad_documents_end_the_stream_and_empty_ones_do_not(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_too_many_bad_documents_end_the_stream_and_empty_ones_do_not(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     """A tenth of 200 lines is broken: the eleventh bad document is one too many if a twentieth may be bad."""
     bad = {10 * i: b"{" for i in range(20)}
     lines = [bad.get(i, b'{"text": "fine words, and more"}') for i in range(200)]
     source = data.JsonlSource(write_lines(tmp_path / "a.jsonl", lines))
     settings = {"tokenizer": tokenizer, "num_streams": 1, "global_batch": 4, "shuffle": False}
     strict, lenient = (make_stream(source, max_bad=share, **settings) for share in (0.05, 0.12))
-    with pytest.raises(data.DataError, match=r"^11 of \d+ documents were bad, .*a.jsonl:101: broken_json.*data.max_bad=0.05 of"):
+    with pytest.raises(
+        data.DataError,
+        match=r"^11 of \d+ documents were bad, .*a.jsonl:101: broken_json.*data.max_bad=0.05 of",
+    ):
         for _ in range(200):
             step_rows(strict)
     while lenient.counts["broken_json"] < 40:
         step_rows(lenient)
-    empty = data.JsonlSource(write_lines(tmp_path / "b.jsonl", [line if line != b"{" else b"" for line in lines]))
+    empty = data.JsonlSource(
+        write_lines(tmp_path / "b.jsonl", [line if line != b"{" else b"" for line in lines])
+    )
     stream = make_stream(empty, max_bad=0, **settings)
     while stream.counts["empty"] < 40:
         step_rows(stream)
@@ -446,7 +478,9 @@ def test_missing_tokenizers_are_refused_with_a_remedy(spec: str, tmp_path: Path,
 def test_trained_tokenizer_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the fingerprint of the corpus and the size of the vocabulary."""
     trained, train = [], data.tokenizer.train_tokenizer
-    monkeypatch.setattr(data.tokenizer, "train_tokenizer", lambda *args: trained.append(args[1]) or train(*args))
+    monkeypatch.setattr(
+        data.tokenizer, "train_tokenizer", lambda *args: trained.append(args[1]) or train(*args)
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog")
     for vocab_size in (262, 262, 263):
@@ -592,8 +626,17 @@ def test_streamed_rows_equal_those_of_the_indexed_corpus_on_any_ranks_and_after_
     state = None
     for num_ranks in (2, 8, 4, 1):
         workers = int(num_ranks in (1, 4))  # then a thread reads, and a process tokenises
-        streams = [make_stream(data.HubSource(hub_dir), tokenizer=tokenizer, seq_len=64, rank=rank,
-                               num_ranks=num_ranks, workers=workers) for rank in range(num_ranks)]  # fmt: skip
+        streams = [
+            make_stream(
+                data.HubSource(hub_dir),
+                tokenizer=tokenizer,
+                seq_len=64,
+                rank=rank,
+                num_ranks=num_ranks,
+                workers=workers,
+            )
+            for rank in range(num_ranks)
+        ]
         if state:
             load(streams, state)
         for _ in range(2):
@@ -666,8 +709,14 @@ def test_a_synthetic_document_is_a_function_of_seed_and_number() -> None:
 
 def test_synthetic_topics_are_zipf_in_their_own_slices_with_a_bigram_to_learn() -> None:
     num_topics, skew, width, noise = 8, 1.2, 100, 0.25
-    source = data.SyntheticSource(num_topics * width + 1, num_topics=num_topics, topic_skew=skew, noise=noise,
-                                  mean_length=200.0, length_sigma=0.5)  # fmt: skip
+    source = data.SyntheticSource(
+        num_topics * width + 1,
+        num_topics=num_topics,
+        topic_skew=skew,
+        noise=noise,
+        mean_length=200.0,
+        length_sigma=0.5,
+    )
     documents = [source[i].tokens.astype(int) for i in range(3000)]
     assert all(document[-1] == 0 and (document[:-1] > 0).all() for document in documents)
     topics = [set(((document[:-1] - 1) // width).tolist()) for document in documents]

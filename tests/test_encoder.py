@@ -1,4 +1,6 @@
-"""The faster libraries give the ids of `tokenizers`, before and after a fork, and one that does not is found out."""
+"""The faster libraries give the ids of `tokenizers`, before and after a fork, and one that does not is found
+out.
+"""
 
 import json
 import os
@@ -17,14 +19,17 @@ from trainer.data.encoder import FAST, HARD, Encoder, hard_texts
 
 BACKENDS = ["tokenizers", *FAST]
 LLAMA_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 THREES = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"  # digits in groups of three, from the right
 WORD_END = r"\p{N}{1,3}(?=(?:\p{N}{3})*\b)"  # is there a word's end in 6666↉? tokenizers: yes, fastokens: no
 
 
 def make_tokenizer(*splits: str) -> Tokenizer:
-    """Byte-level BPE with ids above 65,535, as `load_tokenizer` hands it out; `splits`: instead of GPT-2's expression."""
+    """Byte-level BPE with ids above 65,535, as `load_tokenizer` hands it out; `splits`: instead of GPT-2's
+    expression.
+    """
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)
     split = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in splits]
@@ -39,9 +44,12 @@ def make_tokenizer(*splits: str) -> Tokenizer:
     saved["model"]["vocab"] |= {f"unused {i}": i for i in range(len(saved["model"]["vocab"]), 70_000)}
     tokenizer = Tokenizer.from_str(json.dumps(saved))
     tokenizer.add_special_tokens(["<|im_start|>", "</s>"])
-    tokenizer.add_tokens([AddedToken("<|tool|>", normalized=False), AddedToken("[x]", lstrip=True, rstrip=True), "naïve"])
+    tokenizer.add_tokens(
+        [AddedToken("<|tool|>", normalized=False), AddedToken("[x]", lstrip=True, rstrip=True), "naïve"]
+    )
     begin = ("</s>", tokenizer.token_to_id("</s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[begin])  # not asked for
+    # not asked for
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[begin])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -83,7 +91,11 @@ def test_control_tokens_stay_text_and_added_words_are_tokens(plain: Tokenizer, b
         assert plain.token_to_id(special) not in ids
         assert plain.decode(ids.tolist()) == f"a{special} b"
     tool, x, a, b = (plain.token_to_id(name) for name in ("<|tool|>", "[x]", "a", "b"))
-    assert [ids.tolist() for ids in encode(["a<|tool|>b", "a  [x] \n b", ""])] == [[a, tool, b], [a, x, b], []]
+    assert [ids.tolist() for ids in encode(["a<|tool|>b", "a  [x] \n b", ""])] == [
+        [a, tool, b],
+        [a, x, b],
+        [],
+    ]
 
 
 FORK = """
@@ -127,7 +139,9 @@ def test_a_number_of_any_length_is_encoded_by_the_fast_library() -> None:
 
 
 def test_an_expression_that_the_libraries_read_differently_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.backend=fastokens differs from tokenizers in .*; use data.backend=tokenizers"):
+    with pytest.raises(
+        ValueError, match=r"data.backend=fastokens differs from tokenizers in .*; use data.backend=tokenizers"
+    ):
         Encoder(make_tokenizer(WORD_END, LLAMA_SPLIT), backend="fastokens")
 
 
@@ -170,11 +184,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
-def test_a_wrong_library_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch, plain: Tokenizer, change: Callable) -> None:
+def test_a_wrong_library_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, plain: Tokenizer, change: Callable
+) -> None:
     use(monkeypatch, lambda text, ids: ids)
     Encoder(plain, backend="fastokens")
     use(monkeypatch, change)
-    with pytest.raises(ValueError, match=r"data.backend=fastokens differs from tokenizers in .* use data.backend=tokenizers"):
+    with pytest.raises(
+        ValueError, match=r"data.backend=fastokens differs from tokenizers in .* use data.backend=tokenizers"
+    ):
         Encoder(plain, backend="fastokens")
 
 
@@ -185,7 +203,9 @@ def test_the_difference_is_shown_on_a_short_piece(monkeypatch: pytest.MonkeyPatc
     z, q = (plain.token_to_id(letter) for letter in "zq")
     with pytest.raises(ValueError) as raised:
         encode.check(["the cat " * 1000 + "zq" + " and the hat" * 1000])
-    assert f"in 'zq': at id 1 it has [{z}, 99] and not [{z}, {q}]; use data.backend=tokenizers" in str(raised.value)
+    assert f"in 'zq': at id 1 it has [{z}, 99] and not [{z}, {q}]; use data.backend=tokenizers" in str(
+        raised.value
+    )
 
 
 def test_each_nth_text_is_checked(monkeypatch: pytest.MonkeyPatch, plain: Tokenizer) -> None:
@@ -201,7 +221,9 @@ def test_each_nth_text_is_checked(monkeypatch: pytest.MonkeyPatch, plain: Tokeni
     assert [ids.tolist()[-1] for ids in never([bad] * 10)] == [99] * 10
 
 
-def test_what_a_library_refuses_the_reference_encodes(monkeypatch: pytest.MonkeyPatch, plain: Tokenizer) -> None:
+def test_what_a_library_refuses_the_reference_encodes(
+    monkeypatch: pytest.MonkeyPatch, plain: Tokenizer
+) -> None:
     def refuse(word: str) -> Callable[[str, list[int]], list[int]]:
         def change(text: str, ids: list[int]) -> list[int]:
             if word in text:
@@ -214,12 +236,20 @@ def test_what_a_library_refuses_the_reference_encodes(monkeypatch: pytest.Monkey
     encode = Encoder(plain, backend="fastokens", check_every=1)
     assert [ids.tolist() for ids in encode(["cat", "zq"])] == reference(plain, ["cat", "zq"])
     use(monkeypatch, refuse(""))
-    with pytest.raises(ValueError, match=r"data.backend=fastokens cannot encode '' \(stack limit\); use data.backend=tokenizers"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.backend=fastokens cannot encode '' \(stack limit\); use data.backend=tokenizers",
+    ):
         Encoder(plain, backend="fastokens")
 
 
-def test_unknown_and_missing_libraries_are_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch, plain: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"data.backend=fast is none of tokenizers, fastokens, gigatoken; use data.backend=tok"):
+def test_unknown_and_missing_libraries_are_refused_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, plain: Tokenizer
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"data.backend=fast is none of tokenizers, fastokens, gigatoken; use data.backend=tok",
+    ):
         Encoder(plain, backend="fast")
     for backend in FAST:
         monkeypatch.setitem(sys.modules, backend, None)  # the import system's way to say that it is not there
@@ -232,6 +262,9 @@ def test_unknown_and_missing_libraries_are_refused_with_a_remedy(monkeypatch: py
 def test_a_tokenizer_that_the_library_cannot_load_is_refused(backend: str) -> None:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "cat": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(ValueError, match=rf"(?s)data.backend={backend} cannot load this tokenizer \(.+\); use data.backend=tok"):
+    with pytest.raises(
+        ValueError,
+        match=rf"(?s)data.backend={backend} cannot load this tokenizer \(.+\); use data.backend=tok",
+    ):
         Encoder(words, backend=backend)
     assert [ids.tolist() for ids in Encoder(words)(["cat dog"])] == [[2, 0]]

@@ -1,7 +1,8 @@
-"""Does the guard see what it should see, in time and in silence otherwise, and does each rung do what it says?
+"""Does the guard see what it should see, in time and in silence otherwise, and does each rung do what it
+says?
 
-Letters: M layers, E experts. Running means by hand: after n steps from 1 to x, the fast one is 1 + (x - 1)(1 - 0.95^n), the
-slow one has 0.995.
+Letters: M layers, E experts. Running means by hand: after n steps from 1 to x, the fast one is 1 + (x - 1)(1
+- 0.95^n), the slow one has 0.995.
 """
 
 import json
@@ -24,7 +25,7 @@ from trainer import train
 from trainer.balance import Balancer, Guard, LossWeights, QuantileRule, RoutingStats, collects_required
 from trainer.config import GuardConfig, load
 from trainer.metrics import MetricsLog, WandbTracker
-from trainer.stop import PREEMPTED
+from trainer.ranks.stop import PREEMPTED
 
 SHAPE = (2, 4)
 
@@ -39,9 +40,15 @@ def even(**loads: float) -> RoutingStats:
     return RoutingStats(counts_ME)
 
 
-def seen(guard: Guard, step: int, stats: RoutingStats | None = None, *, excess: float = 0.0, logits: float = 1.0) -> list[str]:
+def seen(
+    guard: Guard, step: int, stats: RoutingStats | None = None, *, excess: float = 0.0, logits: float = 1.0
+) -> list[str]:
     """Shows the guard a step; returns the alarms."""
-    values = {"balance/max_violation_worst_layer": 0.1 + excess, "balance/floor": 0.1, "balance/logit_rms": logits}
+    values = {
+        "balance/max_violation_worst_layer": 0.1 + excess,
+        "balance/floor": 0.1,
+        "balance/logit_rms": logits,
+    }
     raised = guard.watch(step, stats or even(), values)
     alarms = guard.take_alarms()
     assert raised["guard/alarm"] == len(alarms) == (1 if alarms else 0)
@@ -52,7 +59,9 @@ def seen(guard: Guard, step: int, stats: RoutingStats | None = None, *, excess: 
 
 
 def test_a_healthy_run_raises_no_alarm():
-    """2,000 steps with the noise of 100 tokens per expert, logits that grow by half and an expert that never had its share."""
+    """2,000 steps with the noise of 100 tokens per expert, logits that grow by half and an expert that never
+    had its share.
+    """
     guard, generator = Guard(SHAPE), torch.Generator().manual_seed(0)
     share_E = torch.tensor([1.0, 1.0, 1.0, 0.1])
     for step in range(1, 2001):
@@ -65,7 +74,9 @@ def test_a_healthy_run_raises_no_alarm():
 def test_a_starving_expert_by_hand():
     """0.95^24 = 0.292: an expert without tokens from step 301 on has under 0.3 of its share at step 324."""
     guard = Guard(SHAPE, patience=1000)
-    alarms = [text for step in range(1, 400) for text in seen(guard, step, even(l1e2=0.0) if step > 300 else None)]
+    alarms = [
+        text for step in range(1, 400) for text in seen(guard, step, even(l1e2=0.0) if step > 300 else None)
+    ]
     assert alarms == ["step 324: 1 experts starve (before: 0), layer 1 expert 2 has 0.29 of its share"]
     assert guard.get_buffer("load_ME")[1, 2] == pytest.approx(0.95**99, rel=1e-4)
 
@@ -98,13 +109,17 @@ def test_rising_violation_by_hand():
     alarms = [text for step in range(1, 400) for text in seen(guard, step, excess=2.0 if step > 300 else 0.1)]
     (fast, slow), (fast_before, _) = by_hand(0.1, 2.0, 5), by_hand(0.1, 2.0, 4)
     assert fast_before < 0.5 < fast
-    assert alarms == [f"step 305: MaxVio over its floor rose from {slow:.2f} to {fast:.2f}"] == [
-        "step 305: MaxVio over its floor rose from 0.15 to 0.53"
-    ]
+    assert (
+        alarms
+        == [f"step 305: MaxVio over its floor rose from {slow:.2f} to {fast:.2f}"]
+        == ["step 305: MaxVio over its floor rose from 0.15 to 0.53"]
+    )
     steady = Guard(SHAPE)
-    assert not any(seen(steady, step, excess=3.0) for step in range(1, 400))  # high from the start, not rising
+    # high from the start, not rising
+    assert not any(seen(steady, step, excess=3.0) for step in range(1, 400))
     slight = Guard(SHAPE)
-    assert not any(seen(slight, step, excess=0.45 if step > 300 else 0.0) for step in range(1, 400))  # rising, not high
+    # rising, not high
+    assert not any(seen(slight, step, excess=0.45 if step > 300 else 0.0) for step in range(1, 400))
     negative = Guard(SHAPE)
     first = next(step for step in range(1, 400) if seen(negative, step, excess=2.0 if step > 300 else -1.0))
     assert first == 314  # 2 - 3 * 0.95^14
@@ -118,14 +133,23 @@ def test_growing_logits_by_hand():
     fast, slow = by_hand(1.0, 2.0, n)
     assert alarms == [f"step {300 + n}: router logits grew from {slow:.2f} to {fast:.2f} (root mean square)"]
     slow_growth = Guard(SHAPE)
-    assert not any(seen(slow_growth, step, logits=1.001**step) for step in range(1, 2000))  # sevenfold, in 2,000 steps
+    # sevenfold, in 2,000 steps
+    assert not any(seen(slow_growth, step, logits=1.001**step) for step in range(1, 2000))
 
 
 def test_several_reasons_are_one_alarm():
     guard = Guard(SHAPE, patience=1000)
     sick: dict[str, Any] = {"stats": even(l0e3=0.0), "excess": 9.0, "logits": 5.0}
-    alarms = [text for step in range(1, 260) for text in (seen(guard, step, **sick) if step > 200 else seen(guard, step))]
-    assert len(alarms) == 1 and alarms[0].startswith("step 202: MaxVio over its floor rose") and "; " not in alarms[0]
+    alarms = [
+        text
+        for step in range(1, 260)
+        for text in (seen(guard, step, **sick) if step > 200 else seen(guard, step))
+    ]
+    assert (
+        len(alarms) == 1
+        and alarms[0].startswith("step 202: MaxVio over its floor rose")
+        and "; " not in alarms[0]
+    )
     guard.last_alarm.fill_(0)
     (text,) = seen(guard, 1000, **sick)
     for part in ("step 1000: 1 experts starve", ", layer 0 expert 3 has", ", MaxVio", ", router logits"):
@@ -136,7 +160,9 @@ def test_nothing_is_judged_within_the_grace():
     """Logits that jump at step 301 are seen at step 302, or when the grace is over."""
     for grace, first in ((1, 302), (301, 302), (302, 303), (310, 311)):
         guard = Guard(SHAPE, grace=grace)
-        assert [step for step in range(1, 320) if seen(guard, step, logits=9.0 if step > 300 else 1.0)] == [first]
+        assert [step for step in range(1, 320) if seen(guard, step, logits=9.0 if step > 300 else 1.0)] == [
+            first
+        ]
 
 
 def test_what_never_had_its_share_is_not_lost():
@@ -150,20 +176,32 @@ def test_what_never_had_its_share_is_not_lost():
 
 @pytest.mark.parametrize("patience", [1, 7])
 def test_alarms_are_patience_steps_apart(patience):
-    """The fault lasts; one alarm every `patience` steps while the fast mean is that much above the slow one."""
+    """The fault lasts; one alarm every `patience` steps while the fast mean is that much above the slow
+    one.
+    """
     guard = Guard(SHAPE, patience=patience)
     steps = [step for step in range(1, 331) if seen(guard, step, logits=9.0 if step > 300 else 1.0)]
     assert steps == list(range(302, 331, patience))
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"grace": 0}, "guard.grace=0, guard.patience=50: must be at least 1 step"),
-    ({"patience": 0}, "guard.patience=0"),
-    ({"starving": 0.0}, r"guard.starving=0.0: must lie in \(0, 1\)"), ({"starving": 1.0}, "guard.starving=1.0"),
-    ({"starving": math.nan}, "guard.starving=nan"), ({"rising": 1.0}, "guard.rising=1.0"), ({"rising": math.nan}, "guard.rising"),
-    ({"logits": 0.5}, "guard.logits=0.5: must exceed 1"), ({"excess": 0.0}, "guard.excess=0.0: must exceed 0"),
-    ({"ladder": ["boost", "panic"]}, r"guard.ladder=\['boost', 'panic'\]: panic is no rung; use boost, solve, sequence_loss, st"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grace": 0}, "guard.grace=0, guard.patience=50: must be at least 1 step"),
+        ({"patience": 0}, "guard.patience=0"),
+        ({"starving": 0.0}, r"guard.starving=0.0: must lie in \(0, 1\)"),
+        ({"starving": 1.0}, "guard.starving=1.0"),
+        ({"starving": math.nan}, "guard.starving=nan"),
+        ({"rising": 1.0}, "guard.rising=1.0"),
+        ({"rising": math.nan}, "guard.rising"),
+        ({"logits": 0.5}, "guard.logits=0.5: must exceed 1"),
+        ({"excess": 0.0}, "guard.excess=0.0: must exceed 0"),
+        (
+            {"ladder": ["boost", "panic"]},
+            r"guard.ladder=\['boost', 'panic'\]: panic is no rung; use boost, solve, sequence_loss, st",
+        ),
+    ],
+)
 def test_wrong_settings_are_refused_with_their_value(settings, message):
     with pytest.raises(ValueError, match=message):
         Guard(SHAPE, **settings)
@@ -205,7 +243,11 @@ def test_each_alarm_takes_the_next_rung_until_there_is_none():
     assert [step["guard/rung"] for step in lab.metrics] == [0, 1, 2, 2, 3, 3, 3]
     assert [step["guard/alarm"] for step in lab.metrics] == [0, 1, 1, 0, 1, 1, 0]
     assert lab.balancer.guard.take_alarms() == [
-        "step 2: told so; boost", "step 3: told so; sequence_loss", "step 5: told so; boost", "step 6: told so"]  # fmt: skip
+        "step 2: told so; boost",
+        "step 3: told so; sequence_loss",
+        "step 5: told so; boost",
+        "step 6: told so",
+    ]
     assert lab.balancer.guard.take_alarms() == []
 
 
@@ -218,13 +260,16 @@ def test_boost_doubles_the_rules_step_exactly_and_again(name):
     for stats, after_ME, factor in zip(lab.balancer.guard.shown, lab.biases, [1, 1, 2, 2, 4, 4], strict=True):
         bias_ME = bias_ME + factor * rule(stats, bias_ME)
         assert torch.equal(after_ME, bias_ME)
-    assert all(torch.equal(memory, dict(rule.named_buffers())[key]) for key, memory in lab.balancer.rule.named_buffers())
+    assert all(
+        torch.equal(memory, dict(rule.named_buffers())[key])
+        for key, memory in lab.balancer.rule.named_buffers()
+    )
 
 
 @pytest.mark.parametrize("name", ["none", "smebu", "quantile"])
 def test_solve_is_one_step_of_quantile_balancing(name):
-    """The step after the alarm, and no other one. The rule is not asked in that step; layers count required biases for it only.
-    A further alarm, without a rung left, solves nothing."""
+    """The step after the alarm, and no other one. The rule is not asked in that step; layers count required
+    biases for it only. A further alarm, without a rung left, solves nothing."""
     lab = guarded(name, "solve", at=(3, 5))
     rule, bias_ME, asked = make_rule(name, (2, 16)), torch.zeros(2, 16), []
     always = name == "quantile"
@@ -284,7 +329,9 @@ def state_of(lab: Lab) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 7, 8])
 def test_a_run_resumed_on_any_rung_is_the_same_run_bit_for_bit(stop):
-    """After steps 4 and 7 a solve is due. The layers' loss weights come from the configuration, and from the guard again."""
+    """After steps 4 and 7 a solve is due. The layers' loss weights come from the configuration, and from the
+    guard again.
+    """
     whole = guarded("smebu", *LADDER, at=ALARMS).run(feed, range(1, 11))
     first = guarded("smebu", *LADDER, at=ALARMS).run(feed, range(1, stop + 1))
     second = guarded("smebu", *LADDER, at=ALARMS)
@@ -298,12 +345,18 @@ def test_a_run_resumed_on_any_rung_is_the_same_run_bit_for_bit(stop):
     assert all(torch.equal(a, b) for a, b in zip(second.gradients, whole.gradients[stop:], strict=True))
     one, other = state_of(second), state_of(whole)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert first.balancer.guard.take_alarms() + second.balancer.guard.take_alarms() == whole.balancer.guard.take_alarms()
+    assert (
+        first.balancer.guard.take_alarms() + second.balancer.guard.take_alarms()
+        == whole.balancer.guard.take_alarms()
+    )
 
 
 def test_a_guard_that_is_off_says_and_does_nothing():
     """The same metrics and biases as without one; its state stays as it is."""
-    off, without = Guard((2, 16), enabled=False, grace=1, patience=1, ladder=["boost", "stop"]), make_lab("smebu")
+    off, without = (
+        Guard((2, 16), enabled=False, grace=1, patience=1, ladder=["boost", "stop"]),
+        make_lab("smebu"),
+    )
     before = deepcopy(off.state_dict())
     off.reasons = lambda: ["told so"]  # type: ignore[method-assign]
     lab = make_lab("smebu", guard=off).run(feed, range(1, 5))
@@ -316,7 +369,9 @@ def test_a_guard_that_is_off_says_and_does_nothing():
 
 @pytest.mark.parametrize("ladder", [[], ["boost"], ["solve", "boost", "stop"]])
 def test_another_ladder_can_take_over(ladder):
-    """Whatever was taken before: switched off, shorter or longer. What is no longer there is no longer done."""
+    """Whatever was taken before: switched off, shorter or longer. What is no longer there is no longer
+    done.
+    """
     lab = guarded("smebu", "boost", "solve", at=(2, 3)).run(feed, range(1, 4))
     guard = Guard((2, 16), enabled=bool(ladder), ladder=ladder)
     other = make_lab("smebu", guard=guard)
@@ -329,11 +384,21 @@ def test_another_ladder_can_take_over(ladder):
 # -- in training -------------------------------------------------------------------------------------------
 
 
-BASE = ["experiment=synthetic", "model.num_experts=8", "seq_len=32", "global_batch=4", "micro_batch=2", "stage.warmup.share=0"]
-JUMPY = ["guard=on", "guard.grace=1", "guard.starving=0.9", "guard.patience=1"]  # the untrained router's noise is enough
+BASE = [
+    "experiment=synthetic",
+    "model.num_experts=8",
+    "seq_len=32",
+    "global_batch=4",
+    "micro_batch=2",
+    "stage.warmup.share=0",
+]
+# the untrained router's noise is enough
+JUMPY = ["guard=on", "guard.grace=1", "guard.starving=0.9", "guard.patience=1"]
 
 
-def trained(overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop_at: int | None = None) -> int:
+def trained(
+    overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop_at: int | None = None
+) -> int:
     """alarms_at: the guard is told to raise them; stop_at: as by SIGTERM."""
     if alarms_at is not None:
         Guard.reasons = lambda self: ["told so"] if self.seen.item() in alarms_at else []  # type: ignore[method-assign]
@@ -356,8 +421,15 @@ def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(tmp_path, capf
     stopped = lines[-1]["step"]
     assert 2 <= stopped < 14 and [line["guard/alarm"] for line in lines] == [0.0] * (stopped - 1) + [1.0]
     assert f"stopped at step {stopped} of 14, saved; the same command continues" in first.out
-    assert f"guard: step {stopped}: " in first.err and "experts starve (before: " in first.err and "; stop\n" in first.err
-    assert {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()} == {f"step-{stopped:08d}", "latest"}
+    assert (
+        f"guard: step {stopped}: " in first.err
+        and "experts starve (before: " in first.err
+        and "; stop\n" in first.err
+    )
+    assert {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()} == {
+        f"step-{stopped:08d}",
+        "latest",
+    }
     assert run_ranks(trained, 1, command)[0] in (train.OK, train.COLLAPSED)
     assert f"continuing at step {stopped} of 14" in capfd.readouterr().out
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == list(range(1, 15))
@@ -365,8 +437,14 @@ def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(tmp_path, capf
 
 def test_twelve_steps_with_a_ladder_equal_two_halves_bit_for_bit(tmp_path):
     """Ended when the solve was due: after its alarm at step 5, before step 6."""
-    told = ["guard=on", "guard.grace=1", "guard.patience=1", "guard.ladder=[boost,solve,sequence_loss]", "steps=12",
-            f"run_dir={tmp_path}"]  # fmt: skip
+    told = [
+        "guard=on",
+        "guard.grace=1",
+        "guard.patience=1",
+        "guard.ladder=[boost,solve,sequence_loss]",
+        "steps=12",
+        f"run_dir={tmp_path}",
+    ]
     run_ranks(trained, 1, [*told, "name=whole"], (3, 5, 8))
     assert run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8), 5) == [PREEMPTED]
     run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8))
@@ -435,14 +513,17 @@ def test_wandb_takes_an_alarm_offline(tmp_path, monkeypatch):
     wandb.alert("told so", 3)
     wandb.finish()
     (stored,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    deadline_s = time.monotonic() + 30  # its own process writes; on a busy machine later than `finish` returns
+    # its own process writes; on a busy machine later than `finish` returns
+    deadline_s = time.monotonic() + 30
     while b"told so" not in stored.read_bytes():
         assert time.monotonic() < deadline_s, "wandb stored no alarm"
         time.sleep(0.1)
 
 
 def rank_worker() -> tuple[list[str], list[torch.Tensor], list[bool]]:
-    """Rank 1 has the only tokens that change: its expert 0 starves from step 41 on. Rank 0 sees nothing of that by itself."""
+    """Rank 1 has the only tokens that change: its expert 0 starves from step 41 on. Rank 0 sees nothing of
+    that by itself.
+    """
     layers = [GatedLayer(16, 2, seed=0)]
     guard = Guard((1, 16), grace=35, patience=100, ladder=["solve"])
     balancer = Balancer(layers, None, steps=80, group=dist.group.WORLD, guard=guard)

@@ -12,13 +12,14 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.test_resume import BASE, metrics, tensors
-from trainer import agree, train
-from trainer.agree import refuse_disagreement
+from trainer import train
 from trainer.balance import Balancer
 from trainer.checkpoint import Checkpoints, problems, storage
 from trainer.config import ConfigError, load
-from trainer.health import FLOOR, LEAST, Health
-from trainer.stop import PREEMPTED
+from trainer.ranks import agree
+from trainer.ranks.agree import refuse_disagreement
+from trainer.ranks.stop import PREEMPTED
+from trainer.run.health import FLOOR, LEAST, Health
 
 NAN, INF = math.nan, math.inf
 
@@ -52,7 +53,10 @@ def test_spikes_are_found_as_a_slow_loop_finds_them():
 
 def test_a_spike_is_measured_against_steps_like_it_and_downward_there_is_none():
     steady = [(2.0, 1.0)] * LEAST  # no deviation at all: FLOOR of the median counts as one, here 0.04
-    assert judged(Health(spike=5), steady, 2.19, 1.0) is None and judged(Health(spike=5), steady, 2.21, 1.0) is not None
+    assert (
+        judged(Health(spike=5), steady, 2.19, 1.0) is None
+        and judged(Health(spike=5), steady, 2.21, 1.0) is not None
+    )
     assert judged(Health(spike=5), steady, 0.0, 0.0) is None
     assert judged(Health(spike=5), steady[1:], 99.0, 1.0) is None  # too few to say
 
@@ -62,8 +66,15 @@ def test_steps_in_a_row_are_counted():
     for loss in (1.0, NAN, NAN, 1.0, NAN, NAN, NAN):
         skipped = health.skips(loss=loss, grad_norm=1.0, applied_2W=torch.zeros(2, 0))
         seen.append((skipped, health.in_row, health.total, health.is_lost))
-    assert seen == [(False, 0, 0, False), (True, 1, 1, False), (True, 2, 2, False), (False, 0, 2, False),
-                    (True, 1, 3, False), (True, 2, 4, False), (True, 3, 5, True)]  # fmt: skip
+    assert seen == [
+        (False, 0, 0, False),
+        (True, 1, 1, False),
+        (True, 2, 2, False),
+        (False, 0, 2, False),
+        (True, 1, 3, False),
+        (True, 2, 4, False),
+        (True, 3, 5, True),
+    ]
 
 
 def test_a_run_goes_back_as_often_as_it_may():
@@ -71,12 +82,18 @@ def test_a_run_goes_back_as_often_as_it_may():
     assert [health.roll_back() for _ in range(3)] == [True, True, False]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("skip.spike=0", r"skip.spike=0.0: must be above 0"), ("skip.most=-1", "skip.most=-1"), ("skip.rollbacks=-2", "rollbacks=-2"),
-    ("heartbeat_s=0", "heartbeat_s=0.0: must be above 0"),
-    ("checkpoint.keep_every=0", "checkpoint.keep_every=0: must be at least 1"),
-    ("checkpoint.retries=-1", "checkpoint.retries=-1"), ("checkpoint.retry_s=-1", "checkpoint.retry_s=-1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("skip.spike=0", r"skip.spike=0.0: must be above 0"),
+        ("skip.most=-1", "skip.most=-1"),
+        ("skip.rollbacks=-2", "rollbacks=-2"),
+        ("heartbeat_s=0", "heartbeat_s=0.0: must be above 0"),
+        ("checkpoint.keep_every=0", "checkpoint.keep_every=0: must be at least 1"),
+        ("checkpoint.retries=-1", "checkpoint.retries=-1"),
+        ("checkpoint.retry_s=-1", "checkpoint.retry_s=-1"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         run_ranks(lambda: train.build(load([*BASE, "name=no", change])), 1)
@@ -134,12 +151,16 @@ def left_out(overrides: list[str], steps: tuple[int, ...]) -> list[float]:
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
-def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(tmp_path, num_ranks, layout, caplog):
+def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(
+    tmp_path, num_ranks, layout, caplog
+):
     where = [f"run_dir={tmp_path}", "name=nan", "steps=8", *layout]
     codes = run_ranks(lambda: faulty(where, wrong_at=(3, 5), factor=NAN, rank=num_ranks - 1), num_ranks)
     assert set(codes) <= {train.OK, train.COLLAPSED}
     lines = metrics(tmp_path / "nan")
-    expected = run_ranks(lambda: left_out(where[:1] + ["name=by_hand", "steps=8", *layout], (3, 5)), num_ranks)[0]
+    expected = run_ranks(
+        lambda: left_out(where[:1] + ["name=by_hand", "steps=8", *layout], (3, 5)), num_ranks
+    )[0]
     assert [line["loss"] for line in lines] == expected
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 2, 2, 2, 2]
     assert ["grad_norm" in line for line in lines] == [True, True, False, True, False, True, True, True]
@@ -162,7 +183,9 @@ def test_a_run_saved_before_any_step_was_applied_goes_on_as_if_it_had_not_stoppe
 
     run_ranks(stopping, 1, "whole", None, (1, 2))
     assert run_ranks(stopping, 1, "halves", 2, (1, 2)) == [PREEMPTED]
-    counts = {name: value for name, value in tensors(tmp_path / "halves", 2).items() if name.endswith(".step")}
+    counts = {
+        name: value for name, value in tensors(tmp_path / "halves", 2).items() if name.endswith(".step")
+    }
     assert counts and not any(value.any() for value in counts.values())
     run_ranks(stopping, 1, "halves", None, ())
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
@@ -170,8 +193,11 @@ def test_a_run_saved_before_any_step_was_applied_goes_on_as_if_it_had_not_stoppe
 
 def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(tmp_path):
     where = [f"run_dir={tmp_path}", "name=lost", "steps=20", "checkpoint.interval=3", "skip.most=4"]
-    with pytest.raises(FloatingPointError, match=r"step 11: gradient norm nan; no step could be applied from step 7 on; "
-                                                 "the newest checkpoint is of step 6, from before"):  # fmt: skip
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 11: gradient norm nan; no step could be applied from step 7 on; "
+        "the newest checkpoint is of step 6, from before",
+    ):
         run_ranks(lambda: faulty(where, wrong_at=tuple(range(7, 30)), factor=NAN), 1)
     checkpoints = tmp_path / "lost" / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000003", "step-00000006"]
@@ -182,8 +208,12 @@ def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
-def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(tmp_path, monkeypatch, num_ranks, layout):
-    """A rule may give biases that are no numbers in the step after a save: what writes it must not die with the run."""
+def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(
+    tmp_path, monkeypatch, num_ranks, layout
+):
+    """A rule may give biases that are no numbers in the step after a save: what writes it must not die with
+    the run.
+    """
     save_file, update = storage.save_file, Balancer.update
 
     def slow(*arguments, **options):
@@ -198,7 +228,14 @@ def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(tmp_path, m
     def worker() -> int:
         monkeypatch.setattr(storage, "save_file", slow)
         monkeypatch.setattr(Balancer, "update", failing)
-        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=lost", "checkpoint.interval=4", *layout]
+        train.sys.argv = [
+            "train",
+            *BASE,
+            f"run_dir={tmp_path}",
+            "name=lost",
+            "checkpoint.interval=4",
+            *layout,
+        ]
         return train.main()
 
     assert run_ranks(worker, num_ranks) == [train.UNSOUND] * num_ranks
@@ -206,7 +243,15 @@ def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(tmp_path, m
 
 
 def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go_on(tmp_path, capfd):
-    where = [*BASE, f"run_dir={tmp_path}", "name=lost", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1"]
+    where = [
+        *BASE,
+        f"run_dir={tmp_path}",
+        "name=lost",
+        "steps=8",
+        "checkpoint.interval=3",
+        "skip.most=0",
+        "skip.rollbacks=1",
+    ]
 
     def worker() -> int:
         step = train.train_step
@@ -224,13 +269,22 @@ def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go
 
     assert run_ranks(worker, 1) == [train.UNSOUND]
     told = capfd.readouterr().err
-    assert "error: step 5: gradient norm nan" in told and "none of the checkpoints can be used (steps 3)" in told
+    assert (
+        "error: step 5: gradient norm nan" in told and "none of the checkpoints can be used (steps 3)" in told
+    )
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
 def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, layout):
-    where = [f"run_dir={tmp_path}", "steps=39", "checkpoint.interval=33", "skip.spike=20", "skip.most=1", "skip.rollbacks=1",
-             *layout]  # fmt: skip
+    where = [
+        f"run_dir={tmp_path}",
+        "steps=39",
+        "checkpoint.interval=33",
+        "skip.spike=20",
+        "skip.most=1",
+        "skip.rollbacks=1",
+        *layout,
+    ]
     settings = ["name=spike", *where]
     run_ranks(lambda: faulty(settings, wrong_at=(35, 36), factor=1e6), num_ranks)
     lines = metrics(tmp_path / "spike")
@@ -253,8 +307,17 @@ def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, 
 
 
 def test_all_data_is_passed_over_if_the_program_made_steps_longer_since(tmp_path):
-    where = [f"run_dir={tmp_path}", "steps=9", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1", "data.workers=0",
-             "stage.warmup.share=null", "stage.warmup.steps=4", "stage.stable.global_batch=8"]  # fmt: skip
+    where = [
+        f"run_dir={tmp_path}",
+        "steps=9",
+        "checkpoint.interval=3",
+        "skip.most=0",
+        "skip.rollbacks=1",
+        "data.workers=0",
+        "stage.warmup.share=null",
+        "stage.warmup.steps=4",
+        "stage.stable.global_batch=8",
+    ]
     run_ranks(lambda: faulty(["name=back", *where], wrong_at=(6,), factor=NAN), 1)
 
     def by_hand() -> list[float]:
@@ -272,8 +335,15 @@ def test_all_data_is_passed_over_if_the_program_made_steps_longer_since(tmp_path
 
 
 def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
-    where = [f"run_dir={tmp_path}", "name=back", "steps=8", "checkpoint.interval=3", "skip.most=0", "skip.rollbacks=1",
-             "balance.trace=router.trace"]  # fmt: skip
+    where = [
+        f"run_dir={tmp_path}",
+        "name=back",
+        "steps=8",
+        "checkpoint.interval=3",
+        "skip.most=0",
+        "skip.rollbacks=1",
+        "balance.trace=router.trace",
+    ]
     run_ranks(lambda: faulty(where, wrong_at=(6,), factor=NAN), 1)
     trace = [json.loads(line) for line in (tmp_path / "back" / "router.trace").read_text().splitlines()]
     assert [line.get("step") for line in trace] == [None, *range(1, 9)]
@@ -281,7 +351,9 @@ def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
 
 
 def test_random_numbers_are_those_of_the_step(tmp_path):
-    """Something that draws (a dropout, a user's own layer) draws the same after a resume, and something else on each rank."""
+    """Something that draws (a dropout, a user's own layer) draws the same after a resume, and something else
+    on each rank.
+    """
     where = [f"run_dir={tmp_path}", "name=random", "steps=6", "checkpoint.interval=3", "parallel=fsdp"]
 
     def drawing() -> list[tuple[int, float]]:
@@ -289,7 +361,9 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
         step = train.train_step
 
         def watched(run, batches, **timing):
-            handle = run.model.register_forward_pre_hook(lambda *_: drawn.append((run.step + 1, torch.rand(()).item())))
+            handle = run.model.register_forward_pre_hook(
+                lambda *_: drawn.append((run.step + 1, torch.rand(()).item()))
+            )
             result = step(run, batches, **timing)
             handle.remove()
             return result
@@ -305,7 +379,8 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
     (checkpoints / "step-00000006").rmdir()
     resumed = run_ranks(drawing, 2)
     for rank in (0, 1):
-        assert resumed[rank] == [pair for pair in whole[rank] if pair[0] > 3] and len(resumed[rank]) == 6  # 2 microbatches
+        # 2 microbatches
+        assert resumed[rank] == [pair for pair in whole[rank] if pair[0] > 3] and len(resumed[rank]) == 6
     values = [value for of_rank in whole for _, value in of_rank]
     assert len(set(values)) == len(values)
 
@@ -313,16 +388,35 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
 # -- data that cannot be read -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_ranks", "layout", "at_end"), [(1, [], "repeat"), (4, ["parallel=hsdp_ep"], "stop")])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout", "at_end"), [(1, [], "repeat"), (4, ["parallel=hsdp_ep"], "stop")]
+)
 def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path, num_ranks, layout, at_end):
     corpus = tmp_path / "corpus.jsonl"
     words = [f"{chr(97 + i % 26)}{chr(97 + 7 * i % 26)}{i}" for i in range(90)]
-    documents = [{"text": " ".join(words[(n * 7 + i) % len(words)] for i in range(40 + n % 13))} for n in range(400)]
+    documents = [
+        {"text": " ".join(words[(n * 7 + i) % len(words)] for i in range(40 + n % 13))} for n in range(400)
+    ]
     corpus.write_text("".join(json.dumps(document) + "\n" for document in documents))
-    where = [f"run_dir={tmp_path}", "data=jsonl", f"data.source.path={corpus}", "model.vocab_size=300", f"data.at_end={at_end}",
-             "data.buffer=2", "data.retries=0", "data.workers=0", "steps=12", "checkpoint.interval=5", "data.num_streams=4",
-             "model=debug", "seq_len=32", "global_batch=4", "micro_batch=1", "data.cache_dir=" + str(tmp_path / "cache"),
-             *layout]  # fmt: skip
+    where = [
+        f"run_dir={tmp_path}",
+        "data=jsonl",
+        f"data.source.path={corpus}",
+        "model.vocab_size=300",
+        f"data.at_end={at_end}",
+        "data.buffer=2",
+        "data.retries=0",
+        "data.workers=0",
+        "steps=12",
+        "checkpoint.interval=5",
+        "data.num_streams=4",
+        "model=debug",
+        "seq_len=32",
+        "global_batch=4",
+        "micro_batch=1",
+        "data.cache_dir=" + str(tmp_path / "cache"),
+        *layout,
+    ]
 
     def broken(name: str, fails_at: int | None) -> int:
         from trainer.data.stream import DataError, TokenStream
@@ -342,7 +436,10 @@ def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path,
 
     assert set(run_ranks(broken, num_ranks, "whole", None)) <= {train.OK, train.COLLAPSED}
     assert run_ranks(broken, num_ranks, "parts", 8) == [train.NO_DATA] * num_ranks
-    assert len(metrics(tmp_path / "parts")) == 7 and (tmp_path / "parts/checkpoints/latest").read_text() == "step-00000007\n"
+    assert (
+        len(metrics(tmp_path / "parts")) == 7
+        and (tmp_path / "parts/checkpoints/latest").read_text() == "step-00000007\n"
+    )
     assert set(run_ranks(broken, num_ranks, "parts", None)) <= {train.OK, train.COLLAPSED}
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     one, other = tensors(tmp_path / "parts", 12), tensors(tmp_path / "whole", 12)
@@ -359,14 +456,22 @@ def test_ranks_that_disagree_are_named_with_both_values():
     run_ranks(worker, 3, {})
     with pytest.raises(ConfigError, match=r"do not agree: rank 2 has seed=7 \(rank 0: 0\)\. Start all"):
         run_ranks(worker, 3, {2: {"seed": 7}})
-    with pytest.raises(ConfigError, match=r"rank 1 has code='1\+cd' .rank 0: '1\+ab'.*; rank 2 has extra=1 .rank 0: None"):
+    with pytest.raises(
+        ConfigError, match=r"rank 1 has code='1\+cd' .rank 0: '1\+ab'.*; rank 2 has extra=1 .rank 0: None"
+    ):
         run_ranks(worker, 3, {1: {"code": "1+cd"}, 2: {"extra": 1}})
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda: train.load([*BASE, "name=r", "seed=3", "parallel=fsdp"]), r"rank 1 has seed=3 \(rank 0: 0\)"),
-    (lambda: train.load([*BASE, "name=r", "optim.lr=0.5", "parallel=fsdp"]), r"rank 1 has optim.lr=0.5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda: train.load([*BASE, "name=r", "seed=3", "parallel=fsdp"]),
+            r"rank 1 has seed=3 \(rank 0: 0\)",
+        ),
+        (lambda: train.load([*BASE, "name=r", "optim.lr=0.5", "parallel=fsdp"]), r"rank 1 has optim.lr=0.5"),
+    ],
+)
 def test_a_run_of_ranks_that_disagree_does_not_start(tmp_path: Path, change, message):
     def worker() -> None:
         train.build(change() if torch.distributed.get_rank() else load([*BASE, "name=r", "parallel=fsdp"]))
@@ -386,4 +491,7 @@ def test_clocks_that_differ_are_told(monkeypatch):
         return said
 
     said = run_ranks(worker, 2)
-    assert said == [["the clocks of ranks 0 and 1 differ by 100 s: compare times in their logs with care"], []]
+    assert said == [
+        ["the clocks of ranks 0 and 1 differ by 100 s: compare times in their logs with care"],
+        [],
+    ]

@@ -22,10 +22,24 @@ from trainer.model.hf import from_hf, hf_config, to_hf
 from trainer.model.router import Gate, Router
 
 SHAPE = ModelConfig(
-    vocab_size=61, dim=32, num_layers=3, num_dense_layers=1, ffn_dim=48, num_heads=4, num_kv_heads=2, head_dim=16, window=6,
-    global_every=2, num_experts=4, top_k=2, expert_dim=24, num_shared_experts=1, route_scale=2.448, rope_theta=5_000.0,
+    vocab_size=61,
+    dim=32,
+    num_layers=3,
+    num_dense_layers=1,
+    ffn_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    window=6,
+    global_every=2,
+    num_experts=4,
+    top_k=2,
+    expert_dim=24,
+    num_shared_experts=1,
+    route_scale=2.448,
+    rope_theta=5_000.0,
     norm_eps=1e-4,
-)  # fmt: skip
+)
 UP, BIAS = "model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.2.mlp.expert_bias"
 
 
@@ -37,7 +51,9 @@ def shapes(model: ModelConfig) -> dict[str, Tensor]:
 def random_state(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in shapes(SHAPE).items()}
-    return {name: tensor if name.endswith("expert_bias_E") else tensor.to(dtype) for name, tensor in state.items()}
+    return {
+        name: tensor if name.endswith("expert_bias_E") else tensor.to(dtype) for name, tensor in state.items()
+    }
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -51,7 +67,9 @@ def test_round_trip_is_bit_equal(dtype):
 
 
 def test_round_trip_through_transformers_and_the_disk(tmp_path):
-    """to_hf -> file -> from_pretrained -> save_pretrained -> file -> from_hf, bit for bit, nothing missing or unused."""
+    """to_hf -> file -> from_pretrained -> save_pretrained -> file -> from_hf, bit for bit, nothing missing or
+    unused.
+    """
     state = random_state()
     save_file(to_hf(state, SHAPE), tmp_path / "model.safetensors")
     AfmoeConfig(**hf_config(SHAPE, max_position_embeddings=64)).save_pretrained(tmp_path)
@@ -79,9 +97,23 @@ def test_config_says_the_shape():
     config = AfmoeConfig(**hf_config(SHAPE, max_position_embeddings=64))
     assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
     assert (config.hidden_size, config.intermediate_size, config.moe_intermediate_size) == (32, 48, 24)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window) == (4, 2, 16, 6)
-    assert (config.num_experts, config.num_experts_per_tok, config.num_shared_experts, config.num_dense_layers) == (4, 2, 1, 1)
-    assert (config.route_scale, config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (2.448, 1e-4, 5_000.0)
+    assert (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.sliding_window,
+    ) == (4, 2, 16, 6)
+    assert (
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.num_shared_experts,
+        config.num_dense_layers,
+    ) == (4, 2, 1, 1)
+    assert (config.route_scale, config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (
+        2.448,
+        1e-4,
+        5_000.0,
+    )
     assert config.mup_enabled and not config.tie_word_embeddings and config.max_position_embeddings == 64
 
 
@@ -93,8 +125,10 @@ def test_a_bias_rounded_by_others_becomes_float32():
 
 
 def test_trap_12_an_exported_bias_is_of_sigmoid_scores():
-    """transformers' router chooses the experts that ours does. By hand: scores .99 and .8 (logits 4.6, 1.4), biases -.3 and 0;
-    0.69 < 0.8 among scores, but 4.3 > 1.4 among logits. The model has no other kind of bias that could be exported."""
+    """transformers' router chooses the experts that ours does. By hand: scores .99 and .8 (logits 4.6, 1.4),
+    biases -.3 and 0;
+    0.69 < 0.8 among scores, but 4.3 > 1.4 among logits. The model has no other kind of bias that could be
+    exported."""
     model = replace(SHAPE, dim=2, num_experts=2, top_k=1)
     logits = torch.tensor([[0.99, 0.8]]).logit()
     gate = Gate.Config(in_features=2, out_features=2)
@@ -105,7 +139,9 @@ def test_trap_12_an_exported_bias_is_of_sigmoid_scores():
     bias_E = torch.tensor([-0.3, 0.0])
     _, gates, ids = theirs(logits[None], bias_E)
     routing = ours(logits[None], bias_E)
-    assert routing.ids_BLK.tolist() == [ids.tolist()] == [[[1]]] and routing.gates_BLK.tolist() == [gates.tolist()]
+    assert routing.ids_BLK.tolist() == [ids.tolist()] == [[[1]]] and routing.gates_BLK.tolist() == [
+        gates.tolist()
+    ]
 
 
 def refused(convert: Callable, state: dict[str, Tensor]) -> list[str]:
@@ -131,8 +167,14 @@ def test_trap_13_from_hf_lists_everything_at_once():
     other = {name.replace("model.layers", "layers"): tensor for name, tensor in good.items()}
     num_layer_tensors = sum(name.startswith("model.layers") for name in good)
     lines = refused(from_hf, other | {"lm_head.weight": torch.zeros(60, 32)})
-    assert sum(": missing" in line for line in lines) == sum(": unknown" in line for line in lines) == num_layer_tensors
-    assert [line for line in lines if re.search("has .* must", line)] == ["lm_head.weight: has (60, 32), must be (61, 32)"]
+    assert (
+        sum(": missing" in line for line in lines)
+        == sum(": unknown" in line for line in lines)
+        == num_layer_tensors
+    )
+    assert [line for line in lines if re.search("has .* must", line)] == [
+        "lm_head.weight: has (60, 32), must be (61, 32)"
+    ]
 
 
 def test_to_hf_refuses_by_name():
@@ -140,6 +182,8 @@ def test_to_hf_refuses_by_name():
     missing = {name: tensor for name, tensor in good.items() if name != "norm.weight"}
     assert refused(to_hf, missing) == ["norm.weight: missing, must be (32,)"]
     assert refused(to_hf, good | {"step": torch.zeros(1)}) == ["step: unknown, has (1,)"]
-    assert refused(to_hf, good | {experts: good[experts][:3]}) == [f"{experts}: has (3, 32, 24), must be (4, 32, 24)"]
+    assert refused(to_hf, good | {experts: good[experts][:3]}) == [
+        f"{experts}: has (3, 32, 24), must be (4, 32, 24)"
+    ]
     cast = good | {"layers.2.moe.expert_bias_E": torch.zeros(4).bfloat16()}
     assert refused(to_hf, cast) == ["layers.2.moe.expert_bias_E: torch.bfloat16, must be torch.float32"]

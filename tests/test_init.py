@@ -16,9 +16,21 @@ from trainer.model.init import BLOCK_ROWS, draw, initialize
 from trainer.model.parallelize import CHECKPOINTING
 
 SHAPE = ModelConfig(
-    vocab_size=500, dim=64, num_layers=4, num_dense_layers=1, ffn_dim=96, num_heads=4, num_kv_heads=2, head_dim=32, window=6,
-    num_experts=8, top_k=2, expert_dim=48, num_shared_experts=1, route_scale=2.448,
-)  # fmt: skip
+    vocab_size=500,
+    dim=64,
+    num_layers=4,
+    num_dense_layers=1,
+    ffn_dim=96,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    window=6,
+    num_experts=8,
+    top_k=2,
+    expert_dim=48,
+    num_shared_experts=1,
+    route_scale=2.448,
+)
 STD = 0.5 / 64**0.5  # arXiv:2602.17004, section 2.4
 DENSITY_AT_3 = math.exp(-4.5) / math.sqrt(2 * math.pi)
 # a unit normal truncated at c = 3: variance 1 - 2 c phi(c) / (2 Phi(c) - 1)
@@ -50,7 +62,9 @@ def test_every_matrix_is_a_truncated_normal():
 
 
 def test_truncation_at_three_std():
-    """P(|z| > 2.5) of a unit normal truncated at 3, and nothing beyond 3; an untruncated one has 0.27 % there."""
+    """P(|z| > 2.5) of a unit normal truncated at 3, and nothing beyond 3; an untruncated one has 0.27 %
+    there.
+    """
     z = draw("any", 1.0, rows=2048, first=0, columns=256)
     inside = math.erf(3 / math.sqrt(2))
     p = (inside - math.erf(2.5 / math.sqrt(2))) / inside
@@ -59,7 +73,9 @@ def test_truncation_at_three_std():
 
 
 def test_norm_gains_and_biases():
-    """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases, sums: 0; loads: 1."""
+    """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases, sums: 0;
+    loads: 1.
+    """
     model = start(seed=0)
     gains = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     post = {name for name in gains if "post_attention_norm" in name or "post_ffn_norm" in name}
@@ -73,7 +89,9 @@ def test_norm_gains_and_biases():
 
 
 def test_no_two_matrices_are_alike():
-    """Names, experts and seeds: correlation of any two draws within 6 / sqrt(n) of 0; equal draws would have 1."""
+    """Names, experts and seeds: correlation of any two draws within 6 / sqrt(n) of 0; equal draws would have
+    1.
+    """
     drawn = [matrix.flatten()[:2048] for seed in (0, 1) for matrix in matrices(start(seed=seed)).values()]
     unit = torch.stack([row / row.norm() for row in drawn if len(row) == 2048])
     correlation = unit @ unit.T - torch.eye(len(unit))
@@ -87,7 +105,9 @@ def test_blocks_of_a_matrix_are_not_alike():
 
 
 def test_start_is_a_function_of_the_seed():
-    """Again: bit-equal. Through the wrapper of activation checkpointing, which renames parameters: bit-equal."""
+    """Again: bit-equal. Through the wrapper of activation checkpointing, which renames parameters:
+    bit-equal.
+    """
     first = list(start(seed=3).parameters())
     for other in (start(seed=3), start(seed=3, checkpointed=True)):
         assert all(torch.equal(a, b) for a, b in zip(first, other.parameters(), strict=True))
@@ -105,4 +125,6 @@ def test_any_rows_are_those_of_the_whole(rows):
 
 def test_rows_do_not_depend_on_how_many_there_are():
     """A shard of a padded vocabulary starts like that of an unpadded one."""
-    assert torch.equal(draw("any", STD, rows=500, first=0, columns=8)[:70], draw("any", STD, rows=70, first=0, columns=8))
+    assert torch.equal(
+        draw("any", STD, rows=500, first=0, columns=8)[:70], draw("any", STD, rows=70, first=0, columns=8)
+    )

@@ -4,17 +4,18 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import free_port  # noqa: F401  # heavy imports before the fork
-from trainer import device
 from trainer.config import ParallelConfig, load
 from trainer.model.afmoe import afmoe_config
 from trainer.model.parallelize import build_parallel, local
 from trainer.optim import muon
+from trainer.ranks import device
 
 
 def test_large_on_2048_ranks(tmp_path):
     torch.multiprocessing.start_processes(build_large, args=(tmp_path,), nprocs=1, start_method="fork")
     got = torch.load(tmp_path / "bytes")
-    # 54 MoE layers x 256 experts x 3 matrices of 3072 x 3072, over dp_shard 128 = efsdp 16 x ep 8: 2 experts a rank
+    # 54 MoE layers x 256 experts x 3 matrices of 3072 x 3072, over dp_shard 128 = efsdp 16 x ep 8: 2 experts
+    # a rank
     assert got["experts"] == 54 * 2 * 3 * 3072 * 3072 * 4
     # everything else is cut along rows over 128 ranks; rank 0 holds the larger part where 128 does not divide
     dim, heads = 3072, 48 * 128
@@ -30,7 +31,8 @@ def test_large_on_2048_ranks(tmp_path):
     # 54 layers x 3 x this rank's 2 experts, shared out among the 16 replicas
     assert (experts["owners"], experts["places"], experts["items"]) == (16, 1, 54 * 3 * 2)
     assert sorted(set(experts["owned"])) == [20, 21]  # 324 / 16 = 20.25
-    # everything else but embedding and head: 5 of attention, 3 of a dense or shared FFN; routers. One owner of 2,048 each
+    # everything else but embedding and head: 5 of attention, 3 of a dense or shared FFN; routers. One owner
+    # of 2,048 each
     assert (others["owners"], others["places"], others["items"]) == (2048, 128, 60 * 8 + 54)
     assert sorted(set(others["owned"])) == [0, 1]
     assert set(others["owned_by_replica"]) == {33, 34}  # 534 / 16
@@ -38,7 +40,9 @@ def test_large_on_2048_ranks(tmp_path):
 
 def build_large(rank, directory):
     dist.init_process_group("fake", rank=0, world_size=2048)
-    config = load(["name=large", "model=large", "steps=1", "seq_len=8192", "global_batch=12288", "micro_batch=1"])
+    config = load(
+        ["name=large", "model=large", "steps=1", "seq_len=8192", "global_batch=12288", "micro_batch=1"]
+    )
     dims = device.build_mesh(ParallelConfig(dp_replicate=16, dp_shard=128, ep=8), num_experts=256)
     model = build_parallel(afmoe_config(config.model, flex=False), dims, dtype=torch.bfloat16)
     sizes = {name: local(p).numel() * p.element_size() for name, p in model.named_parameters()}
@@ -47,13 +51,25 @@ def build_large(rank, directory):
     query = parameters["layers.10.attention.qkv_linear.wq.weight"]
     experts = sum(size for name, size in sizes.items() if "inner_experts" in name)
     names = {"experts": expert, "wq": query}
-    hyper = {"lr": 1e-3, "adamw_lr": 1e-3, "momentum": 0.95, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    hyper = {
+        "lr": 1e-3,
+        "adamw_lr": 1e-3,
+        "momentum": 0.95,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
     plans = sorted(muon(model, **hyper, dtype="bfloat16")[0].plans, key=lambda plan: -plan.num_cuts)
-    torch.save({
-        "experts": experts, "other": sum(sizes.values()) - experts, "local_expert_shape": tuple(local(expert).shape),
-        "plans": [described(plan) for plan in plans],
-        "placements": {key: ",".join(p.device_mesh.mesh_dim_names) for key, p in names.items()},
-    }, directory / "bytes")  # fmt: skip
+    torch.save(
+        {
+            "experts": experts,
+            "other": sum(sizes.values()) - experts,
+            "local_expert_shape": tuple(local(expert).shape),
+            "plans": [described(plan) for plan in plans],
+            "placements": {key: ",".join(p.device_mesh.mesh_dim_names) for key, p in names.items()},
+        },
+        directory / "bytes",
+    )
 
 
 def described(plan) -> dict:
@@ -62,4 +78,10 @@ def described(plan) -> dict:
     whole = [item for items in plan.rounds for own in items for item in own]
     assert len({(id(item.parameter), item.index) for item in whole}) == len(whole)  # each matrix once
     by_replica = [sum(owned[r * plan.num_cuts : (r + 1) * plan.num_cuts]) for r in range(plan.num_replicas)]
-    return {"owners": len(owned), "places": plan.num_cuts, "items": len(whole), "owned": owned, "owned_by_replica": by_replica}
+    return {
+        "owners": len(owned),
+        "places": plan.num_cuts,
+        "items": len(whole),
+        "owned": owned,
+        "owned_by_replica": by_replica,
+    }

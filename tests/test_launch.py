@@ -22,10 +22,18 @@ def calls(directory, *, status, near="", state="RUNNING", **environment):
         path = directory / "bin" / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(directory), "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_NODELIST": "node[0-1]",
-             "SLURM_JOB_ID": "12345", "SLURM_NNODES": "2", "PATH": f"{directory / 'bin'}:{os.environ['PATH']}"}  # fmt: skip
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(directory),
+        "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_JOB_NODELIST": "node[0-1]",
+        "SLURM_JOB_ID": "12345",
+        "SLURM_NNODES": "2",
+        "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
+    }
     stand_ins = {"STATUS": str(status), "NEAR": near, "STATE": state}
-    done = subprocess.run(["bash", SCRIPT, "experiment=demo"], env=os.environ | slurm | stand_ins | environment, timeout=30)
+    done = subprocess.run(
+        ["bash", SCRIPT, "experiment=demo"], env=os.environ | slurm | stand_ins | environment, timeout=30
+    )
     return (directory / "calls").read_text().splitlines(), done.returncode
 
 

@@ -1,4 +1,6 @@
-"""The router's losses against slow loops in float64, and whether their gradients reach the router's weights."""
+"""The router's losses against slow loops in float64, and whether their gradients reach the router's
+weights.
+"""
 
 import math
 
@@ -61,7 +63,9 @@ def test_losses_of_slow_loops_over_real_tokens(padded):
     assert sequence_balance_loss(scores, ids, mask).item() == pytest.approx(sequence, rel=1e-6)
     assert switch_balance_loss(scores, ids, mask).item() == pytest.approx(switch, rel=1e-6)
     assert batch_balance_loss(scores, load, mask).item() == pytest.approx(batch_loss, rel=1e-6)
-    assert router_z_loss(logits, mask).item() == pytest.approx(z, rel=1e-6) == pytest.approx(z_torch, rel=1e-6)
+    assert (
+        router_z_loss(logits, mask).item() == pytest.approx(z, rel=1e-6) == pytest.approx(z_torch, rel=1e-6)
+    )
 
 
 def loss_of(name: str, scores, logits, ids, load, valid):
@@ -71,7 +75,9 @@ def loss_of(name: str, scores, logits, ids, load, valid):
 @pytest.mark.parametrize("name", LOSSES[:3])
 def test_a_loss_is_one_per_token_when_every_expert_has_the_same_share(name):
     ids = torch.arange(4).repeat(4).view(1, 8, 2)
-    assert loss_of(name, torch.full((1, 8, 4), 0.3), torch.zeros(1, 8, 4), ids, torch.ones(4), None).item() == pytest.approx(8.0)
+    assert loss_of(
+        name, torch.full((1, 8, 4), 0.3), torch.zeros(1, 8, 4), ids, torch.ones(4), None
+    ).item() == pytest.approx(8.0)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -139,9 +145,21 @@ def test_trap_10_an_attached_loss_gives_the_gradient_of_the_added_loss():
 
 
 SHAPE = ModelConfig(
-    vocab_size=61, dim=16, num_layers=2, num_dense_layers=1, ffn_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, window=6,
-    num_experts=8, top_k=2, expert_dim=8, num_shared_experts=1, route_scale=2.448,
-)  # fmt: skip
+    vocab_size=61,
+    dim=16,
+    num_layers=2,
+    num_dense_layers=1,
+    ffn_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    window=6,
+    num_experts=8,
+    top_k=2,
+    expert_dim=8,
+    num_shared_experts=1,
+    route_scale=2.448,
+)
 
 
 @torch.no_grad()
@@ -159,7 +177,9 @@ def moe_layer(weights: LossWeights) -> MoE:
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_trap_10_the_gradient_reaches_the_gate_of_a_real_layer(name, padded):
-    """With the loss minus without it: the gradient of the loss itself, taken from the router's outputs. Nothing else feels it."""
+    """With the loss minus without it: the gradient of the loss itself, taken from the router's outputs.
+    Nothing else feels it.
+    """
     x_BLD = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(1))
     valid_BL = torch.arange(12).expand(3, 12) < torch.tensor([[12], [7], [10]]) if padded else None
     real = slice(None) if valid_BL is None else valid_BL
@@ -190,7 +210,9 @@ def test_trap_10_a_loss_in_evaluation_is_none():
 
 
 def test_trap_7_a_layer_without_weight_does_not_disable_the_others():
-    """Three layers, the losses on the second only: the first and third have the gradient of no loss, the second its own."""
+    """Three layers, the losses on the second only: the first and third have the gradient of no loss, the
+    second its own.
+    """
     on, off = LossWeights(sequence=0.5, z=0.1), NO_LOSSES
     gradients = []
     for weights in ((off, on, off), (off, off, off), (on, on, on)):
@@ -199,22 +221,31 @@ def test_trap_7_a_layer_without_weight_does_not_disable_the_others():
             layer(batch(1)).square().sum().backward()
         gradients.append([layer.router.gate.weight.grad for layer in layers])
     mixed, without, everywhere = gradients
-    assert torch.equal(mixed[0], without[0]) and torch.equal(mixed[2], without[2]) and torch.equal(mixed[1], everywhere[1])
+    assert (
+        torch.equal(mixed[0], without[0])
+        and torch.equal(mixed[2], without[2])
+        and torch.equal(mixed[1], everywhere[1])
+    )
     assert all((a - b).norm() > 1 for a, b in zip(everywhere, without, strict=True))
 
 
 def test_the_batch_loss_is_silent_in_the_first_step_and_then_has_the_last_step_s_loads():
-    """All loads are 1 at first, and the shares sum to 1: no gradient, bit for bit. Then by hand, from the counts."""
+    """All loads are 1 at first, and the shares sum to 1: no gradient, bit for bit. Then by hand, from the
+    counts.
+    """
     lab, plain = make_lab("none", loss_weights=LossWeights(batch=1.0)), make_lab("none")
     for either in (lab, plain):
         either.run(train, [1, 2])
-    assert torch.equal(lab.gradients[0], plain.gradients[0]) and not torch.equal(lab.gradients[1], plain.gradients[1])
+    assert torch.equal(lab.gradients[0], plain.gradients[0]) and not torch.equal(
+        lab.gradients[1], plain.gradients[1]
+    )
     for m, layer in enumerate(lab.layers):
         counts = torch.bincount(layer.router(batch(1), torch.zeros(16)).ids_BLK.flatten(), minlength=16)
         twin = GatedLayer(16, 2, seed=m)
         scores_BLE = twin.router(batch(2), torch.zeros(16)).scores_BLE
         share_BLE = scores_BLE / scores_BLE.sum(-1, keepdim=True)
-        (share_BLE * counts / counts.double().mean()).sum().backward()  # sum over tokens and experts of f_i P_i
+        # sum over tokens and experts of f_i P_i
+        (share_BLE * counts / counts.double().mean()).sum().backward()
         expected = twin.router.gate.weight.grad
         assert (lab.gradients[1][m] - plain.gradients[1][m] - expected).norm() < 1e-4 * expected.norm()
 

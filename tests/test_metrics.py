@@ -134,4 +134,7 @@ def test_kurtosis_of_the_last_values_by_numpy_and_after_a_restart():
 
 def test_kurtosis_of_equal_values_is_zero():
     window = Window()
-    assert [window.add(loss=1.0, grad_norm=2.0) for _ in range(16)][-1] == {"loss_kurtosis": 0.0, "grad_norm_kurtosis": 0.0}
+    assert [window.add(loss=1.0, grad_norm=2.0) for _ in range(16)][-1] == {
+        "loss_kurtosis": 0.0,
+        "grad_norm_kurtosis": 0.0,
+    }

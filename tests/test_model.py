@@ -1,9 +1,11 @@
 """Is it the published AFMoE, and does each of its parts do what its equation says?
 
-Expected values come from `transformers`' AfmoeForCausalLM, from slow loops written from the report's equations
-(arXiv:2602.17004), or from an invariance. All in float32; tolerances are stated where they are used.
+Expected values come from `transformers`' AfmoeForCausalLM, from slow loops written from the report's
+equations (arXiv:2602.17004), or from an invariance. All in float32; tolerances are stated where they are
+used.
 
-Letters: B sequences, L tokens each, T = B L, D model dim, F expert hidden dim, E experts, K per token, V vocabulary.
+Letters: B sequences, L tokens each, T = B L, D model dim, F expert hidden dim, E experts, K per token, V
+vocabulary.
 """
 
 import functools
@@ -30,17 +32,34 @@ from trainer.model.parallelize import CHECKPOINTING
 
 CPU = torch.device("cpu")
 
-GQA = ModelConfig(  # two layers per key-value head, heads wider than the model, a window shorter than the rows
-    vocab_size=61, dim=32, num_layers=5, num_dense_layers=1, ffn_dim=48, num_heads=4, num_kv_heads=2, head_dim=16, window=6,
-    num_experts=8, top_k=3, expert_dim=24, num_shared_experts=1, route_scale=2.448,
-)  # fmt: skip
+# two layers per key-value head, heads wider than the model, a window shorter than the rows
+GQA = ModelConfig(
+    vocab_size=61,
+    dim=32,
+    num_layers=5,
+    num_dense_layers=1,
+    ffn_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    window=6,
+    num_experts=8,
+    top_k=3,
+    expert_dim=24,
+    num_shared_experts=1,
+    route_scale=2.448,
+)
 SHAPES = {
     "gqa": GQA,
     "mha, no dense layer": replace(GQA, num_dense_layers=0, num_layers=4, num_kv_heads=4, head_dim=8),
     "no shared expert": replace(GQA, num_shared_experts=0, num_layers=2, global_every=2),
-    "one kv head, two shared experts": replace(GQA, num_kv_heads=1, num_shared_experts=2, num_layers=3, global_every=3),
+    "one kv head, two shared experts": replace(
+        GQA, num_kv_heads=1, num_shared_experts=2, num_layers=3, global_every=3
+    ),
     "all experts chosen, another rope": replace(GQA, top_k=8, num_layers=3, rope_theta=100.0, norm_eps=1e-3),
-    "all layers dense, window beyond the row": replace(GQA, num_dense_layers=2, num_layers=2, global_every=2, window=99),
+    "all layers dense, window beyond the row": replace(
+        GQA, num_dense_layers=2, num_layers=2, global_every=2, window=99
+    ),
 }
 LENGTH = 24
 
@@ -78,7 +97,9 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, rela
     """Each tensor by itself: |actual - expected| <= relative |expected|, so a zero must be a zero."""
     assert actual.keys() == expected.keys()
     errors = {name: float((actual[name] - e).norm()) for name, e in expected.items()}
-    assert not {name: error for name, error in errors.items() if not error <= relative * float(expected[name].norm())}
+    assert not {
+        name: error for name, error in errors.items() if not error <= relative * float(expected[name].norm())
+    }
 
 
 def row(*lengths: int) -> list[int]:
@@ -102,7 +123,9 @@ def oracle(shape: ModelConfig, model: Afmoe, directory) -> AfmoeForCausalLM:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_and_gradients_of_transformers(shape, tmp_path):
-    """Logits (of size 2) within 1e-5; the gradient of every tensor on disk, each expert's too, within 1e-5."""
+    """Logits (of size 2) within 1e-5; the gradient of every tensor on disk, each expert's too, within
+    1e-5.
+    """
     model = build(shape)
     hf = oracle(shape, model, tmp_path)
     tokens_BL, labels_BL = tokens_of(shape, 2, LENGTH), tokens_of(shape, 2, LENGTH, seed=3)
@@ -112,15 +135,20 @@ def test_logits_and_gradients_of_transformers(shape, tmp_path):
     torch.testing.assert_close(model(tokens_BL), logits_BLV, rtol=0, atol=1e-5)
 
     F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), reduction="sum").backward()
-    theirs = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in hf.named_parameters() if p.numel()}
+    theirs = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in hf.named_parameters() if p.numel()
+    }
     ours = model.state_dict() | gradients(model, tokens_BL, None, labels_BL)
-    ours |= {n: torch.zeros_like(t) for n, t in ours.items() if n.endswith("expert_bias_E")}  # never a gradient
+    # never a gradient
+    ours |= {n: torch.zeros_like(t) for n, t in ours.items() if n.endswith("expert_bias_E")}
     assert_close(to_hf(ours, shape), revert_weight_conversion(hf, theirs), relative=1e-5)
 
 
 @pytest.mark.parametrize("name", ["nano", "mini", "large"])
 def test_parameter_counts_of_transformers(name):
-    """Exact. transformers holds the routing biases as parameters, we hold them as buffers: taken off its count."""
+    """Exact. transformers holds the routing biases as parameters, we hold them as buffers: taken off its
+    count.
+    """
     shape = ModelConfig(**OmegaConf.load(CONFIG_DIR / "model" / f"{name}.yaml"))
     with torch.device("meta"):
         hf = AfmoeForCausalLM(AfmoeConfig(**hf_config(shape, max_position_embeddings=4096)))
@@ -130,12 +158,17 @@ def test_parameter_counts_of_transformers(name):
     assert biases == shape.num_experts * (shape.num_layers - shape.num_dense_layers)
     count = count_parameters(shape)
     assert count.total == sum(sizes.values()) - biases
-    assert count.active * shape.num_experts == (count.total - experts) * shape.num_experts + experts * shape.top_k
+    assert (
+        count.active * shape.num_experts
+        == (count.total - experts) * shape.num_experts + experts * shape.top_k
+    )
 
 
 @pytest.mark.parametrize(("seq_len", "window"), [(17, 6), (17, 17), (4, 6), (1, 6)])
 def test_flops_per_token_of_a_slow_loop(seq_len, window):
-    """Matmuls: 2 FLOP per weight forward, 4 backward. Attention: q k and scores v, 4 N H forward, 8 N H backward."""
+    """Matmuls: 2 FLOP per weight forward, 4 backward. Attention: q k and scores v, 4 N H forward, 8 N H
+    backward.
+    """
     shape = replace(GQA, window=window, num_layers=9)
     flops = 0
     for position in range(seq_len):
@@ -170,7 +203,8 @@ def test_masks_of_a_slow_loop(positions):
     for b, position_L in enumerate(positions):
         document_L = [sum(p == 0 for p in position_L[: t + 1]) for t in range(LENGTH)]
         for t in range(LENGTH):
-            if position_L[t] == PADDING:  # may see what it likes, but something: a softmax over nothing is not a number
+            # may see what it likes, but something: a softmax over nothing is not a number
+            if position_L[t] == PADDING:
                 assert rows.global_mask[b, 0, t].any() and rows.local_mask[b, 0, t].any()
                 continue
             for s in range(LENGTH):
@@ -179,7 +213,9 @@ def test_masks_of_a_slow_loop(positions):
                 assert bool(rows.local_mask[b, 0, t, s]) == (seen and max(0, t - GQA.window + 1) <= s)
 
 
-@pytest.mark.parametrize("lengths", [[(1, 7, 1, 1, 10, 4)], [(24,), (1, 1, 22), (23, 1), (2, 12, 10)]], ids=["one row", "rows"])
+@pytest.mark.parametrize(
+    "lengths", [[(1, 7, 1, 1, 10, 4)], [(24,), (1, 1, 22), (23, 1), (2, 12, 10)]], ids=["one row", "rows"]
+)
 def test_packed_documents_are_alone(lengths):
     """Logits of a document do not depend on its neighbours (1e-5), nor do the gradients (1e-5 relative)."""
     model = build(GQA)
@@ -201,7 +237,9 @@ def test_packed_documents_are_alone(lengths):
 
 @pytest.mark.parametrize("num_real", [(17, 9), (24, 0)], ids=["padded rows", "a row of padding"])
 def test_padding_is_nothing(num_real):
-    """Logits, gradients (with the sequence balance loss on) and counts are those of the rows without padding."""
+    """Logits, gradients (with the sequence balance loss on) and counts are those of the rows without
+    padding.
+    """
     model = build(GQA, loss_weights=LossWeights(sequence=0.1))
     tokens_BL, labels_BL = tokens_of(GQA, 2, LENGTH), tokens_of(GQA, 2, LENGTH, seed=3)
     positions_BL = torch.tensor([row(n, n - LENGTH) for n in num_real])
@@ -213,7 +251,9 @@ def test_padding_is_nothing(num_real):
     for b, n in enumerate(num_real):
         if n:
             single = (tokens_BL[b : b + 1, :n], None, labels_BL[b : b + 1, :n])
-            torch.testing.assert_close(model(tokens_BL, positions_BL)[b : b + 1, :n], model(single[0]), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                model(tokens_BL, positions_BL)[b : b + 1, :n], model(single[0]), rtol=0, atol=1e-5
+            )
             alone = {name: g + alone[name] for name, g in gradients(model, *single).items()}
             alone_counts += taken_counts(model)
     assert torch.equal(counts, alone_counts)
@@ -231,8 +271,12 @@ def taken_counts(model: Afmoe) -> Tensor:
 # -- one MoE layer --------------------------------------------------------------------------------------
 
 
-def slow_moe(moe: MoE, weights: dict[str, Tensor], x_BLD: Tensor, valid_BL: Tensor, *, shape: ModelConfig, alpha: float):
-    """eq. 15-18 token by token and expert by expert, and alpha times eq. 29-32 times the tokens of each sequence."""
+def slow_moe(
+    moe: MoE, weights: dict[str, Tensor], x_BLD: Tensor, valid_BL: Tensor, *, shape: ModelConfig, alpha: float
+):
+    """eq. 15-18 token by token and expert by expert, and alpha times eq. 29-32 times the tokens of each
+    sequence.
+    """
 
     def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         return w2 @ (F.silu(w1 @ x) * (w3 @ x))
@@ -270,7 +314,11 @@ def test_moe_layer_of_a_slow_loop(alpha, padded):
     moe = one_moe(GQA, loss_weights=LossWeights(sequence=alpha))
     x_BLD = torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(4), requires_grad=True)
     grad_BLD = torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(5))
-    valid_BL = torch.arange(10).expand(2, 10) < torch.tensor([[10], [6]]) if padded else torch.ones(2, 10, dtype=torch.bool)
+    valid_BL = (
+        torch.arange(10).expand(2, 10) < torch.tensor([[10], [6]])
+        if padded
+        else torch.ones(2, 10, dtype=torch.bool)
+    )
     weights = {n: p.detach().double().requires_grad_() for n, p in moe.named_parameters()}
     slow_x_BLD = x_BLD.detach().double().requires_grad_()
     expected_BLD, balance, counts = slow_moe(moe, weights, slow_x_BLD, valid_BL, shape=GQA, alpha=alpha)
@@ -290,14 +338,20 @@ def test_experts_without_tokens():
     moe.expert_bias_E[[0, 3, 7]] = -9.0
     out_BLD = moe(torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(4)))
     out_BLD.square().sum().backward()
-    assert out_BLD.isfinite().all() and (moe.tokens_per_expert_E == 0).nonzero().flatten().tolist() == [0, 3, 7]
+    assert out_BLD.isfinite().all() and (moe.tokens_per_expert_E == 0).nonzero().flatten().tolist() == [
+        0,
+        3,
+        7,
+    ]
     for weight in moe.routed_experts.inner_experts.parameters():
         assert weight.grad.isfinite().all()
         assert (weight.grad.flatten(1).norm(dim=1) == 0).nonzero().flatten().tolist() == [0, 3, 7]
 
 
 def test_bfloat16_experts():
-    """Only the experts' matmuls are rounded: output and gradients within 2 % (bfloat16 rounds by up to 0.4 %)."""
+    """Only the experts' matmuls are rounded: output and gradients within 2 % (bfloat16 rounds by up to 0.4
+    %).
+    """
     x_BLD = torch.randn(2, 10, GQA.dim, generator=torch.Generator().manual_seed(4))
     results = {}
     for dtype in ("float32", "bfloat16"):
@@ -327,7 +381,9 @@ def test_router_is_float32_under_bfloat16_weights():
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
 def test_activation_checkpointing_changes_nothing(kind):
-    """Loss, gradients and counts, bit for bit; two microbatches count twice, the repeated forward does not."""
+    """Loss, gradients and counts, bit for bit; two microbatches count twice, the repeated forward does
+    not.
+    """
     tokens_BL, labels_BL = tokens_of(GQA, 2, LENGTH), tokens_of(GQA, 2, LENGTH, seed=3)
     positions_BL = torch.tensor([row(20, -4), row(3, 1, 20)])
     results = []
@@ -368,8 +424,12 @@ def test_evaluation_leaves_no_trace(mode):
 # -- the loss -------------------------------------------------------------------------------------------
 
 
-def slow_cross_entropy(x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, z_loss_weight: float) -> tuple[Tensor, Tensor]:
-    """Cross entropy, and what is minimized: cross entropy + weight * logsumexp^2, summed over labelled tokens."""
+def slow_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, z_loss_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy, and what is minimized: cross entropy + weight * logsumexp^2, summed over labelled
+    tokens.
+    """
     logits_TV = x_TD @ weight_VD.T
     value = F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE, reduction="sum")
     return value, value + z_loss_weight * logits_TV.logsumexp(1)[labels_T != IGNORE].square().sum()
@@ -388,7 +448,9 @@ def loss_inputs() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.01])
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 29, 1000])
 def test_linear_cross_entropy(chunk_tokens, z_loss_weight, monkeypatch):
-    """Value and gradients (of three times the loss) against torch, 1e-5 relative; chunks larger than all tokens too."""
+    """Value and gradients (of three times the loss) against torch, 1e-5 relative; chunks larger than all
+    tokens too.
+    """
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 50 * chunk_tokens)
     x_TD, weight_VD, labels_T = loss_inputs()
     x_TD, weight_VD = x_TD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
@@ -412,7 +474,9 @@ def test_linear_cross_entropy_without_labels():
 
 
 def test_linear_cross_entropy_in_bfloat16():
-    """Logits and their gradient are rounded to bfloat16, sums are float32: 1 % of float32 on the same values."""
+    """Logits and their gradient are rounded to bfloat16, sums are float32: 1 % of float32 on the same
+    values.
+    """
     x_TD, weight_VD, labels_T = loss_inputs()
     x_TD, weight_VD = x_TD.bfloat16().requires_grad_(), weight_VD.bfloat16().requires_grad_()
     exact = [t.detach().float().requires_grad_() for t in (x_TD, weight_VD)]
@@ -427,14 +491,18 @@ def test_linear_cross_entropy_in_bfloat16():
 
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.01])
 def test_model_loss_is_that_of_its_logits(z_loss_weight):
-    """Through the whole model: value and gradients of the explicit formula on the model's own logits, 1e-5 relative."""
+    """Through the whole model: value and gradients of the explicit formula on the model's own logits, 1e-5
+    relative.
+    """
     model = build(GQA, z_loss_weight=z_loss_weight)
     tokens_BL, labels_BL = tokens_of(GQA, 2, LENGTH), tokens_of(GQA, 2, LENGTH, seed=3)
     labels_BL[1, 7:11] = IGNORE
     actual = gradients(model, tokens_BL, None, labels_BL)
     model.zero_grad()
     logits_TV, identity_VV = model(tokens_BL).flatten(0, 1), torch.eye(GQA.vocab_size)
-    value, minimized = slow_cross_entropy(logits_TV, identity_VV, labels_BL.flatten(), z_loss_weight=z_loss_weight)
+    value, minimized = slow_cross_entropy(
+        logits_TV, identity_VV, labels_BL.flatten(), z_loss_weight=z_loss_weight
+    )
     minimized.backward()
     torch.testing.assert_close(model(tokens_BL, None, labels_BL), value, rtol=1e-5, atol=0)
     assert_close(actual, {n: p.grad for n, p in model.named_parameters()}, relative=1e-5)

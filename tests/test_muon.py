@@ -39,11 +39,15 @@ class PlainMuon:
         rows, columns = self.weight.shape[-2:]
         stack = nesterov.reshape(-1, rows, columns)
         update = torch.stack([plain_orthogonal(matrix) for matrix in stack]).reshape(self.weight.shape)
-        self.weight = (1 - self.lr * self.decay) * self.weight - self.lr * math.sqrt(max(1, rows / columns)) * update
+        self.weight = (1 - self.lr * self.decay) * self.weight - self.lr * math.sqrt(
+            max(1, rows / columns)
+        ) * update
 
 
 def gradient_of(name: str, shape: torch.Size, step: int) -> torch.Tensor:
-    """The same on every rank; small as real gradients are; the second expert of each tensor never gets a token."""
+    """The same on every rank; small as real gradients are; the second expert of each tensor never gets a
+    token.
+    """
     generator = torch.Generator().manual_seed(sum(map(ord, name)) + 1000 * step)
     gradient = torch.randn(shape, generator=generator) * 1e-4
     if len(shape) == 3:
@@ -54,7 +58,9 @@ def gradient_of(name: str, shape: torch.Size, step: int) -> torch.Tensor:
 # -- alone --
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1), (3, 4, 6), (3, 6, 4), (2, 3, 4, 5)])
+@pytest.mark.parametrize(
+    "shape", [(6, 6), (4, 9), (9, 4), (1, 5), (5, 1), (3, 4, 6), (3, 6, 4), (2, 3, 4, 5)]
+)
 def test_one_process_equals_the_equations(shape):
     weight = torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     oracle = PlainMuon(weight.detach())
@@ -67,12 +73,19 @@ def test_one_process_equals_the_equations(shape):
 
 
 def test_groups_have_their_own_rates():
-    weights = [torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+    weights = [
+        torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(i))) for i in range(3)
+    ]
     settings = [(0.01, 0.0, 0.0), (0.05, 0.95, 0.3), (0.0, 0.5, 0.5)]
-    oracles = [PlainMuon(w.detach(), lr=lr, momentum=m, decay=d) for w, (lr, m, d) in zip(weights, settings, strict=True)]
+    oracles = [
+        PlainMuon(w.detach(), lr=lr, momentum=m, decay=d)
+        for w, (lr, m, d) in zip(weights, settings, strict=True)
+    ]
     keys = ("lr", "momentum", "weight_decay")
     given = zip(weights, settings, strict=True)
-    optimizer = Muon([{"params": [weight], **dict(zip(keys, values, strict=True))} for weight, values in given])
+    optimizer = Muon(
+        [{"params": [weight], **dict(zip(keys, values, strict=True))} for weight, values in given]
+    )
     for step in range(3):
         for i, (weight, oracle) in enumerate(zip(weights, oracles, strict=True)):
             weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + i))
@@ -89,7 +102,9 @@ def test_the_update_forgets_the_gradients_scale(scale):
 
 
 def test_the_update_is_nearly_orthogonal():
-    """Five steps of the quintic bring singular values of a Gaussian matrix into [0.6, 1.3] and keep the singular vectors."""
+    """Five steps of the quintic bring singular values of a Gaussian matrix into [0.6, 1.3] and keep the
+    singular vectors.
+    """
     batch = torch.randn(8, 48, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = orthogonalize(batch)
     left, _, right = torch.linalg.svd(batch, full_matrices=False)
@@ -111,12 +126,15 @@ def test_an_expert_without_tokens_stays_where_it_is():
     assert not torch.equal(weight[0], before[0])
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: Muon([torch.nn.Parameter(torch.zeros(3))]), "shape \\(3,\\)"),
-    (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 3))], lr=-1.0), "lr=-1"),
-    (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 3))], momentum=1.0), "momentum=1"),
-    (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 3))], weight_decay=-0.1), "weight_decay=-0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Muon([torch.nn.Parameter(torch.zeros(3))]), "shape \\(3,\\)"),
+        (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 3))], lr=-1.0), "lr=-1"),
+        (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 3))], momentum=1.0), "momentum=1"),
+        (lambda: Muon([torch.nn.Parameter(torch.zeros(3, 3))], weight_decay=-0.1), "weight_decay=-0.1"),
+    ],
+)
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -131,11 +149,22 @@ def test_a_missing_gradient_is_named():
 # -- on every layout --
 
 BASE = [
-    "name=muon", "model=debug", "model.num_layers=3", "data=synthetic", "data.source.num_topics=8", "steps=5", "seq_len=32",
-    "global_batch=8", "micro_batch=1", "optim=muon", f"optim.lr={LR}", f"optim.momentum={MOMENTUM}",
+    "name=muon",
+    "model=debug",
+    "model.num_layers=3",
+    "data=synthetic",
+    "data.source.num_topics=8",
+    "steps=5",
+    "seq_len=32",
+    "global_batch=8",
+    "micro_batch=1",
+    "optim=muon",
+    f"optim.lr={LR}",
+    f"optim.momentum={MOMENTUM}",
     f"optim.weight_decay={DECAY}",
-]  # fmt: skip
-UNEVEN = ["model.num_heads=3", "model.num_kv_heads=1", "model.head_dim=10", "model.expert_dim=20"]  # rows: 30, 10, 6, 20
+]
+# rows: 30, 10, 6, 20
+UNEVEN = ["model.num_heads=3", "model.num_kv_heads=1", "model.head_dim=10", "model.expert_dim=20"]
 
 
 def layout_worker(overrides: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -152,11 +181,22 @@ def layout_worker(overrides: list[str]) -> dict[str, tuple[torch.Tensor, torch.T
                 p.grad = torch.zeros_like(p)
                 continue
             shape, offset = local_window(p)
-            gradient = gradient_of(name, p.shape, step)[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+            gradient = gradient_of(name, p.shape, step)[
+                tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+            ]
             is_dtensor = isinstance(p, DTensor)
-            p.grad = DTensor.from_local(
-                gradient.clone(), p.device_mesh, p.placements, shape=p.shape, stride=p.stride(), run_check=False
-            ) if is_dtensor else gradient  # fmt: skip
+            p.grad = (
+                DTensor.from_local(
+                    gradient.clone(),
+                    p.device_mesh,
+                    p.placements,
+                    shape=p.shape,
+                    stride=p.stride(),
+                    run_check=False,
+                )
+                if is_dtensor
+                else gradient
+            )
         run.optimizer.step()
     return {names[p]: (before[names[p]], full(p)) for p in mine}
 
@@ -175,12 +215,15 @@ LAYOUTS = [
     (4, ["parallel=hsdp_ep"]),
     (4, ["parallel=fsdp_ep"]),  # efsdp 2 x ep 2
     (4, ["parallel=fsdp", "model.num_experts=2"]),  # more shards than experts: cut inside their matrices
-    (4, ["parallel=fsdp", "model.num_experts=6", *UNEVEN]),  # parts of 2, 2, 2, 0 experts; of 8, 8, 8, 6 and 3, 3, 3, 1 rows
+    # parts of 2, 2, 2, 0 experts; of 8, 8, 8, 6 and 3, 3, 3, 1 rows
+    (4, ["parallel=fsdp", "model.num_experts=6", *UNEVEN]),
     (4, ["parallel=hsdp_ep", "model.num_experts=6", *UNEVEN]),
 ]
 
 
-@pytest.mark.parametrize(("num_ranks", "overrides"), LAYOUTS, ids=lambda v: "-".join(v) if isinstance(v, list) else None)
+@pytest.mark.parametrize(
+    ("num_ranks", "overrides"), LAYOUTS, ids=lambda v: "-".join(v) if isinstance(v, list) else None
+)
 def test_every_layout_equals_the_equations(num_ranks, overrides):
     results = run_ranks(layout_worker, num_ranks, overrides)
     for name, (before, _) in results[0].items():
@@ -189,4 +232,5 @@ def test_every_layout_equals_the_equations(num_ranks, overrides):
             oracle.step(gradient_of(name, before.shape, step))
         for result in results:
             assert (result[name][1] - oracle.weight).abs().max() < 1e-5, name
-    assert len(results[0]) == 3 * (5 + 3) + 2 * (1 + 3)  # wq wk wv gate wo, dense or shared FFN; router and experts
+    # wq wk wv gate wo, dense or shared FFN; router and experts
+    assert len(results[0]) == 3 * (5 + 3) + 2 * (1 + 3)

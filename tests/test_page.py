@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.page import NUM_COLOURS, TEMPLATE, Cell, Column, Page, number, typed
-from trainer.simulate.page import write_page
-from trainer.simulate.result import CURVES, METRICS
+from trainer.lab.page import NUM_COLOURS, TEMPLATE, Cell, Column, Page, number, typed
+from trainer.lab.simulate.page import write_page
+from trainer.lab.simulate.result import CURVES, METRICS
 
 STEPS = [2, 4, 6, 8]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """Tags with their attributes, visible text, scripts by id (or position); complains of tags that do not match."""
+    """Tags with their attributes, visible text, scripts by id (or position); complains of tags that do not
+    match.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
@@ -55,21 +57,41 @@ def run(arm: str, seed: int = 0, *, collapsed: int = 0, loads: bool = True) -> d
     data = base64.b64encode(np.arange(2 * 3 * 4, dtype=np.uint8).tobytes()).decode()
     curve = [1.0 + seed, 0.5, None, 0.25]
     return {
-        "arm": arm, "seed": seed, "ok": not collapsed, "collapsed": collapsed, "seconds": 1.0,
+        "arm": arm,
+        "seed": seed,
+        "ok": not collapsed,
+        "collapsed": collapsed,
+        "seconds": 1.0,
         "summary": {"steps_to_balance": 40 + seed, "excess_mean": 0.125, "recovery_steps": None},
         "steps": STEPS,
         "curves": {"max_violation": curve, "bias_step_rms": curve, "min_load": curve, "floor": [0.1] * 4},
         "loads": {"layers": 2, "experts": 3, "bins": 4, "max": 4.0, "data": data} if loads else None,
-    }  # fmt: skip
+    }
 
 
 def result(*runs: dict, shift_step: int | None = 4, **other) -> dict:
-    config = {"level": "frozen", "scores": "topics", "layers": 2, "experts": 3, "steps": 8, "shift_step": shift_step}
+    config = {
+        "level": "frozen",
+        "scores": "topics",
+        "layers": 2,
+        "experts": 3,
+        "steps": 8,
+        "shift_step": shift_step,
+    }
     return {
-        "format": "triquetra-simulation", "version": 1, "command": "python -m trainer.simulate name=a", "torch": "2.13.0",
-        "seconds": 1.5, "config": config, "notes": ["open loop: a note"], "runs": list(runs), "ranking": None,
-        "thresholds": {"max_excess": 1.0}, "failures": [], **other,
-    }  # fmt: skip
+        "format": "triquetra-simulation",
+        "version": 1,
+        "command": "triquetra simulate name=a",
+        "torch": "2.13.0",
+        "seconds": 1.5,
+        "config": config,
+        "notes": ["open loop: a note"],
+        "runs": list(runs),
+        "ranking": None,
+        "thresholds": {"max_excess": 1.0},
+        "failures": [],
+        **other,
+    }
 
 
 @pytest.fixture
@@ -104,9 +126,15 @@ def test_page_holds_the_result_and_says_the_verdict(page) -> None:
 
 def test_page_loads_nothing(page) -> None:
     reader = page(result(run("smebu"), run("none")))
-    assert [tag for tag, attrs in reader.tags if tag in ("link", "img", "iframe") or {"src", "href"} & attrs.keys()] == []
+    assert [
+        tag
+        for tag, attrs in reader.tags
+        if tag in ("link", "img", "iframe") or {"src", "href"} & attrs.keys()
+    ] == []
     assert not re.search(r"url\(|@import", "".join(reader.styles))
-    [policy] = [attrs["content"] for tag, attrs in reader.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    [policy] = [
+        attrs["content"] for tag, attrs in reader.tags if attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy.startswith("default-src 'none'")
     assert "http" not in policy
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -161,15 +189,27 @@ def test_lines_are_means_in_bands_in_the_colour_of_the_arm(page) -> None:
     np.testing.assert_equal(floor, np.float32([0.1] * 4))
     assert [traces[2]["line"]["color"], traces[3]["line"]["color"]] == ["var(--c0)", "var(--c1)"]
     assert traces[4]["line"]["dash"] == "dash"
-    dots = [re.search(r"var\(--c\d+\)", attrs["style"])[0] for _, attrs in reader.tags if attrs.get("class") == "dot"]
+    dots = [
+        re.search(r"var\(--c\d+\)", attrs["style"])[0]
+        for _, attrs in reader.tags
+        if attrs.get("class") == "dot"
+    ]
     assert dots[:2] == ["var(--c0)", "var(--c1)"]
     assert set(dots) == {"var(--c0)", "var(--c1)"}
 
 
 def test_ranking_shows_intervals_and_shades_the_best_that_passed(page) -> None:
     def ranked(arm: str, rank: int, mean: float | None) -> dict:
-        metric = {"mean": mean, "low": 0.11, "high": 0.13} if mean else {"mean": None, "low": None, "high": None}
-        return {"arm": arm, "rank": rank, "num_seeds": 2, "collapsed_runs": 0, "metrics": {"excess_mean": metric}}
+        metric = (
+            {"mean": mean, "low": 0.11, "high": 0.13} if mean else {"mean": None, "low": None, "high": None}
+        )
+        return {
+            "arm": arm,
+            "rank": rank,
+            "num_seeds": 2,
+            "collapsed_runs": 0,
+            "metrics": {"excess_mean": metric},
+        }
 
     runs = [run(arm, seed, collapsed=2 * (arm == "none")) for arm in ("a", "b", "none") for seed in (0, 1)]
     value = result(*runs, ranking=[ranked("b", 1, 0.12), ranked("a", 2, 0.3), ranked("none", 3, 0.05)])
@@ -212,8 +252,18 @@ def test_missing_parts_are_named(where: list, message: str, tmp_path: Path) -> N
         ({"runs": []}, "no runs"),
         ({"seconds": float("inf")}, "write null for a number that is not finite"),
         ({"runs": [run("a"), run("a", 1) | {"steps": [1, 2, 3, 4]}]}, r"runs\[1\] has other steps"),
-        ({"runs": [run("a") | {"loads": {"layers": 2, "experts": 3, "bins": 5, "max": 4, "data": "AAAA"}}]}, "3 bytes, .* is 30"),
-        ({"ranking": [{"arm": "b", "rank": 1, "num_seeds": 1, "collapsed_runs": 0, "metrics": {}}]}, "no run has the arm b"),
+        (
+            {
+                "runs": [
+                    run("a") | {"loads": {"layers": 2, "experts": 3, "bins": 5, "max": 4, "data": "AAAA"}}
+                ]
+            },
+            "3 bytes, .* is 30",
+        ),
+        (
+            {"ranking": [{"arm": "b", "rank": 1, "num_seeds": 1, "collapsed_runs": 0, "metrics": {}}]},
+            "no run has the arm b",
+        ),
     ],
 )
 def test_broken_results_are_refused(change: dict, message: str, tmp_path: Path) -> None:
@@ -223,19 +273,28 @@ def test_broken_results_are_refused(change: dict, message: str, tmp_path: Path) 
 
 def test_both_themes_have_every_colour(tmp_path: Path) -> None:
     style = TEMPLATE.read_text(encoding="utf-8").split("</style>")[0]
-    light, dark = (dict(re.findall(r"(--\w+): (#\w{6})\b", block)) for block in re.findall(r":root \{(.*?)\n\}", style, re.S))
+    light, dark = (
+        dict(re.findall(r"(--\w+): (#\w{6})\b", block))
+        for block in re.findall(r":root \{(.*?)\n\}", style, re.S)
+    )
     assert light.keys() == dark.keys()
     for theme in (light, dark):
         assert len({theme[f"--c{i}"] for i in range(NUM_COLOURS)}) == NUM_COLOURS
     write_page(result(run("a"), run("b")), tmp_path / "page.html")
-    assert set(re.findall(r"var\((--\w+)\)", (tmp_path / "page.html").read_text(encoding="utf-8"))) <= light.keys()
+    assert (
+        set(re.findall(r"var\((--\w+)\)", (tmp_path / "page.html").read_text(encoding="utf-8")))
+        <= light.keys()
+    )
 
 
 def test_a_page_of_ones_own(tmp_path: Path) -> None:
     page = Page("A title")
     page.section("Schedule", "What it is.")
     page.facts({"steps": 3})
-    page.table([Column("name", text=True), Column("rate", "1/s", "how fast")], [[Cell("a", value="a"), Cell("1", value=1)]])
+    page.table(
+        [Column("name", text=True), Column("rate", "1/s", "how fast")],
+        [[Cell("a", value="a"), Cell("1", value=1)]],
+    )
     page.figure([{"x": typed([1, 2]), "y": typed([1, None])}], title="Rate", unit="1/s")
     page.write(tmp_path / "own.html", data={"{{title}}": 1})
     reader = Reader(tmp_path / "own.html")
@@ -246,8 +305,20 @@ def test_a_page_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (4.0, "4"), (1234, "1,234"), (0.1251, "0.125"), (1.0, "1"), (0.9996, "1"), (31.27, "31.3"), (9.7e-5, "9.7e-5"),
-     (-0.5, "-0.500"), (2.5e12, "2.5e12"), (None, "–"), (float("nan"), "–")],
-)  # fmt: skip
+    [
+        (0, "0"),
+        (4.0, "4"),
+        (1234, "1,234"),
+        (0.1251, "0.125"),
+        (1.0, "1"),
+        (0.9996, "1"),
+        (31.27, "31.3"),
+        (9.7e-5, "9.7e-5"),
+        (-0.5, "-0.500"),
+        (2.5e12, "2.5e12"),
+        (None, "–"),
+        (float("nan"), "–"),
+    ],
+)
 def test_number(value: float | None, text: str) -> None:
     assert number(value) == text

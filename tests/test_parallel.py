@@ -1,4 +1,6 @@
-"""One rank is the oracle: every layout takes the same global batch to the same losses, gradients and biases."""
+"""One rank is the oracle: every layout takes the same global batch to the same losses, gradients and
+biases.
+"""
 
 import re
 
@@ -16,9 +18,17 @@ SEQ_LEN, GLOBAL_BATCH, STEPS = 64, 8, 3
 STARVED = -10.0  # a bias no score can overcome: this expert gets no token on any rank
 
 BASE = [
-    "name=parallel", "model=debug", "data=synthetic", "data.source.num_topics=8", f"steps={STEPS}", f"seq_len={SEQ_LEN}",
-    f"global_batch={GLOBAL_BATCH}", "stage.warmup.share=0", "balance.sequence_loss_weight=0.01", "z_loss_weight=1e-3",
-]  # fmt: skip
+    "name=parallel",
+    "model=debug",
+    "data=synthetic",
+    "data.source.num_topics=8",
+    f"steps={STEPS}",
+    f"seq_len={SEQ_LEN}",
+    f"global_batch={GLOBAL_BATCH}",
+    "stage.warmup.share=0",
+    "balance.sequence_loss_weight=0.01",
+    "z_loss_weight=1e-3",
+]
 
 
 def batches(step: int) -> Batch:
@@ -49,7 +59,9 @@ def worker(overrides: list[str], starve: bool) -> dict:
     step_weights, balance = run.optimizer.step, run.balancer.step
 
     def snapshot_gradients():
-        result.setdefault("gradients", dict(zip(names, (full(p.grad) for p in run.model.parameters()), strict=True)))
+        result.setdefault(
+            "gradients", dict(zip(names, (full(p.grad) for p in run.model.parameters()), strict=True))
+        )
         step_weights()
 
     def snapshot_counts(step):
@@ -124,7 +136,8 @@ def test_every_layout_equals_one_rank(oracle, num_ranks, overrides, starve):
         for name, gradient in expected["gradients"].items():
             error = (got["gradients"][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
             assert error < 1e-5, (name, error)
-    assert all(result["metrics"] == results[0]["metrics"] for result in results)  # the same bits on every rank
+    # the same bits on every rank
+    assert all(result["metrics"] == results[0]["metrics"] for result in results)
 
 
 def test_the_oracle_is_not_trivial(oracle):
@@ -133,7 +146,9 @@ def test_the_oracle_is_not_trivial(oracle):
     for counts_ME in oracle(False)["counts"]:
         assert (counts_ME.sum(-1) == tokens).all() and counts_ME.dtype == torch.int64
     starved = oracle(True)
-    assert all((counts_ME[:, 0] == 0).all() and (counts_ME[:, 1:] > 0).all() for counts_ME in starved["counts"])
+    assert all(
+        (counts_ME[:, 0] == 0).all() and (counts_ME[:, 1:] > 0).all() for counts_ME in starved["counts"]
+    )
     for name, gradient in starved["gradients"].items():
         assert gradient.isfinite().all()
         if "inner_experts" in name:
@@ -141,7 +156,9 @@ def test_the_oracle_is_not_trivial(oracle):
 
 
 def test_clipping_scales_the_whole_gradient_to_the_limit(oracle):
-    """The applied gradient of the oracle, experts included, has norm max_grad_norm = 1 or the reported norm."""
+    """The applied gradient of the oracle, experts included, has norm max_grad_norm = 1 or the reported
+    norm.
+    """
     result = oracle(False)
     norm = torch.stack([g.norm() for g in result["gradients"].values()]).norm().item()
     assert norm == pytest.approx(min(1.0, result["metrics"][0]["grad_norm"]), rel=1e-5)
@@ -162,7 +179,10 @@ def clip_worker(overrides):
     n = GLOBAL_BATCH // num_ranks
     seen = {}
     step_weights = run.optimizer.step
-    run.optimizer.step = lambda: (seen.update(g={k: full(p.grad) for k, p in run.model.named_parameters()}), step_weights())
+    run.optimizer.step = lambda: (
+        seen.update(g={k: full(p.grad) for k, p in run.model.named_parameters()}),
+        step_weights(),
+    )
     mine = [t[rank * n : (rank + 1) * n] for t in batches(0)]
     train.train_step(run, [Batch(*parts) for parts in zip(*(t.split(2) for t in mine), strict=True)])
     return torch.stack([g.norm() for g in seen["g"].values()]).norm().item()

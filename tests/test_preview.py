@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainer.lab.preview import __main__ as preview
+from trainer.lab.preview.table import human, short
 from trainer.model.afmoe import count_parameters, flops_per_token
-from trainer.preview import __main__ as preview
-from trainer.preview.table import human, short
 from trainer.program import program_of
 
-DEMO = ["experiment=demo", "optim=adamw", "optim.lr=2e-3", "data=synthetic"]  # a tenth of 200 steps warms up, a fifth decays
+# a tenth of 200 steps warms up, a fifth decays
+DEMO = ["experiment=demo", "optim=adamw", "optim.lr=2e-3", "data=synthetic"]
 
 
 @pytest.fixture
@@ -42,7 +43,9 @@ def cells(text: str) -> list[list[str]]:
 def figures(path: Path) -> dict[str, dict]:
     """Of a page, by the title above each."""
     html = path.read_text(encoding="utf-8")
-    found = json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', html, re.DOTALL)[1])
+    found = json.loads(
+        re.search(r'<script type="application/json" id="figures">(.*?)</script>', html, re.DOTALL)[1]
+    )
     titles = re.findall(r"<h3>(.*?)</h3><p></p><div id=\"(\w+)\"", html)
     return {re.sub("<.*?>", "", title): found[name] for title, name in titles}
 
@@ -52,36 +55,88 @@ def numbers(packed: dict[str, str]) -> np.ndarray:
 
 
 def test_numbers_as_a_person_writes_them():
-    counts = {0: "0", 16: "16", 999: "999", 1000: "1K", 819200: "819.2K", 999_999: "1M", 4.9e12: "4.9T", 11.05e12: "11.05T",
-              13.37e9: "13.37B"}  # fmt: skip
+    counts = {
+        0: "0",
+        16: "16",
+        999: "999",
+        1000: "1K",
+        819200: "819.2K",
+        999_999: "1M",
+        4.9e12: "4.9T",
+        11.05e12: "11.05T",
+        13.37e9: "13.37B",
+    }
     assert {count: human(count) for count in counts} == counts
-    values = {0: "0", 1: "1", 12288: "12,288", 0.25: "0.25", 8e-4: "8e-4", 7.61e-4: "7.61e-4", 1e-6: "1e-6", 1.584e24: "1.58e24",
-              33.02: "33", 0.388: "0.388", 1234.5: "1.23e3"}  # fmt: skip
+    values = {
+        0: "0",
+        1: "1",
+        12288: "12,288",
+        0.25: "0.25",
+        8e-4: "8e-4",
+        7.61e-4: "7.61e-4",
+        1e-6: "1e-6",
+        1.584e24: "1.58e24",
+        33.02: "33",
+        0.388: "0.388",
+        1234.5: "1.23e3",
+    }
     assert {value: short(value) for value in values} == values
 
 
 def test_trinity_large_as_a_command(tmp_path):
     arguments = ["experiment=trinity_large", "tokens_per_s=6e6", f"out={tmp_path}/new/large.html"]
-    command = [sys.executable, "-m", "trainer.preview", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "trainer.lab.preview", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     rows = cells(done.stdout)
     # 2000 x 12288 x 8192 tokens are 201.3B; at 6e6 tokens/s they take 0.388 days
-    assert rows[0][:8] == ["warmup", "1", "2,000", "0 - 201.3B", "12,288 x 8,192", "6", "0 → 8e-4", "0 → 2e-4"]
+    assert rows[0][:8] == [
+        "warmup",
+        "1",
+        "2,000",
+        "0 - 201.3B",
+        "12,288 x 8,192",
+        "6",
+        "0 → 8e-4",
+        "0 → 2e-4",
+    ]
     assert "0.388" in rows[0]
     # (4.9T - 201.3B) / (12288 x 8192) = 46677.3 steps
     by_span = {row[0]: row for row in rows}
-    assert by_span["phase1"] == ["phase1", "2,001", "46,678", "201.3B - 4.9T", "12,288 x 8,192", "6", "8e-4", "2e-4", "9.06"]
-    assert by_span["phase1_larger_batch"][4:] == ["16,384 x 8,192", "8", "8e-4", "2e-4", "z_loss_weight 1e-6", "9.84"]
+    assert by_span["phase1"] == [
+        "phase1",
+        "2,001",
+        "46,678",
+        "201.3B - 4.9T",
+        "12,288 x 8,192",
+        "6",
+        "8e-4",
+        "2e-4",
+        "9.06",
+    ]
+    assert by_span["phase1_larger_batch"][4:] == [
+        "16,384 x 8,192",
+        "8",
+        "8e-4",
+        "2e-4",
+        "z_loss_weight 1e-6",
+        "9.84",
+    ]
     assert by_span["phase3"][-4:] == ["2.91e-4 → 8e-5", "7.28e-5 → 2e-5", "buffer 4,096", "4.92"]
     assert by_span["extension"][3:8] == ["17T - 17.12T", "2,048 x 262,144", "1", "8e-5 → 4e-5", "2e-5 → 1e-5"]
     last = done.stdout.splitlines()[-2]
     size = "parameters 398.6B · active 13.37B"
-    assert last == f"In all: tokens 17.12T · steps 139,048 · {size} · days 33 · training FLOP 1.58e24 · ranks 2,048"
+    assert (
+        last
+        == f"In all: tokens 17.12T · steps 139,048 · {size} · days 33 · training FLOP 1.58e24 · ranks 2,048"
+    )
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/new/large.html: the page"
     html = (tmp_path / "new" / "large.html").read_text(encoding="utf-8")
-    own = re.sub(r"<script>(?!\s*\"use strict\").*?</script>", "", html, flags=re.DOTALL)  # without plotly itself
+    # without plotly itself
+    own = re.sub(r"<script>(?!\s*\"use strict\").*?</script>", "", html, flags=re.DOTALL)
     assert not re.search(r"https?://|<link|<img|src=", own)
     assert "prefers-color-scheme: dark" in own
     for text in ("17.12T tokens in 139,048 steps, 33 days", "z_loss_weight 1e-6", "16,384 x 8,192"):
@@ -92,19 +147,38 @@ def test_page_draws_the_curves_of_the_program(call):
     code, _, _ = call("experiment=trinity_large", "out=large.html")
     assert code == 0
     drawn = figures(Path("large.html"))
-    assert list(drawn) == ["Learning rates", "Global batch [M tokens]", "Global batch [sequences]", "Sequence length [tokens]",
-                           "z_loss_weight", "buffer"]  # fmt: skip
+    assert list(drawn) == [
+        "Learning rates",
+        "Global batch [M tokens]",
+        "Global batch [sequences]",
+        "Sequence length [tokens]",
+        "z_loss_weight",
+        "buffer",
+    ]
     muon, adamw = drawn["Learning rates"]["data"]
     assert (muon["name"], adamw["name"]) == ("optim.lr", "optim.adamw_lr")
     x, y = numbers(muon["x"]), numbers(muon["y"])
-    at = {0.1007: 4e-4, 1: 8e-4, 10: 8e-4, 13.5: 0.55 * 8e-4, 17: 8e-5, 17.0585: 6e-5, 17.117: 4e-5}  # [T], by hand
+    # [T], by hand
+    at = {0.1007: 4e-4, 1: 8e-4, 10: 8e-4, 13.5: 0.55 * 8e-4, 17: 8e-5, 17.0585: 6e-5, 17.117: 4e-5}
     np.testing.assert_allclose(np.interp(list(at), x, y), list(at.values()), rtol=2e-3)
     np.testing.assert_allclose(numbers(adamw["y"]), y / 4, rtol=1e-6)
     assert len(x) > 1000
     labels = [note["text"] for note in drawn["Learning rates"]["layout"]["annotations"]]
-    assert labels == ["warmup", "phase1", "phase1_larger_batch", "phase1_anneal", "phase2", "phase3", "extension"]
+    assert labels == [
+        "warmup",
+        "phase1",
+        "phase1_larger_batch",
+        "phase1_anneal",
+        "phase2",
+        "phase3",
+        "extension",
+    ]
     bands = drawn["Learning rates"]["layout"]["shapes"]
-    assert [(round(band["x0"], 2), round(band["x1"], 2)) for band in bands] == [(0.2, 4.9), (10, 11.05), (14.45, 17)]
+    assert [(round(band["x0"], 2), round(band["x1"], 2)) for band in bands] == [
+        (0.2, 4.9),
+        (10, 11.05),
+        (14.45, 17),
+    ]
     assert set(numbers(drawn["Global batch [sequences]"]["data"][0]["y"])) == {12288, 16384, 2048}
     assert set(numbers(drawn["Sequence length [tokens]"]["data"][0]["y"])) == {8192, 262144}
     tokens = sorted(set(numbers(drawn["Global batch [M tokens]"]["data"][0]["y"])))
@@ -115,8 +189,11 @@ def test_page_draws_the_curves_of_the_program(call):
 
 
 def test_demo_by_hand(call):
-    changed = ["stage.stable.mixture={web:0.7,code:0.3}", "stage.decay.bias_rate={to:0.1,shape:cosine}",
-               "stage.decay.micro_batch=1"]  # fmt: skip
+    changed = [
+        "stage.stable.mixture={web:0.7,code:0.3}",
+        "stage.decay.bias_rate={to:0.1,shape:cosine}",
+        "stage.decay.micro_batch=1",
+    ]
     code, out, _ = call(*DEMO, "ranks=2", *changed)
     assert code == 0
     rows = cells(out)
@@ -126,11 +203,17 @@ def test_demo_by_hand(call):
         ["161", "40", "655.4K - 819.2K", "16 x 256", "8"],
     ]
     assert [row[6] for row in rows] == ["0 → 2e-3", "2e-3", "2e-3 → 0"]
-    assert [row[7] for row in rows] == ["micro_batch 4 · sequence_loss_weight 1e-4 · buffer 1", "mixture web 0.7, code 0.3",
-                                        "micro_batch 1 · bias_rate 1 → 0.1"]  # fmt: skip
+    assert [row[7] for row in rows] == [
+        "micro_batch 4 · sequence_loss_weight 1e-4 · buffer 1",
+        "mixture web 0.7, code 0.3",
+        "micro_batch 1 · bias_rate 1 → 0.1",
+    ]
     model = preview.load(DEMO).model
     count, flop = count_parameters(model), 200 * 16 * 256 * flops_per_token(model, seq_len=256)
-    assert f"parameters {human(count.total)} · active {human(count.active)} · training FLOP {short(flop)} · ranks 2" in out
+    assert (
+        f"parameters {human(count.total)} · active {human(count.active)} · training FLOP {short(flop)} "
+        "· ranks 2"
+    ) in out
     assert "days" not in out.lower()
     assert out.splitlines()[-1] == "runs/demo/preview.html: the page"
     drawn = figures(Path("runs/demo/preview.html"))
@@ -180,23 +263,35 @@ def test_a_narrow_terminal_gets_all_columns_below_each_other(call, monkeypatch):
     assert [word for word in words if word not in narrow] == []
 
 
-@pytest.mark.parametrize(("argument", "message"), [
-    ("ranks=0", "ranks=0: must be a whole number, at least 1; without it, parallel= gives 1"),
-    ("ranks=-1", "ranks=-1: must be a whole number"),
-    ("ranks=abc", "ranks=abc: must be a whole number"),
-    ("ranks=2.5", "ranks=2.5: must be a whole number"),
-    ("ranks=", "ranks=: must be a whole number"),
-    ("ranks=3", "global_batch=16 sequences do not divide among 3 data-parallel ranks; use global_batch=15 or 18"),
-    ("tokens_per_s=-1", "tokens_per_s=-1: must be a number above 0, like 6e6; without it there are no days"),
-    *((f"tokens_per_s={value}", f"tokens_per_s={value}: must be a number above 0") for value in ("0", "x", "nan", "inf", "")),
-    ("tokens_per_sec=5", "tokens_per_sec: there is no such key (did you mean tokens_per_s?)"),
-    ("rank=4", "rank: there is no such key (did you mean ranks?)"),
-    ("out=", "out=.: Is a directory; give a file that can be written, like out=preview.html"),
-    ("out=/proc/self/status/x.html", "out=/proc/self/status/x.html: File exists; give"),
-    ("stpes=5", "did you mean steps"),
-    ("stage.decay.lr.to=-1", "stage.decay: lr.to=-1: must be a number, 0 or more"),
-    ("experiment=nope", "demo"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("ranks=0", "ranks=0: must be a whole number, at least 1; without it, parallel= gives 1"),
+        ("ranks=-1", "ranks=-1: must be a whole number"),
+        ("ranks=abc", "ranks=abc: must be a whole number"),
+        ("ranks=2.5", "ranks=2.5: must be a whole number"),
+        ("ranks=", "ranks=: must be a whole number"),
+        (
+            "ranks=3",
+            "global_batch=16 sequences do not divide among 3 data-parallel ranks; use global_batch=15 or 18",
+        ),
+        (
+            "tokens_per_s=-1",
+            "tokens_per_s=-1: must be a number above 0, like 6e6; without it there are no days",
+        ),
+        *(
+            (f"tokens_per_s={value}", f"tokens_per_s={value}: must be a number above 0")
+            for value in ("0", "x", "nan", "inf", "")
+        ),
+        ("tokens_per_sec=5", "tokens_per_sec: there is no such key (did you mean tokens_per_s?)"),
+        ("rank=4", "rank: there is no such key (did you mean ranks?)"),
+        ("out=", "out=.: Is a directory; give a file that can be written, like out=preview.html"),
+        ("out=/proc/self/status/x.html", "out=/proc/self/status/x.html: File exists; give"),
+        ("stpes=5", "did you mean steps"),
+        ("stage.decay.lr.to=-1", "stage.decay: lr.to=-1: must be a number, 0 or more"),
+        ("experiment=nope", "demo"),
+    ],
+)
 def test_refusals_are_one_line_and_exit_code_2(call, argument, message):
     code, _, err = call(*DEMO, argument)
     assert code == 2

@@ -69,14 +69,27 @@ def test_a_step_takes_the_value_in_the_middle_of_its_tokens():
 
 
 def test_a_curve_goes_on_from_the_last_value_and_a_number_is_flat():
-    stage = {"a": {"steps": 2, "lr": 0.5}, "b": {"steps": 2, "lr": {"to": 0.1}}, "c": {"steps": 2, "lr": {}},
-             "d": {"steps": 2, "lr": {"from": 1}}, "e": {"steps": 1, "lr": 0}}  # fmt: skip
-    assert [now.lr for _, now in run(program(stage))] == pytest.approx([0.5, 0.5, 0.4, 0.2, 0.1, 0.1, 0.775, 0.325, 0])
+    stage = {
+        "a": {"steps": 2, "lr": 0.5},
+        "b": {"steps": 2, "lr": {"to": 0.1}},
+        "c": {"steps": 2, "lr": {}},
+        "d": {"steps": 2, "lr": {"from": 1}},
+        "e": {"steps": 1, "lr": 0},
+    }
+    assert [now.lr for _, now in run(program(stage))] == pytest.approx(
+        [0.5, 0.5, 0.4, 0.2, 0.1, 0.1, 0.775, 0.325, 0]
+    )
 
 
 def test_a_curve_across_spans():
-    stage = {"a": {"steps": 1}, "b": {"steps": 2, "lr": {"to": 0, "until": "d"}}, "c": {"steps": 1, "global_batch": 8},
-             "d": {"steps": 4}, "e": {"steps": 1}}  # fmt: skip  # b to d: 2 x 32 + 1 x 64 + 4 x 64 = 384 tokens
+    # b to d: 2 x 32 + 1 x 64 + 4 x 64 = 384 tokens
+    stage = {
+        "a": {"steps": 1},
+        "b": {"steps": 2, "lr": {"to": 0, "until": "d"}},
+        "c": {"steps": 1, "global_batch": 8},
+        "d": {"steps": 4},
+        "e": {"steps": 1},
+    }
     seen = run(program(stage))
     middles = [16, 48, 96, 160, 224, 288, 352]
     assert [now.lr for _, now in seen] == pytest.approx([1.0, *(1 - middle / 384 for middle in middles), 0.0])
@@ -84,37 +97,79 @@ def test_a_curve_across_spans():
 
 
 def test_rates_follow_their_own_curves():
-    stage = {"a": {"steps": 2, "lr": {"from": 0}, "bias_rate": 0.5}, "b": {"steps": 2, "bias_rate": {"to": 0, "shape": "linear"}}}
+    stage = {
+        "a": {"steps": 2, "lr": {"from": 0}, "bias_rate": 0.5},
+        "b": {"steps": 2, "bias_rate": {"to": 0, "shape": "linear"}},
+    }
     of = program(stage)
-    assert [(now.lr, now.bias_rate) for _, now in run(of)] == [(0.25, 0.5), (0.75, 0.5), (1.0, 0.375), (1.0, 0.125)]
-    assert [(span.now.lr, span.now.bias_rate) for span in of.spans] == [(0.0, 0.5), (1.0, 0.5)]  # at the spans' starts
+    assert [(now.lr, now.bias_rate) for _, now in run(of)] == [
+        (0.25, 0.5),
+        (0.75, 0.5),
+        (1.0, 0.375),
+        (1.0, 0.125),
+    ]
+    # at the spans' starts
+    assert [(span.now.lr, span.now.bias_rate) for span in of.spans] == [(0.0, 0.5), (1.0, 0.5)]
 
 
 # -- lengths ----------------------------------------------------------------------------------------------
 
 
 def test_settings_stay_until_a_span_says_otherwise():
-    stage = {"a": {"steps": 1, "mixture": {"web": 1.0}}, "b": {"steps": 1, "seq_len": 16, "z_loss_weight": 1e-6, "buffer": 3},
-             "c": {"steps": 1, "global_batch": 2, "micro_batch": 2, "mixture": {"code": 0.5},
-                   "batch_loss_weight": 0.25}}  # fmt: skip
+    stage = {
+        "a": {"steps": 1, "mixture": {"web": 1.0}},
+        "b": {"steps": 1, "seq_len": 16, "z_loss_weight": 1e-6, "buffer": 3},
+        "c": {
+            "steps": 1,
+            "global_batch": 2,
+            "micro_batch": 2,
+            "mixture": {"code": 0.5},
+            "batch_loss_weight": 0.25,
+        },
+    }
     run_own = config(stage, z_loss_weight=1e-4)
     run_own.balance.sequence_loss_weight, run_own.balance.switch_loss_weight = 0.5, 0.75
     run_own.balance.batch_loss_weight, run_own.balance.router_z_loss_weight = 0.125, 0.0625
     a, b, c = (now for _, now in run(program_of(run_own)))
     assert a == Now(
-        span="a", lr=1.0, bias_rate=1.0, global_batch=4, micro_batch=1, seq_len=8, z_loss_weight=1e-4, sequence_loss_weight=0.5,
-        switch_loss_weight=0.75, batch_loss_weight=0.125, router_z_loss_weight=0.0625, mixture={"web": 1.0}, buffer=0,
-    )  # fmt: skip
+        span="a",
+        lr=1.0,
+        bias_rate=1.0,
+        global_batch=4,
+        micro_batch=1,
+        seq_len=8,
+        z_loss_weight=1e-4,
+        sequence_loss_weight=0.5,
+        switch_loss_weight=0.75,
+        batch_loss_weight=0.125,
+        router_z_loss_weight=0.0625,
+        mixture={"web": 1.0},
+        buffer=0,
+    )
     assert b == replace(a, span="b", seq_len=16, z_loss_weight=1e-6, buffer=3)
-    assert c == replace(b, span="c", phase=1, global_batch=2, micro_batch=2, mixture={"code": 0.5}, batch_loss_weight=0.25)
+    assert c == replace(
+        b, span="c", phase=1, global_batch=2, micro_batch=2, mixture={"code": 0.5}, batch_loss_weight=0.25
+    )
     assert (a.tokens, b.tokens, c.tokens) == (32, 64, 32)
 
 
 def test_a_step_belongs_to_the_span_in_which_it_begins():
-    """a ends at 40: its second step runs from 32 to 64. b, 40 tokens on, ends at 80: one step, to 96. c has 2 more."""
+    """a ends at 40: its second step runs from 32 to 64. b, 40 tokens on, ends at 80: one step, to 96. c has 2
+    more.
+    """
     of = program({"a": {"tokens": 40}, "b": {"tokens": 40}, "c": {"until": 129}})
-    assert [(position, now.span) for position, now in run(of)] == [(0, "a"), (32, "a"), (64, "b"), (96, "c"), (128, "c")]
-    assert [(span.name, start, num) for span, start, num in of.walk()] == [("a", 0, 2), ("b", 64, 1), ("c", 96, 2)]
+    assert [(position, now.span) for position, now in run(of)] == [
+        (0, "a"),
+        (32, "a"),
+        (64, "b"),
+        (96, "c"),
+        (128, "c"),
+    ]
+    assert [(span.name, start, num) for span, start, num in of.walk()] == [
+        ("a", 0, 2),
+        ("b", 64, 1),
+        ("c", 96, 2),
+    ]
     assert of.end == 129
 
 
@@ -126,13 +181,19 @@ def test_steps_are_steps_also_after_a_span_that_overshoots():
 
 
 def test_an_open_span_gets_the_steps_that_the_others_take_leave():
-    """a overshoots by 24 tokens, so b's 40 tokens from 72 on are 1 step (to 128), and c gets 20 - 3 - 1 - 5."""
+    """a overshoots by 24 tokens, so b's 40 tokens from 72 on are 1 step (to 128), and c gets 20 - 3 - 1 -
+    5.
+    """
     stage = {"a": {"tokens": 72}, "b": {"tokens": 40}, "c": {}, "d": {"share": 0.25}}
     assert counts(program(stage, 20)) == {"a": 3, "b": 1, "c": 11, "d": 5}
 
 
 def test_shares_are_of_the_steps_and_may_be_none():
-    stage = {"up": {"share": 0.1, "lr": {"from": 0, "to": 1}}, "flat": {}, "down": {"share": 0.2, "lr": {"to": 0}}}
+    stage = {
+        "up": {"share": 0.1, "lr": {"from": 0, "to": 1}},
+        "flat": {},
+        "down": {"share": 0.2, "lr": {"to": 0}},
+    }
     assert counts(program(stage, 20)) == {"up": 2, "flat": 14, "down": 4}
     few = program(stage, 3)  # 0.3 and 0.6 steps
     assert counts(few) == {"flat": 2, "down": 1}
@@ -179,7 +240,11 @@ def random_program(draw: random.Random) -> tuple[Program, list[tuple[str, int, i
         values[kind] = amount + (last if kind == "until" else 0)
         last += amount * batch * length + 81 if kind == "steps" else amount  # at least where the span ends
         if draw.random() < 0.4:
-            values["lr"] = {"from": draw.random(), "to": draw.random(), "shape": draw.choice(["linear", "cosine"])}
+            values["lr"] = {
+                "from": draw.random(),
+                "to": draw.random(),
+                "shape": draw.choice(["linear", "cosine"]),
+            }
         stage[name] = values
         plan.append((name, kind, values[kind], batch * length))
     return program(stage), plan
@@ -206,9 +271,12 @@ def test_walk_last_step_and_at_agree_with_a_loop_that_counts(seed):
     assert of.last_step() == len(slow)
     tokens_of = {name: tokens for name, _, _, tokens in plan}
     for span, start, num_steps in of.walk():
-        assert [at for name, at in slow if name == span.name] == [start + i * tokens_of[span.name] for i in range(num_steps)]
+        assert [at for name, at in slow if name == span.name] == [
+            start + i * tokens_of[span.name] for i in range(num_steps)
+        ]
     ends = [span.end for span in of.spans]
-    for at in [draw.randrange(of.end) for _ in range(20)] + [end for end in ends if end < of.end]:  # also not where steps begin
+    # also not where steps begin
+    for at in [draw.randrange(of.end) for _ in range(20)] + [end for end in ends if end < of.end]:
         [name] = [span.name for span in of.spans if span.start <= at < span.end]
         assert of.at(at).span == name
         from_here, here = 0, at
@@ -230,9 +298,14 @@ def test_a_run_that_is_stopped_anywhere_goes_on_as_if_it_had_not_been(seed):
 def test_shares_and_an_open_span_use_exactly_the_steps_there_are(seed):
     draw = random.Random(seed)
     steps = draw.randint(100, 200)
-    stage = {"a": {"tokens": draw.randint(801, 1500)}, "b": {"share": 0.2, "global_batch": draw.randint(1, 20)},
-             "c": {"steps": 4}, "d": {}, "f": {"share": 0.1},
-             "e": {"tokens": draw.randint(801, 1500), "seq_len": draw.randint(20, 40)}}  # fmt: skip
+    stage = {
+        "a": {"tokens": draw.randint(801, 1500)},
+        "b": {"share": 0.2, "global_batch": draw.randint(1, 20)},
+        "c": {"steps": 4},
+        "d": {},
+        "f": {"share": 0.1},
+        "e": {"tokens": draw.randint(801, 1500), "seq_len": draw.randint(20, 40)},
+    }
     order = list(stage)
     draw.shuffle(order)
     of = program({name: stage[name] for name in order}, steps)
@@ -246,23 +319,54 @@ def test_shares_and_an_open_span_use_exactly_the_steps_there_are(seed):
 ONE = {"steps": 1}
 LATER = {"a": {"steps": 2, "lr": {"to": 0, "until": "c"}}, "b": ONE, "c": ONE}
 REFUSED = [  # program, steps, message
-    ({"a": {"tokens": 64, "steps": 2}}, None, "stage.a: tokens=64 and steps=2 each give its length; keep one, for example "
-     "stage.a.steps=null to keep tokens"),
-    ({"a": {"tokens": 4.9e12, "until": 5.0, "share": 0.5}}, 9, "stage.a: tokens=4.9e+12 and until=5 and share=0.5 each give its "
-     "length; keep one, for example stage.a.until=null stage.a.share=null to keep tokens"),
-    ({"a": {"tokens": 64}, "b": {"until": 64}}, None, "stage.b: until=64: the spans before it end at 64 tokens; use more"),
-    ({"a": {"tokens": 64}, "b": {"until": 32}}, None, "stage.b: until=32: the spans before it end at 64 tokens; use more"),
-    ({"a": {}, "b": ONE, "c": {}}, 9, "stage: a and c have no length; one span may go without, give the others one"),
+    (
+        {"a": {"tokens": 64, "steps": 2}},
+        None,
+        "stage.a: tokens=64 and steps=2 each give its length; keep one, for example "
+        "stage.a.steps=null to keep tokens",
+    ),
+    (
+        {"a": {"tokens": 4.9e12, "until": 5.0, "share": 0.5}},
+        9,
+        "stage.a: tokens=4.9e+12 and until=5 and share=0.5 each give its "
+        "length; keep one, for example stage.a.until=null stage.a.share=null to keep tokens",
+    ),
+    (
+        {"a": {"tokens": 64}, "b": {"until": 64}},
+        None,
+        "stage.b: until=64: the spans before it end at 64 tokens; use more",
+    ),
+    (
+        {"a": {"tokens": 64}, "b": {"until": 32}},
+        None,
+        "stage.b: until=32: the spans before it end at 64 tokens; use more",
+    ),
+    (
+        {"a": {}, "b": ONE, "c": {}},
+        9,
+        "stage: a and c have no length; one span may go without, give the others one",
+    ),
     ({"a": {}, "b": {"until": 64}}, 9, "stage.b: until=64 beside a, which has no length; give a one"),
-    ({"a": ONE, "b": {}}, None, "not set: steps. stage.b: its length is a part of them; set steps, or stage.<span>.tokens"),
+    (
+        {"a": ONE, "b": {}},
+        None,
+        "not set: steps. stage.b: its length is a part of them; set steps, or stage.<span>.tokens",
+    ),
     ({"a": ONE, "b": {"share": 0.5}}, None, "not set: steps. stage.b: "),
     ({}, None, "not set: steps. "),
     ({"a": {"share": 1.1}, "b": {}}, 9, "stage.a: share=1.1: a share of the steps, between 0 and 1"),
     ({"a": {"share": -0.1}, "b": {}}, 9, "stage.a: share=-0.1: a share of the steps, between 0 and 1"),
     ({"a": {"share": math.nan}}, 9, "stage.a: share=nan: a share of the steps, between 0 and 1"),
-    ({"a": {"share": 0.7}, "b": {"share": 0.7}}, 9, "stage: the shares of a and b add up to 1.4 of the steps; use at most "
-     "1 in all"),
-    ({"a": {"steps": 7}, "b": {}}, 5, "steps=5: the spans with a length take 7; use steps=7 or more, or shorter spans"),
+    (
+        {"a": {"share": 0.7}, "b": {"share": 0.7}},
+        9,
+        "stage: the shares of a and b add up to 1.4 of the steps; use at most 1 in all",
+    ),
+    (
+        {"a": {"steps": 7}, "b": {}},
+        5,
+        "steps=5: the spans with a length take 7; use steps=7 or more, or shorter spans",
+    ),
     ({"a": {"tokens": 0}}, None, "stage.a: tokens=0: must be above 0, and finite"),
     ({"a": {"tokens": -64}}, None, "stage.a: tokens=-64: must be above 0"),
     ({"a": {"tokens": math.nan}}, None, "stage.a: tokens=nan: must be above 0"),
@@ -274,34 +378,79 @@ REFUSED = [  # program, steps, message
     ({"a": {"tokens": 0.4}}, None, "stage.a: too short for one step; give it more tokens, or leave it out"),
     ({"a": {"tokens": 33}, "b": {"tokens": 31}, "c": ONE}, None, "stage.b: too short for one step"),
     ({"a": {"tokens": 33}, "b": {"until": 64}, "c": ONE}, None, "stage.b: too short for one step"),
-    ({"a": ONE, "b": {"steps": 2}}, 4, "steps=4: the program ends after 3; use at most that (null: all), or longer spans"),
-    ({"a": {"share": 0.5}}, 4, "steps=4: the program ends after 2; use at most that or leave a span without a "
-     "length: it gets the rest"),
+    (
+        {"a": ONE, "b": {"steps": 2}},
+        4,
+        "steps=4: the program ends after 3; use at most that (null: all), or longer spans",
+    ),
+    (
+        {"a": {"share": 0.5}},
+        4,
+        "steps=4: the program ends after 2; use at most that or leave a span without a "
+        "length: it gets the rest",
+    ),
     ({"a": {"share": 0}}, 4, "steps=4: the program has no step"),
     ({"a": {**ONE, "global_batch": 0}}, None, "stage.a: global_batch=0: must be at least 1"),
     ({"a": {**ONE, "micro_batch": 0}}, None, "stage.a: micro_batch=0: must be at least 1"),
     ({"a": {**ONE, "seq_len": 1}}, None, "stage.a: seq_len=1: must be at least 2"),
     ({"a": {**ONE, "buffer": -1}}, None, "stage.a: buffer=-1: must be at least 0"),
-    *(({"a": {**ONE, key: value}}, None, f"stage.a: {key}={value}: must be at least 0, and finite")
-      for key in ("z_loss_weight", "sequence_loss_weight", "router_z_loss_weight") for value in (-1.0, math.nan, math.inf)),
-    *(({"a": {**ONE, "mixture": mixture}}, None, f"stage.a: mixture={mixture}: weights of sources, 0 or more, and not all 0")
-      for mixture in ({}, {"web": 0.0}, {"web": 1.0, "code": -1.0}, {"web": math.nan}, {"web": math.inf})),
-    ({"a": {**ONE, "lr": "high"}}, None, "stage.a: lr='high': must be a number, or from, to, shape and until, like "
-     "{from: 0, to: 1}"),
+    *(
+        ({"a": {**ONE, key: value}}, None, f"stage.a: {key}={value}: must be at least 0, and finite")
+        for key in ("z_loss_weight", "sequence_loss_weight", "router_z_loss_weight")
+        for value in (-1.0, math.nan, math.inf)
+    ),
+    *(
+        (
+            {"a": {**ONE, "mixture": mixture}},
+            None,
+            f"stage.a: mixture={mixture}: weights of sources, 0 or more, and not all 0",
+        )
+        for mixture in ({}, {"web": 0.0}, {"web": 1.0, "code": -1.0}, {"web": math.nan}, {"web": math.inf})
+    ),
+    (
+        {"a": {**ONE, "lr": "high"}},
+        None,
+        "stage.a: lr='high': must be a number, or from, to, shape and until, like {from: 0, to: 1}",
+    ),
     ({"a": {**ONE, "lr": True}}, None, "stage.a: lr=True: must be a number"),
     ({"a": {**ONE, "bias_rate": [1]}}, None, "stage.a: bias_rate=[1]: must be a number"),
     ({"a": {**ONE, "lr": -1}}, None, "stage.a: lr.from=-1: must be a number, 0 or more"),
-    *(({"a": {**ONE, "lr": {"to": value}}}, None, f"stage.a: lr.to={value}: must be a number, 0 or more")
-      for value in (-0.5, math.nan, math.inf, "x", None, True)),
+    *(
+        ({"a": {**ONE, "lr": {"to": value}}}, None, f"stage.a: lr.to={value}: must be a number, 0 or more")
+        for value in (-0.5, math.nan, math.inf, "x", None, True)
+    ),
     ({"a": {**ONE, "lr": {"form": 1}}}, None, "stage.a: lr.form: there is no such key (did you mean from?)"),
-    ({"a": {**ONE, "lr": {"to": 0, "shape": "cosin"}}}, None, "stage.a: lr.shape=cosin: must be one of linear, cosine"),
-    ({"a": ONE, "b": {**ONE, "lr": {"to": 0, "until": "a"}}, "c": ONE}, None, "stage.b: lr.until=a: must be this span or a later "
-     "one: b, c"),
-    ({"a": {**ONE, "lr": {"to": 0, "until": "z"}}}, None, "stage.a: lr.until=z: must be this span or a later one: a"),
-    ({**LATER, "b": {**ONE, "lr": 1}}, None, "stage.b: lr is set, but lr of a runs until c; let it end before b"),
-    ({**LATER, "c": {**ONE, "lr": {"to": 1}}}, None, "stage.c: lr is set, but lr of a runs until c; let it end before c"),
-    ({"z": ONE, **LATER, "c": {**ONE, "lr": {"to": 1}}}, None, "stage.c: lr is set, but lr of a runs until c"),
-]  # fmt: skip
+    (
+        {"a": {**ONE, "lr": {"to": 0, "shape": "cosin"}}},
+        None,
+        "stage.a: lr.shape=cosin: must be one of linear, cosine",
+    ),
+    (
+        {"a": ONE, "b": {**ONE, "lr": {"to": 0, "until": "a"}}, "c": ONE},
+        None,
+        "stage.b: lr.until=a: must be this span or a later one: b, c",
+    ),
+    (
+        {"a": {**ONE, "lr": {"to": 0, "until": "z"}}},
+        None,
+        "stage.a: lr.until=z: must be this span or a later one: a",
+    ),
+    (
+        {**LATER, "b": {**ONE, "lr": 1}},
+        None,
+        "stage.b: lr is set, but lr of a runs until c; let it end before b",
+    ),
+    (
+        {**LATER, "c": {**ONE, "lr": {"to": 1}}},
+        None,
+        "stage.c: lr is set, but lr of a runs until c; let it end before c",
+    ),
+    (
+        {"z": ONE, **LATER, "c": {**ONE, "lr": {"to": 1}}},
+        None,
+        "stage.c: lr is set, but lr of a runs until c",
+    ),
+]
 
 
 @pytest.mark.parametrize(("stage", "steps", "message"), REFUSED)
@@ -312,9 +461,21 @@ def test_a_program_that_contradicts_itself_is_refused(stage, steps, message):
 
 def test_what_is_on_the_edge_is_allowed():
     program({**LATER, "d": {**ONE, "lr": 1}})
-    program({"a": {"share": 0.1}, "b": {"share": 0.2}, "c": {"share": 0.7}}, 10)  # 0.1 + 0.2 + 0.7 is 0.9999999999999999
+    # 0.1 + 0.2 + 0.7 is 0.9999999999999999
+    program({"a": {"share": 0.1}, "b": {"share": 0.2}, "c": {"share": 0.7}}, 10)
     program({"a": {"share": 0.33}, "b": {"share": 0.56}, "c": {"share": 0.11}}, 100)  # and 1.0000000000000002
-    program({"a": {**ONE, "seq_len": 2, "buffer": 0, "z_loss_weight": 0.0, "mixture": {"web": 0.0, "code": 1.0}, "lr": 0}})
+    program(
+        {
+            "a": {
+                **ONE,
+                "seq_len": 2,
+                "buffer": 0,
+                "z_loss_weight": 0.0,
+                "mixture": {"web": 0.0, "code": 1.0},
+                "lr": 0,
+            }
+        }
+    )
     assert counts(program({"a": {"steps": 7}, "b": {}}, 7)) == {"a": 7}
     program({"a": {"tokens": 33}, "b": {"tokens": 32}, "c": ONE})
     assert program({"a": {"until": 1}}, 1).last_step() == 1
@@ -344,31 +505,44 @@ def test_a_batch_that_cannot_be_split_is_refused_with_numbers_that_work():
     stage = {"a": {"steps": 1, "global_batch": 12}, "b": {"steps": 1, "global_batch": 18}}
     assert remedied(stage, 6, 6, {}) == []
     assert remedied(stage, 4, 4, {})[0] == (
-        "stage.b: global_batch=18 sequences do not divide among 4 data-parallel ranks; use global_batch=16 or 20")
+        "stage.b: global_batch=18 sequences do not divide among 4 data-parallel ranks; use "
+        "global_batch=16 or 20"
+    )
     small = {"a": {"steps": 1, "global_batch": 3}}
-    assert remedied(small, 4, 4, {}) == ["stage.a: global_batch=3 sequences do not divide among 4 data-parallel ranks; "
-                                         "use global_batch=4"]
+    assert remedied(small, 4, 4, {}) == [
+        "stage.a: global_batch=3 sequences do not divide among 4 data-parallel ranks; use global_batch=4"
+    ]
     assert remedied(stage, 2, 2, {"micro_batch": 4}) == [
-        "stage.a: micro_batch=4 does not divide the 6 sequences of a rank (global_batch=12 on 2 data-parallel ranks); "
+        "stage.a: micro_batch=4 does not divide the 6 sequences of a rank (global_batch=12 on "
+        "2 data-parallel ranks); "
         "use one of [1, 2, 3, 6]",
-        "stage.b: micro_batch=6 does not divide the 9 sequences of a rank (global_batch=18 on 2 data-parallel ranks); "
+        "stage.b: micro_batch=6 does not divide the 9 sequences of a rank (global_batch=18 on "
+        "2 data-parallel ranks); "
         "use one of [1, 3, 9]",
     ]
     for streams in (12, 3):  # 12 does not divide 18, 2 does not divide 3
         assert remedied(stage, 2, streams, {}) == [
-            f"data.num_streams={streams} must divide each of global_batch=[12, 18] and be a multiple of the 2 data-parallel ranks"
+            f"data.num_streams={streams} must divide each of global_batch=[12, 18] and be a "
+            "multiple of the 2 data-parallel ranks"
             "; use data.num_streams from [2, 6]"
         ]
-    with pytest.raises(ConfigError, match=r"^data.num_streams=3 must divide global_batch=4 and .* from \[2, 4\]$"):
+    with pytest.raises(
+        ConfigError, match=r"^data.num_streams=3 must divide global_batch=4 and .* from \[2, 4\]$"
+    ):
         program(steps=1).check_split(num_ranks=2, num_streams=3)
-    with pytest.raises(ConfigError, match=r"^global_batch=4 sequences do not divide among 3 .* use global_batch=3 or 6$"):
+    with pytest.raises(
+        ConfigError, match=r"^global_batch=4 sequences do not divide among 3 .* use global_batch=3 or 6$"
+    ):
         program(steps=1).check_split(num_ranks=3, num_streams=1)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_remedies_of_random_batches_work(seed):
     draw = random.Random(seed)
-    stage = {name: {"steps": 1, "global_batch": draw.randint(1, 60), "micro_batch": draw.randint(1, 6)} for name in "abc"}
+    stage = {
+        name: {"steps": 1, "global_batch": draw.randint(1, 60), "micro_batch": draw.randint(1, 6)}
+        for name in "abc"
+    }
     remedied(stage, draw.randint(1, 8), draw.randint(1, 60), {})
 
 
@@ -383,25 +557,44 @@ def test_spans_are_changed_added_and_left_out_on_the_command_line():
 
     assert steps() == {"warmup": 20, "stable": 140, "decay": 40}
     assert steps("stage.warmup.share=0.2") == {"warmup": 40, "stable": 120, "decay": 40}
-    assert steps("stage.warmup.share=null", "stage.warmup.steps=3") == {"warmup": 3, "stable": 157, "decay": 40}
-    assert steps("+stage.tail.tokens=5000") == {"warmup": 20, "stable": 138, "decay": 40, "tail": 2}  # 1.2 steps
-    assert steps("+stage.tail={steps:4}", "stage.tail.lr=0.5") == {"warmup": 20, "stable": 136, "decay": 40, "tail": 4}
+    assert steps("stage.warmup.share=null", "stage.warmup.steps=3") == {
+        "warmup": 3,
+        "stable": 157,
+        "decay": 40,
+    }
+    # 1.2 steps
+    assert steps("+stage.tail.tokens=5000") == {"warmup": 20, "stable": 138, "decay": 40, "tail": 2}
+    assert steps("+stage.tail={steps:4}", "stage.tail.lr=0.5") == {
+        "warmup": 20,
+        "stable": 136,
+        "decay": 40,
+        "tail": 4,
+    }
     assert steps("~stage.decay") == {"warmup": 20, "stable": 180}
     assert steps("stage=constant", "steps=7") == {"run": 7}
     decay = program_of(load([*DEMO, "stage.decay.lr.to=0.5", "stage.decay.lr.shape=cosine"])).spans[-1]
     assert (decay.lr.last, decay.lr.shape) == (0.5, "cosine")
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("stage.wramup.share=0.2", "there is no span wramup (did you mean warmup?); +stage.wramup... adds one"),
-    ("stage.xyz.tokens=5000", "there is no span xyz (there are: warmup, stable, decay); +stage.xyz... adds one"),
-    ("stage.warmup.shar=0.2", "stage.warmup: shar: Key 'shar' not in 'SpanConfig' (did you mean share?)"),
-    ("+stage.tail=5", "stage.tail=5: must be a span, like {steps: 100}; ~stage.tail leaves it out"),
-    ("stage.warmup=null", "stage.warmup=None: must be a span"),
-    ("stage.warmup.share=lots", "lots"),
-    ("stage.warmup.steps=20", "stage.warmup: steps=20 and share=0.1 each give its length"),
-    ("stage=nope", "Available options in 'stage': constant cosine"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stage.wramup.share=0.2",
+            "there is no span wramup (did you mean warmup?); +stage.wramup... adds one",
+        ),
+        (
+            "stage.xyz.tokens=5000",
+            "there is no span xyz (there are: warmup, stable, decay); +stage.xyz... adds one",
+        ),
+        ("stage.warmup.shar=0.2", "stage.warmup: shar: Key 'shar' not in 'SpanConfig' (did you mean share?)"),
+        ("+stage.tail=5", "stage.tail=5: must be a span, like {steps: 100}; ~stage.tail leaves it out"),
+        ("stage.warmup=null", "stage.warmup=None: must be a span"),
+        ("stage.warmup.share=lots", "lots"),
+        ("stage.warmup.steps=20", "stage.warmup: steps=20 and share=0.1 each give its length"),
+        ("stage=nope", "Available options in 'stage': constant cosine"),
+    ],
+)
 def test_a_typo_in_a_span_is_refused(override, message):
     with pytest.raises(ConfigError) as error:
         program_of(load([*DEMO, override]))
@@ -412,7 +605,12 @@ def test_streams_are_as_many_as_fit_every_batch():
     assert load(DEMO).data.num_streams == 16
     assert load([*DEMO, "stage.decay.global_batch=24"]).data.num_streams == 8
     assert load([*DEMO, "stage.decay.global_batch=24", "data.num_streams=4"]).data.num_streams == 4
-    assert load([*DEMO, "global_batch=3", *(f"stage.{s}.global_batch=8" for s in ("warmup", "decay"))]).data.num_streams == 8
+    assert (
+        load(
+            [*DEMO, "global_batch=3", *(f"stage.{s}.global_batch=8" for s in ("warmup", "decay"))]
+        ).data.num_streams
+        == 8
+    )
 
 
 # -- the published schedules: recipe, section 3 -----------------------------------------------------------
@@ -430,7 +628,9 @@ def boundaries(of: Program, key: str) -> list[tuple[object, int]]:
     return [found[0], *(new for old, new in pairwise(found) if new[0] != old[0])]
 
 
-@pytest.mark.parametrize(("name", "peaks"), [("nano", (1e-3, 3e-4)), ("mini", (1e-3, 2e-4)), ("large", (8e-4, 2e-4))])
+@pytest.mark.parametrize(
+    ("name", "peaks"), [("nano", (1e-3, 3e-4)), ("mini", (1e-3, 2e-4)), ("large", (8e-4, 2e-4))]
+)
 def test_published_warmup_peaks_and_splits(name, peaks):
     of, config = published(name), load([f"experiment=trinity_{name}"])
     assert (config.optim["lr"], config.optim["adamw_lr"]) == peaks
@@ -445,7 +645,9 @@ def test_published_warmup_peaks_and_splits(name, peaks):
 
 
 def test_published_large():
-    """17T in 13 : 4 : 3, batch 12288 to 16384 after 4.9T, cosine to a tenth at 17T, on to a twentieth, no re-warming."""
+    """17T in 13 : 4 : 3, batch 12288 to 16384 after 4.9T, cosine to a tenth at 17T, on to a twentieth, no
+    re-warming.
+    """
     of = published("large")
     (small, zero), (large, after), (extension, late) = boundaries(of, "global_batch")
     assert (small, zero, large, extension) == (12288, 0, 16384, 2048)

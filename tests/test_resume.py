@@ -1,4 +1,6 @@
-"""A run that stopped and went on is the run that never stopped: bit for bit on one layout, within float32 on others."""
+"""A run that stopped and went on is the run that never stopped: bit for bit on one layout, within float32 on
+others.
+"""
 
 import json
 import re
@@ -11,14 +13,20 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
 from trainer import train
-from trainer.build import full_state
 from trainer.checkpoint import Found, read_whole, storage
 from trainer.config import load
+from trainer.run.build import full_state
 
 BASE = [
-    "model=debug", "data=synthetic", "data.source.mean_length=40", "steps=20", "seq_len=32", "global_batch=4", "micro_batch=1",
+    "model=debug",
+    "data=synthetic",
+    "data.source.mean_length=40",
+    "steps=20",
+    "seq_len=32",
+    "global_batch=4",
+    "micro_batch=1",
     "checkpoint.interval=1000",
-]  # fmt: skip
+]
 
 
 def train_worker(overrides: list[str], stop_at: int | None) -> int:
@@ -46,13 +54,22 @@ def metrics(directory: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep", "activation_checkpoint=full"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep", "activation_checkpoint=full"])]
+)
 def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, num_ranks, layout):
     where = [f"run_dir={tmp_path}", *layout]
-    assert set(run_ranks(train_worker, num_ranks, ["name=whole", *where], None)) <= {train.OK, train.COLLAPSED}
+    assert set(run_ranks(train_worker, num_ranks, ["name=whole", *where], None)) <= {
+        train.OK,
+        train.COLLAPSED,
+    }
     assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 7)) == {train.INTERRUPTED}
-    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 13)) == {train.INTERRUPTED}  # trap 18: twice
-    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], None)) <= {train.OK, train.COLLAPSED}
+    # trap 18: twice
+    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 13)) == {train.INTERRUPTED}
+    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], None)) <= {
+        train.OK,
+        train.COLLAPSED,
+    }
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
     assert [line["step"] for line in metrics(tmp_path / "whole")] == list(range(1, 21))
     whole, halves = tensors(tmp_path / "whole", 20), tensors(tmp_path / "halves", 20)
@@ -81,13 +98,20 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimi
     before = metrics(tmp_path / "moving")[-1]["loss"]
     same = run_ranks(next_losses_worker, 4, ["parallel=hsdp_ep", *where])
     assert all(losses == same[0] for losses in same) and before not in same[0]
-    others = [(1, []), (2, ["parallel=fsdp_ep"]), (2, ["parallel=fsdp"]), (4, ["parallel=fsdp_ep", "parallel.ep=4"])]
+    others = [
+        (1, []),
+        (2, ["parallel=fsdp_ep"]),
+        (2, ["parallel=fsdp"]),
+        (4, ["parallel=fsdp_ep", "parallel.ep=4"]),
+    ]
     for num_ranks, layout in others:
         for losses in run_ranks(next_losses_worker, num_ranks, [*layout, *where]):
             assert losses == pytest.approx(same[0], rel=2e-6)
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["checkpoint.background=false"]), (2, ["parallel=fsdp"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, ["checkpoint.background=false"]), (2, ["parallel=fsdp"])]
+)
 @pytest.mark.parametrize("stop_at", [None, 7])
 def test_a_run_whose_last_checkpoint_cannot_be_written_does_not_say_that_it_is_saved(
     tmp_path, monkeypatch, capfd, num_ranks, layout, stop_at
@@ -108,8 +132,16 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_does_not_say_that_it_is_s
             return step(run, batches, **timing)
 
         train.train_step = filling
-        train.sys.argv = ["train", *BASE, f"run_dir={tmp_path}", "name=full", "steps=8", "checkpoint.interval=4",
-                          "checkpoint.retries=0", *layout]  # fmt: skip
+        train.sys.argv = [
+            "train",
+            *BASE,
+            f"run_dir={tmp_path}",
+            "name=full",
+            "steps=8",
+            "checkpoint.interval=4",
+            "checkpoint.retries=0",
+            *layout,
+        ]
         return train.main()
 
     assert run_ranks(worker, num_ranks) == [train.CANNOT_SAVE] * num_ranks
@@ -140,14 +172,22 @@ def test_a_branch_may_begin_at_a_run_that_is_named_like_a_checkpoint(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "new")] == [3]
 
 
-LAYOUTS = {"one": (1, []), "fsdp2": (2, ["parallel=fsdp"]), "hsdp2": (2, ["parallel=hsdp"]), "ep2": (2, ["parallel=fsdp_ep"]),
-           "fsdp4": (4, ["parallel=fsdp"]), "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
-           "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"])}  # fmt: skip
+LAYOUTS = {
+    "one": (1, []),
+    "fsdp2": (2, ["parallel=fsdp"]),
+    "hsdp2": (2, ["parallel=hsdp"]),
+    "ep2": (2, ["parallel=fsdp_ep"]),
+    "fsdp4": (4, ["parallel=fsdp"]),
+    "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
+    "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"]),
+}
 
 
 def whole_of(state: dict, prefix: str = "") -> dict[str, torch.Tensor]:
     """Every tensor of a run's state, gathered; collective."""
-    parts = [whole_of(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in state.items()]
+    parts = [
+        whole_of(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v} for k, v in state.items()
+    ]
     tensors = {name: tensor for part in parts for name, tensor in part.items()}
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
@@ -174,13 +214,22 @@ def test_a_checkpoint_of_any_layout_loads_on_any_other_bit_for_bit(tmp_path):
 
 
 PROGRAM = [
-    "stage=constant", "~stage.run", "+stage.first={steps: 6, lr: {from: 0, to: 1}, bias_rate: 2}",
-    "+stage.longer={steps: 4, seq_len: 64, z_loss_weight: 1e-3}", "+stage.wider={tokens: 1000, global_batch: 8}",
-    "+stage.last={steps: 5, lr: {to: 0, shape: cosine}, bias_rate: 0, sequence_loss_weight: 0.01, micro_batch: 2}", "steps=null",
-]  # fmt: skip
+    "stage=constant",
+    "~stage.run",
+    "+stage.first={steps: 6, lr: {from: 0, to: 1}, bias_rate: 2}",
+    "+stage.longer={steps: 4, seq_len: 64, z_loss_weight: 1e-3}",
+    "+stage.wider={tokens: 1000, global_batch: 8}",
+    (
+        "+stage.last={steps: 5, lr: {to: 0, shape: cosine}, bias_rate: 0, sequence_loss_weight: 0.01, "
+        "micro_batch: 2}"
+    ),
+    "steps=null",
+]
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["optim=muon"]), (4, ["optim=muon", "parallel=hsdp_ep"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, ["optim=muon"]), (4, ["optim=muon", "parallel=hsdp_ep"])]
+)
 def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks, layout):
     where = [f"run_dir={tmp_path}", "data.num_streams=4", *layout, *PROGRAM]
     run_ranks(train_worker, num_ranks, ["name=whole", *where], None)
@@ -189,42 +238,80 @@ def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks
     run_ranks(train_worker, num_ranks, ["name=parts", *where], None)
     whole = metrics(tmp_path / "whole")
     assert metrics(tmp_path / "parts") == whole
-    # 6 steps of 4 x 32 tokens, 4 of 4 x 64, ceil(1000 / 512) of 8 x 64, 5 of them again; nominal ends: 768, 1792, 2792, 5352
-    tokens = [128 * n for n in range(1, 7)] + [768 + 256 * n for n in range(1, 5)] + [1792 + 512 * n for n in range(1, 8)]
+    # 6 steps of 4 x 32 tokens, 4 of 4 x 64, ceil(1000 / 512) of 8 x 64, 5 of them again; nominal ends: 768,
+    # 1792, 2792, 5352
+    tokens = (
+        [128 * n for n in range(1, 7)]
+        + [768 + 256 * n for n in range(1, 5)]
+        + [1792 + 512 * n for n in range(1, 8)]
+    )
     assert [line["tokens"] for line in whole] == tokens
     assert [line["lr"] for line in whole[:6]] == pytest.approx([2e-2 * (2 * n + 1) / 12 for n in range(6)])
     starts = [json.loads(line) for line in (tmp_path / "parts" / "starts.jsonl").read_text().splitlines()]
-    assert [(start["step"], start["tokens"]) for start in starts] == [(0, 0), (3, 384), (8, 1280), (11, 2304), (14, 3840)]
+    assert [(start["step"], start["tokens"]) for start in starts] == [
+        (0, 0),
+        (3, 384),
+        (8, 1280),
+        (11, 2304),
+        (14, 3840),
+    ]
     one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert any(name.endswith("momentum_buffer") and tensor.any() for name, tensor in one.items())
 
 
-FEW = "few: {_target_: trainer.data.SyntheticSource, vocab_size: 512, num_topics: 2, mean_length: 40, num_documents: 90}"
-MANY = "many: {_target_: trainer.data.SyntheticSource, vocab_size: 512, num_topics: 30, mean_length: 90, seed: 1}"
+FEW = (
+    "few: {_target_: trainer.data.SyntheticSource, vocab_size: 512, num_topics: 2, mean_length: 40, "
+    "num_documents: 90}"
+)
+MANY = (
+    "many: {_target_: trainer.data.SyntheticSource, vocab_size: 512, num_topics: 30, mean_length: 90, "
+    "seed: 1}"
+)
 MIXED = [
-    "data.source=null", f"data.sources={{{FEW}, {MANY}}}", "data.mixture={few: 1}", "data.num_streams=4", "steps=null",
-    "stage=constant", "~stage.run", "+stage.a={steps: 4}", "+stage.b={steps: 3, mixture: {few: 1, many: 3}, seq_len: 64}",
-    "+stage.c={steps: 4, buffer: 3}", "+stage.d={steps: 3, global_batch: 8, buffer: 5, mixture: {many: 1}}",
+    "data.source=null",
+    f"data.sources={{{FEW}, {MANY}}}",
+    "data.mixture={few: 1}",
+    "data.num_streams=4",
+    "steps=null",
+    "stage=constant",
+    "~stage.run",
+    "+stage.a={steps: 4}",
+    "+stage.b={steps: 3, mixture: {few: 1, many: 3}, seq_len: 64}",
+    "+stage.c={steps: 4, buffer: 3}",
+    "+stage.d={steps: 3, global_batch: 8, buffer: 5, mixture: {many: 1}}",
     "+stage.e={steps: 3, buffer: 0, mixture: {few: 1, many: 1}}",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
-def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(tmp_path, num_ranks, layout, capfd):
+def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(
+    tmp_path, num_ranks, layout, capfd
+):
     where = [f"run_dir={tmp_path}", *layout]
     run_ranks(train_worker, num_ranks, [*MIXED, "name=whole", *where], None)
-    conclusion = r"data: \d+ documents, 5376 tokens, none skipped\nbuffer: \d+ documents are still open, \d+ of their tokens"
+    conclusion = (
+        r"data: \d+ documents, 5376 tokens, none skipped\nbuffer: \d+ documents are still open, "
+        r"\d+ of their tokens"
+    )
     assert re.search(conclusion, capfd.readouterr().out)
     for stop_at in (2, 6, 9, 13, 15):
-        assert set(run_ranks(train_worker, num_ranks, [*MIXED, "name=parts", *where], stop_at)) == {train.INTERRUPTED}
+        assert set(run_ranks(train_worker, num_ranks, [*MIXED, "name=parts", *where], stop_at)) == {
+            train.INTERRUPTED
+        }
     run_ranks(train_worker, num_ranks, [*MIXED, "name=parts", *where], None)
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     one, other = tensors(tmp_path / "whole", 17), tensors(tmp_path / "parts", 17)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     # mixed from step 5 on, buffered from step 8 to 14
-    heads = {name: one[f"stream.{name}"] for name in ("next_VS", "draws_VS", "index_VC", "read_VC", "source_VC")}
-    assert heads["next_VS"].min() >= 4 and heads["draws_VS"].min() > 0 and heads["index_VC"].shape == heads["source_VC"].shape
+    heads = {
+        name: one[f"stream.{name}"] for name in ("next_VS", "draws_VS", "index_VC", "read_VC", "source_VC")
+    }
+    assert (
+        heads["next_VS"].min() >= 4
+        and heads["draws_VS"].min() > 0
+        and heads["index_VC"].shape == heads["source_VC"].shape
+    )
 
 
 def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
@@ -243,13 +330,17 @@ def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
 def test_a_buffered_mixture_of_four_ranks_goes_on_on_one_and_on_two(tmp_path):
     where = ["name=moving", f"run_dir={tmp_path}"]
     run_ranks(train_worker, 4, [*MIXED, "parallel=hsdp_ep", *where], 9)
-    assert (tensors(tmp_path / "moving", 9)["stream.index_VC"] >= 0).sum() > 4 * 3  # in the middle of the buffer
+    # in the middle of the buffer
+    assert (tensors(tmp_path / "moving", 9)["stream.index_VC"] >= 0).sum() > 4 * 3
     one = run_ranks(next_tokens_worker, 1, where)[0]
     assert len(one) == 8
     for num_ranks, layout in [(2, "fsdp"), (4, "hsdp_ep")]:
         parts = run_ranks(next_tokens_worker, num_ranks, [f"parallel={layout}", *where])
-        assert all(torch.equal(torch.cat(rows, dim=1), whole) for *rows, whole in zip(*parts, one, strict=True))
-    run_ranks(train_worker, 2, [*MIXED, "parallel=fsdp", *where, "steps=12"], None)  # and on from there, on other ranks again
+        assert all(
+            torch.equal(torch.cat(rows, dim=1), whole) for *rows, whole in zip(*parts, one, strict=True)
+        )
+    # and on from there, on other ranks again
+    run_ranks(train_worker, 2, [*MIXED, "parallel=fsdp", *where, "steps=12"], None)
     assert run_ranks(train_worker, 1, [*MIXED, *where, "steps=14"], None)[0] in (train.OK, train.COLLAPSED)
     same = run_ranks(train_worker, 1, [*MIXED, "name=same", f"run_dir={tmp_path}", "steps=14"], None)
     assert same[0] in (train.OK, train.COLLAPSED)
@@ -261,10 +352,21 @@ def test_a_buffered_mixture_of_four_ranks_goes_on_on_one_and_on_two(tmp_path):
 def test_a_resume_may_have_another_mixture_and_buffer_and_no_other_sources(tmp_path):
     where = ["name=remixed", f"run_dir={tmp_path}"]
     run_ranks(train_worker, 1, [*MIXED, *where], 9)
-    other = ["stage.c.buffer=9", "stage.c.mixture={few: 3, many: 1}", "data.mixture={many: 1}", "data.buffer=2"]
-    assert run_ranks(train_worker, 1, [*MIXED, *where, *other, "steps=11"], None)[0] in (train.OK, train.COLLAPSED)
-    assert tensors(tmp_path / "remixed", 11)["stream.index_VC"].shape[1] == 20  # 7 to 14 of few, 3 to 6 of many
-    with pytest.raises(train.ConfigError, match=r"data\.sources\.many\.seed=1, now it is data\.sources\.many\.seed=2"):
+    other = [
+        "stage.c.buffer=9",
+        "stage.c.mixture={few: 3, many: 1}",
+        "data.mixture={many: 1}",
+        "data.buffer=2",
+    ]
+    assert run_ranks(train_worker, 1, [*MIXED, *where, *other, "steps=11"], None)[0] in (
+        train.OK,
+        train.COLLAPSED,
+    )
+    # 7 to 14 of few, 3 to 6 of many
+    assert tensors(tmp_path / "remixed", 11)["stream.index_VC"].shape[1] == 20
+    with pytest.raises(
+        train.ConfigError, match=r"data\.sources\.many\.seed=1, now it is data\.sources\.many\.seed=2"
+    ):
         run_ranks(train_worker, 1, [*MIXED, *where, "data.sources.many.seed=2"], None)
 
 
@@ -279,7 +381,9 @@ def biases_worker(overrides: list[str]) -> list[torch.Tensor]:
 
 def test_biases_rest_where_the_program_says_so_and_move_as_fast_as_it_says(tmp_path):
     spans = ["stage=constant", "~stage.run", "balance=sign", "balance.rule.lr=0.5", "steps=null"]
-    after = run_ranks(biases_worker, 1, ["name=rate", *spans, "+stage.a={steps: 2}", "+stage.b={steps: 2, bias_rate: 0}"])[0]
+    after = run_ranks(
+        biases_worker, 1, ["name=rate", *spans, "+stage.a={steps: 2}", "+stage.b={steps: 2, bias_rate: 0}"]
+    )[0]
     slow = run_ranks(biases_worker, 1, ["name=slow", *spans, "+stage.a={steps: 1, bias_rate: 0.25}"])[0]
     assert after[0].any() and not torch.equal(after[1], after[0])
     assert torch.equal(after[2], after[1]) and torch.equal(after[3], after[1])
@@ -290,29 +394,50 @@ def test_a_branch_anneals_from_a_checkpoint_of_another_run(tmp_path):
     """TrueBase -> Base: up to the branch point the run is the other one, from there on its own program's."""
     where = [f"run_dir={tmp_path}", "checkpoint={interval: 4, keep: 9}"]
     run_ranks(train_worker, 1, ["name=base", *where, "stage=constant", "steps=12"], None)
-    annealed = ["name=annealed", *where, "stage=constant", "steps=null", "stage.run.tokens=1024",
-                "+stage.decay={tokens: 512, lr: {to: 0}}", f"branch={tmp_path}/base/checkpoints/step-00000008"]  # fmt: skip
+    annealed = [
+        "name=annealed",
+        *where,
+        "stage=constant",
+        "steps=null",
+        "stage.run.tokens=1024",
+        "+stage.decay={tokens: 512, lr: {to: 0}}",
+        f"branch={tmp_path}/base/checkpoints/step-00000008",
+    ]
     run_ranks(train_worker, 1, annealed, 10)
     run_ranks(train_worker, 1, annealed, None)  # now from its own checkpoint
     base, branch = metrics(tmp_path / "base"), metrics(tmp_path / "annealed")
     assert [line["step"] for line in branch] == [9, 10, 11, 12]
-    assert branch[0]["loss"] == base[8]["loss"] and branch[0]["tokens"] == base[8]["tokens"]  # the same weights, the same tokens
+    # the same weights, the same tokens
+    assert branch[0]["loss"] == base[8]["loss"] and branch[0]["tokens"] == base[8]["tokens"]
     assert [line["lr"] for line in branch] == pytest.approx([1e-3 * f for f in (0.875, 0.625, 0.375, 0.125)])
     starts = [json.loads(line) for line in (tmp_path / "annealed" / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [8, 10]
-    assert starts[0]["loaded"].endswith("base/checkpoints/step-00000008") and "annealed" in starts[1]["loaded"]
+    assert (
+        starts[0]["loaded"].endswith("base/checkpoints/step-00000008") and "annealed" in starts[1]["loaded"]
+    )
     assert [span["end"] for span in starts[0]["program"]] == [1024, 1536]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("branch={0}/nowhere", "nowhere: no checkpoint there"), ("branch={0}/base/checkpoints/step-00000007", "no checkpoint there"),
-    ("branch={0}/base seed=4", "seed=0, now it is seed=4"), ("branch={0}/base model.expert_dim=16", "expert_dim"),
-    ("branch={0}/base steps=1", "steps=1, but .* is at step 2"), ("branch={0}/base optim=muon", "adamw.*muon"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("branch={0}/nowhere", "nowhere: no checkpoint there"),
+        ("branch={0}/base/checkpoints/step-00000007", "no checkpoint there"),
+        ("branch={0}/base seed=4", "seed=0, now it is seed=4"),
+        ("branch={0}/base model.expert_dim=16", "expert_dim"),
+        ("branch={0}/base steps=1", "steps=1, but .* is at step 2"),
+        ("branch={0}/base optim=muon", "adamw.*muon"),
+    ],
+)
 def test_a_branch_that_cannot_be_is_refused(tmp_path, change, message):
     run_ranks(train_worker, 1, ["name=base", f"run_dir={tmp_path}", "steps=2"], None)
     with pytest.raises(train.ConfigError, match=message):
-        run_ranks(train_worker, 1, ["name=twig", f"run_dir={tmp_path}", "steps=4", *change.format(tmp_path).split()], None)
+        run_ranks(
+            train_worker,
+            1,
+            ["name=twig", f"run_dir={tmp_path}", "steps=4", *change.format(tmp_path).split()],
+            None,
+        )
 
 
 def losses_worker(overrides: list[str]) -> list[float]:
@@ -329,30 +454,52 @@ def test_a_growing_batch_is_the_same_on_any_number_of_ranks_and_microbatches():
             assert losses == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("stage.run.mixture={a: 1}", r"stage.run: mixture={'a': 1.0}: weights, but there is one source, data.source"),
-    ("data.mixture={a: 1}", r"data.mixture={'a': 1.0}: weights, but there is one source"),
-    ("data.source=null|data.sources={gone: {_target_: trainer.data.TextSource, path: nowhere}}|stage.run.mixture={god: 1}",
-     "there is no source god .did you mean gone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "stage.run.mixture={a: 1}",
+            r"stage.run: mixture={'a': 1.0}: weights, but there is one source, data.source",
+        ),
+        ("data.mixture={a: 1}", r"data.mixture={'a': 1.0}: weights, but there is one source"),
+        (
+            (
+                "data.source=null|data.sources={gone: {_target_: trainer.data.TextSource, path: "
+                "nowhere}}|stage.run.mixture={god: 1}"
+            ),
+            "there is no source god .did you mean gone",
+        ),
+    ],
+)
 def test_a_mixture_that_cannot_be_is_refused_before_anything_is_loaded(change, message):
     with pytest.raises(train.ConfigError, match=message):
         run_ranks(losses_worker, 1, ["name=no", "stage=constant", *change.split("|")])
 
 
 def test_only_the_newest_checkpoints_are_kept_and_a_draft_is_none(tmp_path):
-    run_ranks(train_worker, 1, ["name=keep", f"run_dir={tmp_path}", "steps=6", "checkpoint={interval: 2, keep: 2}"], None)
+    run_ranks(
+        train_worker,
+        1,
+        ["name=keep", f"run_dir={tmp_path}", "steps=6", "checkpoint={interval: 2, keep: 2}"],
+        None,
+    )
     directory = tmp_path / "keep" / "checkpoints"
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step-00000004", "step-00000006"]
     assert (directory / "latest").read_text() == "step-00000006\n"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("model.expert_dim=16", "model.expert_dim=32, now it is model.expert_dim=16"), ("seed=3", "seed=0, now it is seed=3"),
-    ("data.source.num_topics=5", "num_topics"), ("data.num_streams=2", "num_streams=4, now it is data.num_streams=2"),
-    ("global_batch=8", "num_streams=4, now it is data.num_streams=8; set it back"), ("balance=none", "SmebuRule.*None"),
-    ("steps=1", "steps=1, but .* is at step 2; use steps=2 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.expert_dim=16", "model.expert_dim=32, now it is model.expert_dim=16"),
+        ("seed=3", "seed=0, now it is seed=3"),
+        ("data.source.num_topics=5", "num_topics"),
+        ("data.num_streams=2", "num_streams=4, now it is data.num_streams=2"),
+        ("global_batch=8", "num_streams=4, now it is data.num_streams=8; set it back"),
+        ("balance=none", "SmebuRule.*None"),
+        ("steps=1", "steps=1, but .* is at step 2; use steps=2 or more"),
+    ],
+)
 def test_a_run_directory_refuses_another_model_or_stream(tmp_path, change, message):
     where = ["name=fixed", f"run_dir={tmp_path}", "steps=2"]
     run_ranks(train_worker, 1, where, None)
@@ -376,7 +523,14 @@ def test_a_larger_batch_continues_with_the_same_streams_and_tokens_add_up(tmp_pa
 
 def test_another_corpus_under_the_same_path_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("one document " * 200)
-    where = ["name=corpus", f"run_dir={tmp_path}", "steps=1", "data=txt", f"data.source.path={tmp_path}", "model.vocab_size=260"]
+    where = [
+        "name=corpus",
+        f"run_dir={tmp_path}",
+        "steps=1",
+        "data=txt",
+        f"data.source.path={tmp_path}",
+        "model.vocab_size=260",
+    ]
     cache = [f"data.cache_dir={tmp_path / 'cache'}"]
     base = [o for o in BASE if not o.startswith("data")]
 
@@ -396,7 +550,8 @@ def test_more_steps_give_the_run_another_tail(tmp_path):
     run_ranks(train_worker, 1, [*where, "steps=4"], None)
     run_ranks(train_worker, 1, [*where, "steps=6"], None)
     state = tensors(tmp_path / "tail", 6)
-    assert state["balancer.tail_3"][0] == 1 and state["balancer.tail_counts_ME"].sum() == 4 * 4 * 32 * 2  # M B L K
+    # M B L K
+    assert state["balancer.tail_3"][0] == 1 and state["balancer.tail_counts_ME"].sum() == 4 * 4 * 32 * 2
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):

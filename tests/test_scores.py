@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from trainer.config import CONFIG_DIR
-from trainer.simulate.scores import TopicScores
+from trainer.lab.simulate.scores import TopicScores
 
 SCENARIOS = ["batch_change", "correlated", "documents", "drift", "shift", "shrinking_spread", "topics"]
 RUN = {"num_layers": 2, "num_experts": 32, "top_k": 4, "tokens": 96, "steps": 10, "seed": 0}
@@ -33,7 +33,9 @@ def scenario(name: str, **changes) -> TopicScores:
 
 
 def topic_counts_C(scores: TopicScores, step: int) -> Tensor:
-    """Tokens of each topic, read from logits without noise and popularity: every row must be one topic's, exactly."""
+    """Tokens of each topic, read from logits without noise and popularity: every row must be one topic's,
+    exactly.
+    """
     same_TC = (scores(step, 0)[:, None] == scores.mean + scores.topics_MCE[0]).all(-1)
     assert (same_TC.sum(1) == 1).all()
     return same_TC.sum(0)
@@ -50,7 +52,14 @@ def shares_by_hand(*weights: float) -> list[float]:
 
 
 ZIPF_4 = shares_by_hand(1, 1 / 2, 1 / 3, 1 / 4)
-FOUR_TOPICS = {"num_topics": 4, "num_experts": 4, "tokens": 100_000, "popularity_std": 0, "noise_std": 0, "min_document": None}
+FOUR_TOPICS = {
+    "num_topics": 4,
+    "num_experts": 4,
+    "tokens": 100_000,
+    "popularity_std": 0,
+    "noise_std": 0,
+    "min_document": None,
+}
 
 
 def test_every_scenario_is_tested() -> None:
@@ -90,20 +99,30 @@ class TestEveryScenario:
     def test_noise_of_steps_layers_and_seeds_is_uncorrelated(self, name: str) -> None:
         noise = {"popularity_std": 0, "topic_std": 0, "rank": None}
         a, b = scenario(name, **noise), scenario(name, **noise, seed=1)
-        draws = [scores(*call).flatten().clone() for scores, call in [(a, (1, 0)), (a, (1, 1)), (a, (2, 0)), (b, (1, 0))]]
+        draws = [
+            scores(*call).flatten().clone()
+            for scores, call in [(a, (1, 0)), (a, (1, 1)), (a, (2, 0)), (b, (1, 0))]
+        ]
         correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(4)
         assert correlation.abs().max() < 5 / math.sqrt(96 * 32)
 
-    def test_popularity_of_layers_and_seeds_is_uncorrelated_and_that_of_the_next_step_alike(self, name: str) -> None:
+    def test_popularity_of_layers_and_seeds_is_uncorrelated_and_that_of_the_next_step_alike(
+        self, name: str
+    ) -> None:
         size = {"num_experts": 4096, "tokens": 1, "topic_std": 0, "noise_std": 0, "rank": None, "steps": 1000}
         a, b = scenario(name, **size), scenario(name, **size, seed=1)
-        draws = [scores(*call).flatten().clone() for scores, call in [(a, (1, 0)), (a, (1, 1)), (b, (1, 0)), (a, (2, 0))]]
+        draws = [
+            scores(*call).flatten().clone()
+            for scores, call in [(a, (1, 0)), (a, (1, 1)), (b, (1, 0)), (a, (2, 0))]
+        ]
         correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(4)
         assert correlation[:3, :3].abs().max() < 5 / math.sqrt(4096)
         assert correlation[0, 3] > 0.9999
 
     def test_needs_balancing(self, name: str) -> None:
-        """Plain top-k sends an expert at least four times its share (asked of the default scenario; here of all)."""
+        """Plain top-k sends an expert at least four times its share (asked of the default scenario; here of
+        all).
+        """
         scores = scenario(name, num_experts=64, tokens=4096)
         for step, layer in [(1, 0), (1, 1), (10, 0), (10, 1)]:
             counts_E = torch.bincount(scores(step, layer).topk(4).indices.flatten(), minlength=64).double()
@@ -116,7 +135,8 @@ def test_no_two_calls_share_a_generator() -> None:
     seeds = [scores._generator(step, layer).initial_seed() for step in range(1001) for layer in range(7)]
     assert len(set(seeds)) == 7007 and max(seeds) < 2**32
     one = scenario("topics", num_layers=1)
-    assert one._generator(2**31, 0).initial_seed() != one._generator(0, 0).initial_seed()  # the multiplier is odd
+    # the multiplier is odd
+    assert one._generator(2**31, 0).initial_seed() != one._generator(0, 0).initial_seed()
 
 
 def test_spreads_are_those_asked_for() -> None:
@@ -128,7 +148,9 @@ def test_spreads_are_those_asked_for() -> None:
         assert abs(logits_TE.std() - 0.5) < 5 * 0.5 / math.sqrt(2 * n)
 
 
-@pytest.mark.parametrize(("zipf", "shares"), [(1.0, ZIPF_4), (2.0, shares_by_hand(1, 1 / 4, 1 / 9, 1 / 16)), (0.0, [0.25] * 4)])
+@pytest.mark.parametrize(
+    ("zipf", "shares"), [(1.0, ZIPF_4), (2.0, shares_by_hand(1, 1 / 4, 1 / 9, 1 / 16)), (0.0, [0.25] * 4)]
+)
 def test_topics_follow_zipfs_law(zipf: float, shares: list[float]) -> None:
     assert chi_square(topic_counts_C(scenario("topics", **FOUR_TOPICS, zipf=zipf), step=1), shares) < 21.1
 
@@ -138,7 +160,8 @@ def test_tokens_of_topics_are_independent() -> None:
     scores = scenario("topics", **FOUR_TOPICS)
     logits_TE, p = scores(1, 0), sum(share**2 for share in ZIPF_4)
     alike = (logits_TE[1:] == logits_TE[:-1]).all(-1).double().mean()
-    assert abs(alike - p) < 5 * math.sqrt(p * (1 - p) / 50_000)  # every second pair is independent of the others
+    # every second pair is independent of the others
+    assert abs(alike - p) < 5 * math.sqrt(p * (1 - p) / 50_000)
 
 
 def documents(scores: TopicScores, step: int = 1) -> Tensor:
@@ -162,7 +185,9 @@ def test_documents_have_pareto_lengths_and_fill_the_step() -> None:
 
 
 def test_topics_of_documents_follow_zipfs_law_and_not_the_lengths() -> None:
-    """A token finds itself in a document of E[l^2] / E[l] = 60 tokens, so T tokens tell as much as T / 60 draws."""
+    """A token finds itself in a document of E[l^2] / E[l] = 60 tokens, so T tokens tell as much as T / 60
+    draws.
+    """
     counts_C = topic_counts_C(scenario("documents", **FOUR_TOPICS | {"min_document": 20}), step=1)
     for count, share in zip(counts_C.tolist(), ZIPF_4, strict=True):
         assert abs(count / 100_000 - share) < 5 * math.sqrt(share * (1 - share) * 60 / 100_000)
@@ -170,9 +195,11 @@ def test_topics_of_documents_follow_zipfs_law_and_not_the_lengths() -> None:
 
 def test_a_document_ends_with_the_step() -> None:
     assert documents(scenario("documents", **MANY_TOPICS, min_document=500, tokens=96)).tolist() == [96]
-    endless = scenario("documents", **MANY_TOPICS, min_document=96, document_tail=0.01)  # two in three are beyond int64
+    # two in three are beyond int64
+    endless = scenario("documents", **MANY_TOPICS, min_document=96, document_tail=0.01)
     assert all(documents(endless, step).tolist() == [96] for step in range(1, 11))
-    alike = scenario("documents", **MANY_TOPICS, min_document=3, document_tail=100, tokens=95)  # none reaches 4: 0.75^100
+    # none reaches 4: 0.75^100
+    alike = scenario("documents", **MANY_TOPICS, min_document=3, document_tail=100, tokens=95)
     assert documents(alike).tolist() == [3] * 31 + [2]
 
 
@@ -184,10 +211,14 @@ def test_router_of_low_rank() -> None:
 
 
 def test_router_of_low_rank_keeps_the_spreads_and_the_common_direction() -> None:
-    """Mean square of x_TR @ gate_RE with R = 16: relative variance about 2 / (R T) + 2 / (R E), half that for its root."""
+    """Mean square of x_TR @ gate_RE with R = 16: relative variance about 2 / (R T) + 2 / (R E), half that for
+    its root.
+    """
     size = {"num_experts": 2048, "tokens": 2000, "topic_std": 0}
     noise_TE = scenario("correlated", **size, popularity_std=0)(1, 0).double() + 1
-    assert abs(noise_TE.square().mean().sqrt() / 0.8 - 1) < 5 * math.sqrt(2 / (16 * 2000) + 2 / (16 * 2048)) / 2
+    assert (
+        abs(noise_TE.square().mean().sqrt() / 0.8 - 1) < 5 * math.sqrt(2 / (16 * 2000) + 2 / (16 * 2048)) / 2
+    )
     scores = scenario("correlated", **size)
     mean_E = scores(1, 0).mean(0) + 1
     assert abs(mean_E.std() / 0.8 - 1) < 5 * math.sqrt(1 / (2 * 16))  # 16 numbers decide it
@@ -195,9 +226,13 @@ def test_router_of_low_rank_keeps_the_spreads_and_the_common_direction() -> None
     assert ((mean_E - scores.popularity_at(1, 0)).abs() < 6 * 0.8 * gate_norm_E / math.sqrt(2000)).all()
 
 
-@pytest.mark.parametrize(("change_at", "steps", "shift_step"), [(0.5, 10, 6), (0.1, 10, 2), (0.9, 10, 10), (0.25, 100, 26)])
+@pytest.mark.parametrize(
+    ("change_at", "steps", "shift_step"), [(0.5, 10, 6), (0.1, 10, 2), (0.9, 10, 10), (0.25, 100, 26)]
+)
 def test_shift_begins_exactly_at_its_step(change_at: float, steps: int, shift_step: int) -> None:
-    """Before it the bits are those of `topics`; from it on a quarter of the experts differ, the others do not."""
+    """Before it the bits are those of `topics`; from it on a quarter of the experts differ, the others do
+    not.
+    """
     size = {"steps": steps, "topic_std": 0}
     before, shift = scenario("topics", **size), scenario("shift", **size, change_at=change_at)
     assert (before.shift_step, shift.shift_step) == (None, shift_step)
@@ -224,11 +259,15 @@ def test_shift_reverses_the_shares_of_the_topics() -> None:
 
 
 def test_drift_turns_popularity_at_a_constant_speed() -> None:
-    """A vector turning by d a step obeys x(t+1) + x(t-1) = 2 cos(d) x(t). A quarter turn in 9 steps: d = 10 degrees."""
+    """A vector turning by d a step obeys x(t+1) + x(t-1) = 2 cos(d) x(t). A quarter turn in 9 steps: d = 10
+    degrees.
+    """
     scores = scenario("drift", topic_std=0, noise_std=0)
     x = [scores(step, 1)[0].double() + 1 for step in range(1, 11)]
     for t in range(1, 9):
-        torch.testing.assert_close(x[t + 1] + x[t - 1], 2 * math.cos(math.radians(10)) * x[t], rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            x[t + 1] + x[t - 1], 2 * math.cos(math.radians(10)) * x[t], rtol=0, atol=2e-6
+        )
     first_E, other_E = scores.popularity_M2E[1].double()
     torch.testing.assert_close(x[0], first_E, rtol=0, atol=1e-6)
     torch.testing.assert_close(x[9], other_E, rtol=0, atol=1e-6)
@@ -256,7 +295,9 @@ def test_batch_changes_its_size_and_nothing_else() -> None:
 
 
 def test_spread_shrinks_geometrically_about_the_mean() -> None:
-    """Ten steps from 1 to 0.001: a thousandth's ninth root, 10^(-1/3), each. The draws are those of `documents`."""
+    """Ten steps from 1 to 0.001: a thousandth's ninth root, 10^(-1/3), each. The draws are those of
+    `documents`.
+    """
     constant, shrinking = scenario("documents"), scenario("shrinking_spread", final_spread=0.001)
     assert torch.equal(constant(1, 0), shrinking(1, 0))
     for step in range(1, 11):
@@ -265,9 +306,14 @@ def test_spread_shrinks_geometrically_about_the_mean() -> None:
 
 
 def test_options_combine() -> None:
-    """Shift and drift at once: before the shift the drift's bits; after it the shifted experts turn the other way."""
+    """Shift and drift at once: before the shift the drift's bits; after it the shifted experts turn the other
+    way.
+    """
     still = {"topic_std": 0, "noise_std": 0, "tokens": 1, "rank": 5, "final_spread": 0.5}
-    both, drift = scenario("drift", **still, change_at=0.5, shifted_experts=0.25, batch_factor=2.0), scenario("drift", **still)
+    both, drift = (
+        scenario("drift", **still, change_at=0.5, shifted_experts=0.25, batch_factor=2.0),
+        scenario("drift", **still),
+    )
     assert all(torch.equal(both(step, 0), drift(step, 0)) for step in range(1, 6))
     assert both(6, 0).shape == (2, 32) and (both(6, 0)[0] != drift(6, 0)[0]).sum() == 8
     (first_E, other_E), x_E = both.popularity_M2E[0], (both(10, 0)[0] + 1) / 0.5  # after a quarter turn
@@ -282,17 +328,34 @@ def test_one_step_is_a_run() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "limit"),
     [
-        ("num_layers", 0, "1,"), ("num_experts", 0, "1,"), ("tokens", 0, "1,"), ("steps", 0, "1,"), ("num_topics", 0, "1,"),
-        ("top_k", 0, "1, 32"), ("top_k", 33, "1, 32"), ("rank", 0, "1, 32"), ("rank", 33, "1, 32"), ("min_document", 0, "1,"),
-        ("mean", math.inf, "100"), ("mean", math.nan, "100"), ("popularity_std", -0.1, "0, 100"), ("topic_std", -1.0, "0, 100"),
-        ("noise_std", math.nan, "0, 100"), ("zipf", -1.0, "0, 100"), ("document_tail", 0.0, "0.01"),
+        ("num_layers", 0, "1,"),
+        ("num_experts", 0, "1,"),
+        ("tokens", 0, "1,"),
+        ("steps", 0, "1,"),
+        ("num_topics", 0, "1,"),
+        ("top_k", 0, "1, 32"),
+        ("top_k", 33, "1, 32"),
+        ("rank", 0, "1, 32"),
+        ("rank", 33, "1, 32"),
+        ("min_document", 0, "1,"),
+        ("mean", math.inf, "100"),
+        ("mean", math.nan, "100"),
+        ("popularity_std", -0.1, "0, 100"),
+        ("topic_std", -1.0, "0, 100"),
+        ("noise_std", math.nan, "0, 100"),
+        ("zipf", -1.0, "0, 100"),
+        ("document_tail", 0.0, "0.01"),
         ("drift_turns", math.inf, "100"),
-        ("final_spread", 0.0, "0.0001"), ("batch_factor", 0.0, "0.0001"), ("shifted_experts", 1.5, "0, 1"),
-        ("change_at", 1.5, "0, 1"), ("change_at", -0.5, "0, 1"),
+        ("final_spread", 0.0, "0.0001"),
+        ("batch_factor", 0.0, "0.0001"),
+        ("shifted_experts", 1.5, "0, 1"),
+        ("change_at", 1.5, "0, 1"),
+        ("change_at", -0.5, "0, 1"),
         ("change_at", 0.5, "together with"),  # nothing changes
-        ("shifted_experts", 0.5, "together with"), ("batch_factor", 2.0, "together with"),  # never
+        ("shifted_experts", 0.5, "together with"),
+        ("batch_factor", 2.0, "together with"),  # never
     ],
-)  # fmt: skip
+)
 def test_wrong_option_is_refused(option: str, value: float, limit: str) -> None:
     with pytest.raises(ValueError, match=limit) as error:
         scenario("topics", **{option: value})
@@ -301,13 +364,17 @@ def test_wrong_option_is_refused(option: str, value: float, limit: str) -> None:
 
 def test_a_change_outside_the_run_is_refused() -> None:
     for changes in ({"steps": 1}, {"change_at": 0.0}, {"change_at": 1.0}):
-        with pytest.raises(ValueError, match="change_at=.* one before and one after; use another share or more steps"):
+        with pytest.raises(
+            ValueError, match="change_at=.* one before and one after; use another share or more steps"
+        ):
             scenario("shift", **changes)
     with pytest.raises(ValueError, match="tokens_after_change=0"):
         scenario("batch_change", batch_factor=0.001)
 
 
-@pytest.mark.parametrize("step, layer, value", [(0, 1, "step=0"), (11, 0, "step=11"), (1, -1, "layer=-1"), (1, 2, "layer=2")])
+@pytest.mark.parametrize(
+    "step, layer, value", [(0, 1, "step=0"), (11, 0, "step=11"), (1, -1, "layer=-1"), (1, 2, "layer=2")]
+)
 def test_a_call_outside_the_run_is_refused(step: int, layer: int, value: str) -> None:
     with pytest.raises(ValueError, match=value):
         scenario("topics")(step, layer)

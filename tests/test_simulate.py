@@ -1,7 +1,7 @@
 """Does a simulation say what happened, and does it route as the trainer does?
 
-Letters: M layers, E experts, K per token, T tokens of a step. The numbers come from slow loops over what was routed, from the
-trainer's own steps, or by hand.
+Letters: M layers, E experts, K per token, T tokens of a step. The numbers come from slow loops over what was
+routed, from the trainer's own steps, or by hand.
 """
 
 import base64
@@ -32,23 +32,40 @@ from tests.test_resume import tensors
 from trainer import train
 from trainer.balance import RoutingStats
 from trainer.balance.trace import Trace
-from trainer.build import loss_weights
 from trainer.config import CONFIG_DIR, ConfigError
-from trainer.simulate import __main__ as program
-from trainer.simulate import history as histories
-from trainer.simulate import run as running
-from trainer.simulate.config import SimulateConfig, arms, load
-from trainer.simulate.history import History, Probe
-from trainer.simulate.levels import RoutingLayer
-from trainer.simulate.result import CURVES, METRICS, check
-from trainer.simulate.run import build_level, ranking, simulate
+from trainer.lab.simulate import __main__ as program
+from trainer.lab.simulate import history as histories
+from trainer.lab.simulate import run as running
+from trainer.lab.simulate.config import SimulateConfig, arms, load
+from trainer.lab.simulate.history import History, Probe
+from trainer.lab.simulate.levels import RoutingLayer
+from trainer.lab.simulate.result import CURVES, METRICS, check
+from trainer.lab.simulate.run import build_level, ranking, simulate
+from trainer.run.build import loss_weights
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = ["layers=2", "experts=8", "top_k=2", "tokens=64", "steps=20", "ep=4", "workers=1"]
-TINY = ["level=tiny", "layers=2", "experts=8", "top_k=2", "tokens=128", "steps=3", "ep=4",
-        "level.train=['experiment=synthetic','seq_len=32','micro_batch=2']"]  # fmt: skip
-CLOSED = ["level=closed", "layers=1", "experts=16", "top_k=2", "tokens=128", "steps=120", "ep=4", "workers=1",
-          "level.forgetting=0.05"]  # ten times as fast as configs/level/closed.yaml  # fmt: skip
+TINY = [
+    "level=tiny",
+    "layers=2",
+    "experts=8",
+    "top_k=2",
+    "tokens=128",
+    "steps=3",
+    "ep=4",
+    "level.train=['experiment=synthetic','seq_len=32','micro_batch=2']",
+]
+CLOSED = [
+    "level=closed",
+    "layers=1",
+    "experts=16",
+    "top_k=2",
+    "tokens=128",
+    "steps=120",
+    "ep=4",
+    "workers=1",
+    "level.forgetting=0.05",
+]  # ten times as fast as configs/level/closed.yaml
 ALL_ARMS = sorted(path.stem for path in (CONFIG_DIR / "balance").glob("*.yaml"))
 
 
@@ -68,8 +85,8 @@ def run_main(monkeypatch, *overrides: str) -> int:
 
 @pytest.fixture
 def collected() -> Iterator[None]:
-    """After a model was built here: a process group left in a cycle would be taken down in a process forked later, where its
-    threads are not, and hang it."""
+    """After a model was built here: a process group left in a cycle would be taken down in a process forked
+    later, where its threads are not, and hang it."""
     yield
     gc.collect()
 
@@ -84,8 +101,19 @@ class Step(NamedTuple):
     bias_ME: Tensor  # after the step
 
 
-RECORDED = ["layers=2", "experts=8", "top_k=2", "tokens=300", "steps=67", "ep=4", "workers=1", "scores.popularity_std=1.5",
-            "balance=smebu", "balance.rule.lr=0.02", "guard=off"]  # more tokens than are probed  # fmt: skip
+RECORDED = [
+    "layers=2",
+    "experts=8",
+    "top_k=2",
+    "tokens=300",
+    "steps=67",
+    "ep=4",
+    "workers=1",
+    "scores.popularity_std=1.5",
+    "balance=smebu",
+    "balance.rule.lr=0.02",
+    "guard=off",
+]  # more tokens than are probed
 
 
 def choose(choice: list[float], top_k: int) -> set[int]:
@@ -107,7 +135,10 @@ def slow_run() -> tuple[SimulateConfig, list[Step]]:
     steps = []
     for step in range(1, c.steps + 1):
         scores_MTE = torch.stack([torch.sigmoid(scores(step, m)) for m in range(c.layers)])
-        chosen = [[choose(token, c.top_k) for token in layer] for layer in (scores_MTE + bias_ME.unsqueeze(1)).tolist()]
+        chosen = [
+            [choose(token, c.top_k) for token in layer]
+            for layer in (scores_MTE + bias_ME.unsqueeze(1)).tolist()
+        ]
         counts_ME = torch.tensor([count(layer, c.experts) for layer in chosen])
         mean_M1 = counts_ME.double().mean(1, keepdim=True)
         delta_ME = lr * torch.tanh(kappa * ((mean_M1 - counts_ME) / mean_M1).float())
@@ -143,7 +174,8 @@ def slow_series(config: SimulateConfig, steps: list[Step]) -> dict[str, list[flo
                 kept += len(ids & choose([s + x for s, x in zip(token, b, strict=True)], top_k))
                 total += sum(token[i] for i in ids)
         choices = config.layers * probed * top_k
-        ranks = [[sum(layer[i : i + 2]) for i in range(0, experts, 2)] for layer in step.counts]  # ep=4: two experts each
+        # ep=4: two experts each
+        ranks = [[sum(layer[i : i + 2]) for i in range(0, experts, 2)] for layer in step.counts]
         floor = math.sqrt(2 * math.log(experts) * (1 - top_k / experts) / mean)
         max_violation = statistics.fmean(max(layer) - 1 for layer in loads)
         values = {
@@ -174,7 +206,11 @@ def slow_wait(series: list[float], limits: list[float], first: int) -> int | Non
 
 
 def slow_chatter(steps: list[Step], tail: int) -> float:
-    biases = torch.stack([torch.zeros_like(steps[0].bias_ME), *(step.bias_ME for step in steps)]).flatten(1).T.tolist()
+    biases = (
+        torch.stack([torch.zeros_like(steps[0].bias_ME), *(step.bias_ME for step in steps)])
+        .flatten(1)
+        .T.tolist()
+    )
     reversals = moves = 0
     for bias in biases:
         deltas = [b - a for a, b in pairwise(bias)]
@@ -188,24 +224,34 @@ def test_the_summary_is_that_of_slow_loops():
     config, steps = slow_run()
     series, tail = slow_series(config, steps), round(67 / 5)
     shift = round(67 / 2)  # the steps before; scores=shift
-    expected: dict[str, Any] = {name: statistics.fmean(series[name][-tail:]) for name in METRICS if name in series}
+    expected: dict[str, Any] = {
+        name: statistics.fmean(series[name][-tail:]) for name in METRICS if name in series
+    }
     expected |= {
         "steps_to_balance": slow_wait(series["max_violation"][:shift], [0.6] * shift, 0),
-        "steps_to_floor": slow_wait(series["max_violation"][:shift], [1.25 * floor for floor in series["floor"]], 0),
+        "steps_to_floor": slow_wait(
+            series["max_violation"][:shift], [1.25 * floor for floor in series["floor"]], 0
+        ),
         "recovery_steps": slow_wait(series["max_violation"], [0.6] * 67, shift),
         "excess_run": statistics.fmean(max(0.0, excess) for excess in series["excess"]),
         "excess_mean": statistics.fmean(series["excess"][-tail:]),
         "excess_p99": max(series["excess"][-tail:]),  # of 13 steps
         "bias_chatter": slow_chatter(steps, tail),
-        "collapse_step": None, "first_alarm": None, "alarms": 0,  # these are tested by hand
-    }  # fmt: skip
+        "collapse_step": None,
+        "first_alarm": None,
+        "alarms": 0,  # these are tested by hand
+    }
     level = build_level(config, 0)
     metrics = [level.step(number) for number in range(1, 68)]
     expected["gain"] = statistics.fmean(m["balance/gain"] for m in metrics[-tail:])
-    worst = [max(value for name, value in m.items() if name.startswith("balance/stability/")) for m in metrics]
+    worst = [
+        max(value for name, value in m.items() if name.startswith("balance/stability/")) for m in metrics
+    ]
     expected["stability"] = statistics.fmean(worst[-tail:])
     [run] = simulated(*RECORDED)["runs"]
-    assert run["summary"] == {name: None if value is None else pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+    assert run["summary"] == {
+        name: None if value is None else pytest.approx(value, rel=1e-5) for name, value in expected.items()
+    }
     assert run["summary"].keys() == METRICS.keys() - {"loss"}
     assert expected["steps_to_balance"] > 1 and expected["recovery_steps"] > 1
     assert 0 < expected["bias_chatter"] < 1 and expected["churn"] > 0
@@ -242,24 +288,42 @@ class Scripted:
 
     def __init__(self, layers: int = 1, experts: int = 2, shift_step: int | None = None):
         shape_ME = (layers, experts)
-        self.balancer = SimpleNamespace(load_ME=torch.ones(shape_ME), bias_ME=torch.zeros(shape_ME), observers=())
+        self.balancer = SimpleNamespace(
+            load_ME=torch.ones(shape_ME), bias_ME=torch.zeros(shape_ME), observers=()
+        )
         self.layers, self.shift_step = [], shift_step
 
 
-def play(level: Scripted, steps: int, *, counts=lambda step: [[8, 8]], bias=lambda step: [[0.0, 0.0]], ep=1, below=0.6,
-         max_violation=lambda step: 0.0, floor=0.2, alarm=lambda step: False) -> History:  # fmt: skip
+def play(
+    level: Scripted,
+    steps: int,
+    *,
+    counts=lambda step: [[8, 8]],
+    bias=lambda step: [[0.0, 0.0]],
+    ep=1,
+    below=0.6,
+    max_violation=lambda step: 0.0,
+    floor=0.2,
+    alarm=lambda step: False,
+) -> History:
     history = History(level, steps=steps, ep=ep, balanced_below=below)
     for step in range(1, steps + 1):
         (observe,) = level.balancer.observers
         observe(step, RoutingStats(torch.tensor(counts(step))))
         level.balancer.bias_ME = torch.tensor(bias(step))
-        metrics = {"balance/max_violation": max_violation(step), "balance/floor": floor, "guard/alarm": float(alarm(step))}
+        metrics = {
+            "balance/max_violation": max_violation(step),
+            "balance/floor": floor,
+            "guard/alarm": float(alarm(step)),
+        }
         history.add(step, metrics)
     return history
 
 
 def test_waits_by_hand():
-    """Ten steps from the third on have five of 1.0 and five of 0.0: the first mean below 0.6. Again after the shift."""
+    """Ten steps from the third on have five of 1.0 and five of 0.0: the first mean below 0.6. Again after the
+    shift.
+    """
     waits = ["steps_to_balance", "steps_to_floor", "recovery_steps"]
     uneven = {*range(1, 8), *range(41, 49)}
     summary = play(Scripted(shift_step=41), 80, max_violation=lambda step: float(step in uneven)).summary()
@@ -268,18 +332,24 @@ def test_waits_by_hand():
     assert [late[name] for name in waits] == [None, None, 5]  # what comes after the shift is no first balance
     never = play(Scripted(), 30, max_violation=lambda step: 0.625, below=0.625).summary()
     assert [never[name] for name in waits[:2]] == [None, None] and "recovery_steps" not in never
-    assert play(Scripted(), 30, max_violation=lambda step: 0.625, below=0.626).summary()["steps_to_balance"] == 1
+    assert (
+        play(Scripted(), 30, max_violation=lambda step: 0.625, below=0.626).summary()["steps_to_balance"] == 1
+    )
     assert play(Scripted(), 9).summary()["steps_to_balance"] is None  # less than a window
 
 
 def test_a_window_never_spans_the_shift():
     """Nine even steps before it do not make up for an uneven one after it."""
-    summary = play(Scripted(shift_step=41), 60, max_violation=lambda step: 10.0 * (41 <= step <= 45)).summary()
+    summary = play(
+        Scripted(shift_step=41), 60, max_violation=lambda step: 10.0 * (41 <= step <= 45)
+    ).summary()
     assert summary["recovery_steps"] == 6
 
 
 def test_excess_by_hand():
-    """Of the 200 steps of the tail two lie above the 99th percentile; what is below the floor does not offset the rest."""
+    """Of the 200 steps of the tail two lie above the 99th percentile; what is below the floor does not offset
+    the rest.
+    """
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0)).tolist()
     values = [0.0] * 400 + [1.2] * 400 + [0.2 + i for i in order]
     summary = play(Scripted(), 1000, max_violation=lambda step: values[step - 1]).summary()
@@ -288,8 +358,8 @@ def test_excess_by_hand():
 
 
 def test_chatter_by_hand():
-    """The tail of 20 steps is four. The first bias goes up before it, then up, down, up, down: three of four reverse the one
-    before; the second rests, then goes up: it has no step before to reverse."""
+    """The tail of 20 steps is four. The first bias goes up before it, then up, down, up, down: three of four
+    reverse the one before; the second rests, then goes up: it has no step before to reverse."""
     first = [*range(1, 17), 17, 16, 17, 16]
     bias = [[[float(first[i]), 0.0 if i < 19 else 1.0]] for i in range(20)]
     assert play(Scripted(), 20, bias=lambda step: bias[step - 1]).summary()["bias_chatter"] == 3 / 4
@@ -319,8 +389,8 @@ def test_the_busiest_rank_by_hand():
 
 
 def test_the_first_collapse_by_hand():
-    """An expert without tokens from step 30 on: 0.95^n is below 0.1 from n = 45 on. One that never had half a share is no loss,
-    nor is one that keeps a quarter."""
+    """An expert without tokens from step 30 on: 0.95^n is below 0.1 from n = 45 on. One that never had half a
+    share is no loss, nor is one that keeps a quarter."""
     lost_from = {0: None, 30: 74, 1000: None}
     for first, step in lost_from.items():
         counts = [[[16, 0]] if number >= first else [[8, 8]] for number in range(101)]
@@ -341,9 +411,12 @@ def test_memory_does_not_grow_with_steps(monkeypatch):
     for steps in (100, 1000):
         history = play(Scripted(), steps, max_violation=float)
         kept = history.as_dict(with_loads=True)
-        sizes.append((len(history.tail), history.load_NME.shape, *map(len, (kept["steps"], *kept["curves"].values()))))
+        sizes.append(
+            (len(history.tail), history.load_NME.shape, *map(len, (kept["steps"], *kept["curves"].values())))
+        )
         end = range(steps - steps // 5 + 1, steps + 1)
-        assert kept["summary"]["excess_mean"] == pytest.approx(statistics.fmean(end), rel=0.02)  # every 2nd, every 20th step
+        # every 2nd, every 20th step
+        assert kept["summary"]["excess_mean"] == pytest.approx(statistics.fmean(end), rel=0.02)
     assert sizes[0] == sizes[1] and sizes[0][0] == 10
 
 
@@ -368,7 +441,8 @@ def test_seeds_differ_and_can_be_repeated():
     alone = [simulated(*SMALL, f"seed={seed}")["runs"][0] for seed in (3, 4)]
     assert [run["seed"] for run in both] == [3, 4]
     assert timeless(both[0]) == timeless(alone[0])
-    assert timeless(both[1], "loads") == timeless(alone[1], "loads") and both[1]["loads"] is None  # of the first seed only
+    # of the first seed only
+    assert timeless(both[1], "loads") == timeless(alone[1], "loads") and both[1]["loads"] is None
     assert both[0]["curves"] != both[1]["curves"]
 
 
@@ -386,14 +460,21 @@ def test_arms_are_compared_on_the_same_scores():
     """Each run is the run that the arm does alone."""
     names = ["sign", "none", "smebu_gain"]
     result = simulated(*SMALL, f"compare=[{','.join(names)},sign]", "seeds=2")  # named twice, run once
-    assert [(run["arm"], run["seed"]) for run in result["runs"]] == [(name, seed) for name in names for seed in (0, 1)]
+    assert [(run["arm"], run["seed"]) for run in result["runs"]] == [
+        (name, seed) for name in names for seed in (0, 1)
+    ]
     for name in names:
         alone = simulated(*SMALL, f"balance={name}", "seeds=2")
         assert alone["ranking"] is None
-        assert [timeless(run) for run in alone["runs"]] == [timeless(run) for run in result["runs"] if run["arm"] == name]
+        assert [timeless(run) for run in alone["runs"]] == [
+            timeless(run) for run in result["runs"] if run["arm"] == name
+        ]
     assert sorted(row["arm"] for row in result["ranking"]) == sorted(names)
-    assert len({run["curves"]["max_violation"][0] for run in result["runs"] if run["seed"] == 0}) == 1  # before any bias moved
-    losses = simulated(*SMALL, "compare=[sign,none]", "balance.switch_loss_weight=0.5", "steps=3", "scores=topics")
+    # before any bias moved
+    assert len({run["curves"]["max_violation"][0] for run in result["runs"] if run["seed"] == 0}) == 1
+    losses = simulated(
+        *SMALL, "compare=[sign,none]", "balance.switch_loss_weight=0.5", "steps=3", "scores=topics"
+    )
     assert len(losses["runs"]) == 2  # what is not the rule may be set for all
 
 
@@ -405,23 +486,38 @@ def test_compare_all_is_every_arm():
     assert [run["arm"] for run in result["runs"]] == [arm.balance.name for arm in compared] == ALL_ARMS
     assert sorted(row["arm"] for row in result["ranking"]) == ALL_ARMS
     for arm in compared:
-        assert arm.balance == trainer.config.load(["experiment=synthetic", f"balance={arm.balance.name}"]).balance
+        assert (
+            arm.balance
+            == trainer.config.load(["experiment=synthetic", f"balance={arm.balance.name}"]).balance
+        )
 
 
 def test_the_ranking_by_hand():
     """Collapsed runs first, then the mean of excess_run; 12.706 is Student's t with one degree of freedom."""
-    rows = {"lost": [(True, 0.1, 5), (False, 0.1, 5)], "slow": [(True, 0.4, 5), (True, 0.6, None)],
-            "even": [(True, 0.45, None), (True, 0.45, None)], "worse": [(False, 0.0, 1), (False, 0.0, 1)]}  # fmt: skip
-    runs = [{"arm": arm, "ok": ok, "summary": {"excess_run": excess, "steps_to_balance": wait}}
-            for arm, values in rows.items() for ok, excess, wait in values]  # fmt: skip
+    rows = {
+        "lost": [(True, 0.1, 5), (False, 0.1, 5)],
+        "slow": [(True, 0.4, 5), (True, 0.6, None)],
+        "even": [(True, 0.45, None), (True, 0.45, None)],
+        "worse": [(False, 0.0, 1), (False, 0.0, 1)],
+    }
+    runs = [
+        {"arm": arm, "ok": ok, "summary": {"excess_run": excess, "steps_to_balance": wait}}
+        for arm, values in rows.items()
+        for ok, excess, wait in values
+    ]
     ranked = ranking(runs)
     assert [(row["rank"], row["arm"], row["collapsed_runs"], row["num_seeds"]) for row in ranked] == [
-        (1, "even", 0, 2), (2, "slow", 0, 2), (3, "lost", 1, 2), (4, "worse", 2, 2)]  # fmt: skip
+        (1, "even", 0, 2),
+        (2, "slow", 0, 2),
+        (3, "lost", 1, 2),
+        (4, "worse", 2, 2),
+    ]
     metrics = {row["arm"]: row["metrics"] for row in ranked}
     half = 12.706 * 0.1  # s / sqrt(2) = 0.1
     slow = metrics["slow"]["excess_run"]
     assert (slow["mean"], slow["low"], slow["high"]) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
-    assert metrics["slow"]["steps_to_balance"] == {"mean": 5, "low": None, "high": None, "num_seeds": 1}  # of those that were
+    # of those that were
+    assert metrics["slow"]["steps_to_balance"] == {"mean": 5, "low": None, "high": None, "num_seeds": 1}
     assert metrics["even"]["steps_to_balance"] == {"mean": None, "low": None, "high": None, "num_seeds": 0}
 
 
@@ -448,9 +544,21 @@ def test_without_balancing_feedback_loses_experts_and_a_rule_or_a_loss_keeps_the
 def test_feedback_loss_and_fault_are_those_of_a_slow_loop(fault):
     """The loss by autograd through its formula: weight sum_t sum_i f_i P_ti, with f of the last step."""
     weight, feedback, forgetting, gate_lr, lr, fault_step = 0.02, 0.1, 0.05, 100.0, 0.01, 7
-    overrides = ["level=closed", "layers=2", "experts=6", "top_k=2", "tokens=48", "steps=12", "ep=2", "balance=sign",
-                 "balance.sequence_loss_weight=0", f"balance.batch_loss_weight={weight}", f"balance.rule.lr={lr}",
-                 f"level.feedback={feedback}", f"level.forgetting={forgetting}"]  # fmt: skip
+    overrides = [
+        "level=closed",
+        "layers=2",
+        "experts=6",
+        "top_k=2",
+        "tokens=48",
+        "steps=12",
+        "ep=2",
+        "balance=sign",
+        "balance.sequence_loss_weight=0",
+        f"balance.batch_loss_weight={weight}",
+        f"balance.rule.lr={lr}",
+        f"level.feedback={feedback}",
+        f"level.forgetting={forgetting}",
+    ]
     c = load([*overrides, *([f"level.fault={fault}"] if fault else [])])
     level = build_level(c, 0)
     scores = instantiate(c.scores)(num_layers=2, num_experts=6, top_k=2, tokens=48, steps=12, seed=0)
@@ -469,10 +577,15 @@ def test_feedback_loss_and_fault_are_those_of_a_slow_loop(fault):
             scores_TE = logits_TE.sigmoid()
             counts.append(count([choose(token, 2) for token in (scores_TE + bias_ME[m]).tolist()], 6))
             share_TE = scores_TE / scores_TE.sum(1, keepdim=True)
-            gradients += [gradient_E / 48 for gradient_E in torch.autograd.grad(weight * (share_TE * load_ME[m]).sum(), a_E)]
+            gradients += [
+                gradient_E / 48
+                for gradient_E in torch.autograd.grad(weight * (share_TE * load_ME[m]).sum(), a_E)
+            ]
         load_ME = torch.tensor(counts) * 6 / 96
         strength = feedback * 10 if fault == "feedback" and since else feedback
-        a_ME = a_ME + strength * torch.tanh(load_ME - 1) - forgetting * a_ME - gate_lr * torch.stack(gradients)
+        a_ME = (
+            a_ME + strength * torch.tanh(load_ME - 1) - forgetting * a_ME - gate_lr * torch.stack(gradients)
+        )
         sign_ME = (1 - load_ME).sign()
         if not (fault == "rule" and since):
             bias_ME = bias_ME + lr * (sign_ME - sign_ME.mean(1, keepdim=True))
@@ -484,14 +597,33 @@ def test_feedback_loss_and_fault_are_those_of_a_slow_loop(fault):
 
 
 def test_growing_logits_end_at_twentyfold():
-    level = build_level(load([*CLOSED, "steps=400", "level.fault=logits", "level.fault_at=0.01", "tokens=16", "balance=none",
-                              "level.feedback=0"]), 0)  # fmt: skip
+    level = build_level(
+        load(
+            [
+                *CLOSED,
+                "steps=400",
+                "level.fault=logits",
+                "level.fault_at=0.01",
+                "tokens=16",
+                "balance=none",
+                "level.feedback=0",
+            ]
+        ),
+        0,
+    )
     rms = [level.step(step)["balance/logit_rms"] for step in range(1, 401)]
     assert rms[10] < rms[60] < rms[110] and rms[-1] == pytest.approx(20 * rms[0], rel=0.2)  # 1.02^152 = 20.3
 
 
 def test_the_guard_notices_a_fault_before_the_collapse():
-    fault = ["level.feedback=0.01", "balance=smebu", "steps=300", "tokens=512", "guard.grace=100", "level.fault=expert"]
+    fault = [
+        "level.feedback=0.01",
+        "balance=smebu",
+        "steps=300",
+        "tokens=512",
+        "guard.grace=100",
+        "level.fault=expert",
+    ]
     summary = closed(*fault)["summary"]
     assert 150 < summary["first_alarm"] < summary["collapse_step"]
 
@@ -506,8 +638,20 @@ def test_tiny_is_the_trainer(tmp_path):
     mine = [level.step(step) for step in (1, 2, 3)]
     mine.append({"bias": level.balancer.bias_ME.tolist()})
     level.close()
-    same = ["experiment=synthetic", "seq_len=32", "micro_batch=2", "global_batch=4", "steps=3", "seed=5", "model.num_layers=3",
-            "model.num_dense_layers=1", "model.num_experts=8", "model.top_k=2", "guard=on", f"run_dir={tmp_path}"]  # fmt: skip
+    same = [
+        "experiment=synthetic",
+        "seq_len=32",
+        "micro_batch=2",
+        "global_batch=4",
+        "steps=3",
+        "seed=5",
+        "model.num_layers=3",
+        "model.num_dense_layers=1",
+        "model.num_experts=8",
+        "model.top_k=2",
+        "guard=on",
+        f"run_dir={tmp_path}",
+    ]
     run = train.build(trainer.config.load(same))
     theirs: list[dict] = [train.train_step(run, run.stream.next_step(2)) for _ in range(3)]
     theirs.append({"bias": run.balancer.bias_ME.tolist()})
@@ -530,14 +674,24 @@ def test_tiny_shows_its_losses_and_takes_the_arm(tmp_path):
 def trained(tmp_path_factory) -> Path:
     """A real run of six steps that recorded what its router did; smebu, four layers of eight experts."""
     where = tmp_path_factory.mktemp("trained")
-    overrides = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32", "steps=6", "model.num_experts=8",
-                 "name=run", f"run_dir={where}"]  # fmt: skip
+    overrides = [
+        "experiment=synthetic",
+        "global_batch=4",
+        "micro_batch=2",
+        "seq_len=32",
+        "steps=6",
+        "model.num_experts=8",
+        "name=run",
+        f"run_dir={where}",
+    ]
 
     def record(*more: str) -> int:
         return train.train(trainer.config.load([*overrides, *more]))
 
     run_ranks(record, 1, "balance.trace=router.trace")
-    run_ranks(record, 1, "balance.trace=router.trace", "balance.trace_required=true", "name=required", "steps=2")
+    run_ranks(
+        record, 1, "balance.trace=router.trace", "balance.trace_required=true", "name=required", "steps=2"
+    )
     return where
 
 
@@ -546,8 +700,14 @@ def test_a_replay_under_the_same_rule_is_the_training_run(trained):
     for step, stats in enumerate(Trace(trained / "run" / "router.trace"), start=1):
         assert torch.equal(level.balancer.bias_ME, stats.bias_ME)
         level.step(step)
-    saved = [bias_E for name, bias_E in sorted(tensors(trained / "run", 6).items()) if name.endswith("expert_bias_E")]
-    assert step == 6 and torch.equal(level.balancer.bias_ME, torch.stack(saved)) and level.balancer.bias_ME.any()
+    saved = [
+        bias_E
+        for name, bias_E in sorted(tensors(trained / "run", 6).items())
+        if name.endswith("expert_bias_E")
+    ]
+    assert (
+        step == 6 and torch.equal(level.balancer.bias_ME, torch.stack(saved)) and level.balancer.bias_ME.any()
+    )
 
 
 def test_a_replay_has_the_shape_of_the_trace_and_says_open_loop(trained):
@@ -568,12 +728,20 @@ def test_a_replay_has_the_shape_of_the_trace_and_says_open_loop(trained):
 
 def test_quantile_rules_replay_what_was_recorded_for_them(trained, monkeypatch):
     """Refused before any arm has made a step."""
-    [run] = simulated("level=replay", f"level.trace={trained}/required/router.trace", "balance=quantile")["runs"]
+    [run] = simulated("level=replay", f"level.trace={trained}/required/router.trace", "balance=quantile")[
+        "runs"
+    ]
     assert run["curves"]["bias_rms"][0] > 0
     monkeypatch.setattr(running, "run_one", None)
-    with pytest.raises(ConfigError, match="balance=quantile needs .* record with balance.trace_required=true"):
-        simulated("level=replay", f"level.trace={trained}/run/router.trace", "compare=[sign,quantile]", "workers=1")
-    with pytest.raises(ConfigError, match=r"guard.ladder=\[solve\] needs .* record with balance.trace_required=true"):
+    with pytest.raises(
+        ConfigError, match="balance=quantile needs .* record with balance.trace_required=true"
+    ):
+        simulated(
+            "level=replay", f"level.trace={trained}/run/router.trace", "compare=[sign,quantile]", "workers=1"
+        )
+    with pytest.raises(
+        ConfigError, match=r"guard.ladder=\[solve\] needs .* record with balance.trace_required=true"
+    ):
         simulated("level=replay", f"level.trace={trained}/run/router.trace", "guard.ladder=[boost,solve]")
 
 
@@ -585,23 +753,42 @@ def test_ci_fails_where_experts_collapse(monkeypatch, capsys, tmp_path):
     for ci, code in (("true", train.COLLAPSED), ("false", train.OK)):
         assert run_main(monkeypatch, *collapsing, f"ci={ci}") == code
         out = capsys.readouterr().out
-        assert re.search(r"FAILED none seed 0: (\d+) of 16 experts collapsed\nbalance: FAILED, \1 of 16 experts collapsed", out)
-    assert run_main(monkeypatch, *CLOSED, "level.feedback=0", "balance=none", f"run_dir={tmp_path}", "ci=true") == train.OK
+        assert re.search(
+            r"FAILED none seed 0: (\d+) of 16 experts collapsed\nbalance: FAILED, \1 of 16 experts collapsed",
+            out,
+        )
+    assert (
+        run_main(monkeypatch, *CLOSED, "level.feedback=0", "balance=none", f"run_dir={tmp_path}", "ci=true")
+        == train.OK
+    )
     assert "balance: ok, 0 of 16 experts collapsed" in capsys.readouterr().out
     assert (tmp_path / "simulate-closed-none" / "simulation.json").is_file()
 
 
 def test_ci_fails_where_a_threshold_is_missed(monkeypatch, capsys, tmp_path):
-    base = [*SMALL, "balance=sign", "balance.rule.lr=0.02", "steps=40", f"run_dir={tmp_path}", "name=it", "seeds=2", "ci=true"]
+    base = [
+        *SMALL,
+        "balance=sign",
+        "balance.rule.lr=0.02",
+        "steps=40",
+        f"run_dir={tmp_path}",
+        "name=it",
+        "seeds=2",
+        "ci=true",
+    ]
     assert run_main(monkeypatch, *base) == train.OK
     kept = json.loads((tmp_path / "it" / "simulation.json").read_text())
     values = [run["summary"]["excess_mean"] for run in kept["runs"]]
     lower, higher = sorted(values)
     assert "FAILED" not in capsys.readouterr().out and kept["failures"] == []
-    assert run_main(monkeypatch, *base, f"thresholds.excess_mean={higher!r}") == train.OK  # the limit itself is met
+    # the limit itself is met
+    assert run_main(monkeypatch, *base, f"thresholds.excess_mean={higher!r}") == train.OK
     capsys.readouterr()
     assert run_main(monkeypatch, *base, f"thresholds.excess_mean={(lower + higher) / 2!r}") == train.COLLAPSED
-    missed = f"sign seed {values.index(higher)}: excess_mean is {higher:.4g}, the limit is {(lower + higher) / 2:g}"
+    missed = (
+        f"sign seed {values.index(higher)}: excess_mean is {higher:.4g}, the limit is "
+        f"{(lower + higher) / 2:g}"
+    )
     assert f"FAILED {missed}\nbalance: FAILED, 0 of 32 experts collapsed" in capsys.readouterr().out
     kept = json.loads((tmp_path / "it" / "simulation.json").read_text())
     assert kept["failures"] == [missed] and kept["thresholds"]["excess_mean"] == (lower + higher) / 2
@@ -644,15 +831,23 @@ REFUSED = {  # overrides: what the message must contain
     "scores.change_at=0": "must leave one before and one after",
     "guard.starving=2": "guard.starving=2.0: must lie in (0, 1)",
     "guard.ladder=[panic]": "panic is no rung; use boost, solve, sequence_loss, stop",
-    "level=closed level.fault=fire": "level.fault=fire: must be one of rule, feedback, logits, expert, or null",
+    "level=closed level.fault=fire": (
+        "level.fault=fire: must be one of rule, feedback, logits, expert, or null"
+    ),
     "level=closed level.fault_at=1": "level.fault_at=1: must lie in (0, 1)",
     "level=closed level.gate_lr=-1": "level.gate_lr=-1: must lie in [0, 1000]",
-    "level=tiny tokens=100 level.train=['experiment=synthetic','seq_len=32']": "tokens=100: must be a multiple of the 32 tokens",
+    (
+        "level=tiny tokens=100 level.train=['experiment=synthetic','seq_len=32']"
+    ): "tokens=100: must be a multiple of the 32 tokens",
     "level=tiny tokens=1024 level.train=['experiment=demo','stpes=3']": "did you mean steps",
     "level=replay": "level.trace is not set",
-    "level=replay level.trace=nowhere": "there is no such file; a training run with balance.trace=router.trace writes one",
+    "level=replay level.trace=nowhere": (
+        "there is no such file; a training run with balance.trace=router.trace writes one"
+    ),
     "level=replay level.trace=pyproject.toml": "pyproject.toml: not a router trace of version 1",
-    "balance=quantile balance.rule._target_=trainer.simulate.levels.ExactQuantileRule level=closed": "level=frozen only",
+    (
+        "balance=quantile balance.rule._target_=trainer.lab.simulate.levels.ExactQuantileRule level=closed"
+    ): "level=frozen only",
     "name=../elsewhere": "one plain directory name",
 }
 
@@ -669,10 +864,14 @@ def test_a_trace_that_cannot_be_replayed_exits_with_2(monkeypatch, capsys, train
     lines = (trained / "run" / "router.trace").read_text().splitlines(keepends=True)
     lines[3] = lines[3].replace('"counts": "', '"counts": "A')
     (tmp_path / "corrupt.trace").write_text("".join(lines))
-    cases = {f"{tmp_path}/corrupt.trace ep=1": "corrupt.trace: step 3 cannot be read",
-             f"{trained}/run/router.trace ep=16": "ep=16 does not divide the 8 experts of"}  # fmt: skip
+    cases = {
+        f"{tmp_path}/corrupt.trace ep=1": "corrupt.trace: step 3 cannot be read",
+        f"{trained}/run/router.trace ep=16": "ep=16 does not divide the 8 experts of",
+    }
     for case, message in cases.items():
-        code = run_main(monkeypatch, "level=replay", f"run_dir={tmp_path}", "workers=1", *f"level.trace={case}".split(" "))
+        code = run_main(
+            monkeypatch, "level=replay", f"run_dir={tmp_path}", "workers=1", *f"level.trace={case}".split(" ")
+        )
         assert code == train.REFUSED and message in capsys.readouterr().err
 
 
@@ -694,27 +893,38 @@ def test_help_names_every_choice_and_cfg_shows_every_setting(monkeypatch, capsys
     assert "Exit codes: 0 done · 2 refused" in text
     assert run_main(monkeypatch, *SMALL, "balance=sign", "--cfg", "job") == train.OK
     shown = OmegaConf.create(capsys.readouterr().out)
-    assert (shown.tokens, shown.balance.rule._target_, shown.scores.zipf) == (64, "trainer.balance.SignRule", 1.0)
+    assert (shown.tokens, shown.balance.rule._target_, shown.scores.zipf) == (
+        64,
+        "trainer.balance.SignRule",
+        1.0,
+    )
 
 
 def test_the_program_from_end_to_end(tmp_path):
     overrides = [*SMALL, "compare=[smebu,none]", "seeds=2", f"run_dir={tmp_path}", "name=whole", "workers=2"]
-    command = [sys.executable, "-m", "trainer.simulate", *overrides]
+    command = [sys.executable, "-m", "trainer.lab.simulate", *overrides]
     process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stderr) == (0, ""), process.stdout + process.stderr
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["simulation.html", "simulation.json"]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
+        "simulation.html",
+        "simulation.json",
+    ]
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
 
     kept = json.loads((tmp_path / "whole" / "simulation.json").read_text(), parse_constant=refuse)
     check(kept)
-    assert kept["command"] == f"python -m trainer.simulate {' '.join(overrides)}"
+    assert kept["command"] == f"triquetra simulate {' '.join(overrides)}"
     assert [timeless(run) for run in kept["runs"]] == [timeless(run) for run in simulated(*overrides)["runs"]]
-    assert re.findall(r"\b([12]) (smebu|none)\b", process.stdout) == [(str(row["rank"]), row["arm"]) for row in kept["ranking"]]
+    assert re.findall(r"\b([12]) (smebu|none)\b", process.stdout) == [
+        (str(row["rank"]), row["arm"]) for row in kept["ranking"]
+    ]
     for title in ("Balanced", "Recovery", "Excess, run", "Churn", "EP rank max/mean", "Collapsed"):
         assert title in process.stdout
     assert f"{tmp_path}/whole: simulation.json, simulation.html" in process.stdout
     page = (tmp_path / "whole" / "simulation.html").read_text()
-    assert not re.search(r"<(script|link|img|iframe)\b[^>]*\b(src|href)=", page[: page.index("<script")] + page[-20_000:])
+    assert not re.search(
+        r"<(script|link|img|iframe)\b[^>]*\b(src|href)=", page[: page.index("<script")] + page[-20_000:]
+    )
     assert "default-src 'none'" in page

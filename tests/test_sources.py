@@ -57,7 +57,9 @@ def write(source: type, path: Path, texts: list[str]) -> Path:
     if source is data.JsonlSource:
         path.write_bytes(PACK[path.suffix[1:]](lines(texts)) if path.suffix[1:] in PACK else lines(texts))
     elif source is data.ParquetSource:
-        pq.write_table(table, path, row_group_size=7, compression="none", use_dictionary=False, write_page_checksum=True)
+        pq.write_table(
+            table, path, row_group_size=7, compression="none", use_dictionary=False, write_page_checksum=True
+        )
     elif source is data.ArrowSource:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table, max_chunksize=7)
@@ -66,7 +68,12 @@ def write(source: type, path: Path, texts: list[str]) -> Path:
     return path
 
 
-NAMES = {data.TextSource: "a.txt", data.JsonlSource: "a.jsonl", data.ParquetSource: "a.parquet", data.ArrowSource: "a.arrow"}
+NAMES = {
+    data.TextSource: "a.txt",
+    data.JsonlSource: "a.jsonl",
+    data.ParquetSource: "a.parquet",
+    data.ArrowSource: "a.arrow",
+}
 OF_ROWS = [source for source in NAMES if source is not data.TextSource]
 
 
@@ -101,12 +108,16 @@ def forked(work: Callable[[], object]) -> Callable[[], object]:
 
 @pytest.mark.parametrize("pack", PACK)
 @pytest.mark.parametrize("plain", ["jsonl", "json"])
-def test_compressed_lines_are_those_that_were_written(tmp_path: Path, cache: Path, pack: str, plain: str) -> None:
+def test_compressed_lines_are_those_that_were_written(
+    tmp_path: Path, cache: Path, pack: str, plain: str
+) -> None:
     """In one member (gzip) or frame (zstd), in several that cut a line in two, and beside plain files."""
     folder, content = tmp_path / "corpus", lines(TEXTS)
     folder.mkdir()
     (folder / f"a.{plain}.{pack}").write_bytes(PACK[pack](content))
-    (folder / f"b.{plain}.{pack}").write_bytes(b"".join(PACK[pack](part) for part in (content[:1000], b"", content[1000:])))
+    (folder / f"b.{plain}.{pack}").write_bytes(
+        b"".join(PACK[pack](part) for part in (content[:1000], b"", content[1000:]))
+    )
     (folder / f"c.{plain}").write_bytes(content)
     (folder / "d.md").write_bytes(content)
     source = data.JsonlSource(str(folder))
@@ -116,13 +127,17 @@ def test_compressed_lines_are_those_that_were_written(tmp_path: Path, cache: Pat
 
 
 @pytest.mark.parametrize("pack", PACK)
-def test_content_of_many_pieces_is_unpacked_whole(tmp_path: Path, pack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_of_many_pieces_is_unpacked_whole(
+    tmp_path: Path, pack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "PIECE_BYTES", 100)
     path = write(data.JsonlSource, tmp_path / f"a.jsonl.{pack}", TEXTS)
     assert b"".join(files.pieces(path)) == lines(TEXTS)
 
 
-def test_a_compressed_file_is_unpacked_once_and_again_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compressed_file_is_unpacked_once_and_again_when_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, unpack = [], files.unpack
     monkeypatch.setattr(files, "unpack", lambda path, target: calls.append(path.name) or unpack(path, target))
     (tmp_path / "corpus").mkdir()
@@ -137,7 +152,9 @@ def test_a_compressed_file_is_unpacked_once_and_again_when_it_changed(tmp_path: 
     assert outcomes(data.JsonlSource(str(path))) == ["corrupt"]
     assert calls == ["a.jsonl.gz"] * 2
     for _ in range(2):  # the second time with the unpacked file below the corpus
-        assert outcomes(data.JsonlSource(str(tmp_path / "corpus"), cache_dir=str(tmp_path / "corpus" / "cache"))) == ["corrupt"]
+        assert outcomes(
+            data.JsonlSource(str(tmp_path / "corpus"), cache_dir=str(tmp_path / "corpus" / "cache"))
+        ) == ["corrupt"]
     assert len(list((tmp_path / "corpus" / "cache").iterdir())) == 1
 
 
@@ -155,7 +172,9 @@ def whole_lines(content: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 1.0])
-def test_a_truncated_gzip_file_gives_its_whole_lines_and_tells_of_the_damage(tmp_path: Path, cache: Path, share: float) -> None:
+def test_a_truncated_gzip_file_gives_its_whole_lines_and_tells_of_the_damage(
+    tmp_path: Path, cache: Path, share: float
+) -> None:
     packed = gzip.compress(lines(TEXTS))
     size = min(int(share * len(packed)), len(packed) - 1)
     (tmp_path / "a.jsonl.gz").write_bytes(packed[:size])
@@ -173,7 +192,9 @@ def test_a_truncated_gzip_file_gives_its_whole_lines_and_tells_of_the_damage(tmp
     assert len(list(cache.iterdir())) == 1
 
 
-def test_the_last_whole_line_may_lie_in_the_middle_of_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_whole_line_may_lie_in_the_middle_of_a_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "PIECE_BYTES", 100)
     packed = gzip.compress(lines(["a", "b", np.random.default_rng(0).bytes(1000).hex()]))
     (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
@@ -181,7 +202,9 @@ def test_the_last_whole_line_may_lie_in_the_middle_of_a_piece(tmp_path: Path, mo
 
 
 def test_a_truncated_zstd_file_gives_the_lines_of_what_can_be_decoded(tmp_path: Path) -> None:
-    """A frame is decoded by blocks: cut in the second frame's only block, the first frame's whole lines remain."""
+    """A frame is decoded by blocks: cut in the second frame's only block, the first frame's whole lines
+    remain.
+    """
     content = lines(TEXTS)
     first, second = content[:1500], content[1500:]
     packed = zstd(first) + zstd(second)
@@ -209,7 +232,9 @@ def test_gzip_with_flipped_bits_gives_what_zlib_gives_byte_by_byte(tmp_path: Pat
         assert good >= place * 0.9 / len(packed) * 3000  # those before the place, which zlib may find late
 
 
-def test_a_full_disk_is_told_with_file_bytes_and_remedy_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
+def test_a_full_disk_is_told_with_file_bytes_and_remedy_and_leaves_nothing(
+    tmp_path: Path, cache: Path
+) -> None:
     """The limit of a file's size stands for the disk's."""
     path = write(data.JsonlSource, tmp_path / "a.jsonl.gz", ["x" * 3_000_000])
 
@@ -221,7 +246,10 @@ def test_a_full_disk_is_told_with_file_bytes_and_remedy_and_leaves_nothing(tmp_p
             return f"{errno.errorcode[error.errno]} {error}"
 
     message = forked(work)()
-    assert message.startswith("EFBIG") and f"{path}: File too large; 1,000,000 bytes of it were unpacked to {cache}" in message
+    assert (
+        message.startswith("EFBIG")
+        and f"{path}: File too large; 1,000,000 bytes of it were unpacked to {cache}" in message
+    )
     assert "are free; cache_dir= names another place" in message
     assert list(cache.iterdir()) == []
 
@@ -244,14 +272,19 @@ def test_arrow_rows_are_those_of_the_table(tmp_path: Path, kind: str, dtype: pa.
     new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
     for name, part in {"a": rows[:30], "b": [], "c": rows[30:]}.items():
         table = pa.table({"id": list(range(len(part))), "body": pa.array(part, pa.string()).cast(dtype)})
-        with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as file, new(file, table.schema, options=options) as writer:
+        with (
+            pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as file,
+            new(file, table.schema, options=options) as writer,
+        ):
             writer.write_table(table, max_chunksize=7)
     source = data.ArrowSource(str(tmp_path), field="body")
     order = np.random.default_rng(0).permutation(57).tolist()
     assert [outcome(source, i) for i in order] == [rows[i] or "missing_field" for i in order]
     assert len(source) == 57
     assert source[47].where == f"{tmp_path}/c.arrow:18"
-    assert [outcome(data.ArrowSource(str(tmp_path), field="id"), i) for i in range(2)] == ["missing_field"] * 2
+    assert [outcome(data.ArrowSource(str(tmp_path), field="id"), i) for i in range(2)] == [
+        "missing_field"
+    ] * 2
 
 
 def test_what_datasets_saved_is_read_without_what_it_cached(tmp_path: Path) -> None:
@@ -289,7 +322,9 @@ def test_truncated_files_are_refused_with_their_names(tmp_path: Path, name: str,
             writer.write_table(table, max_chunksize=7)
     size = int(share * (path.stat().st_size - 100))  # a stream's last bytes only say that it ends
     os.truncate(path, size)
-    with pytest.raises(ValueError, match=rf"{path}: not a whole \*\{path.suffix} file \(.+\); fetch it again or take it out"):
+    with pytest.raises(
+        ValueError, match=rf"{path}: not a whole \*\{path.suffix} file \(.+\); fetch it again or take it out"
+    ):
         source(str(path))
 
 
@@ -301,7 +336,9 @@ def test_a_damaged_page_of_parquet_costs_its_row_group_and_is_read_once(tmp_path
     path.write_bytes(content)
     source = data.ParquetSource(str(path))
     opened, parquet_file = [], pq.ParquetFile
-    monkeypatch.setattr(pq, "ParquetFile", lambda *args, **kw: opened.append(args) or parquet_file(*args, **kw))
+    monkeypatch.setattr(
+        pq, "ParquetFile", lambda *args, **kw: opened.append(args) or parquet_file(*args, **kw)
+    )
     assert outcomes(source) == ["corrupt" if 35 <= i < 42 else text for i, text in enumerate(TEXTS)]
     assert len(opened) == 9  # row groups, the damaged one too
     with pytest.raises(BadDocument, match=rf"{path}:41: corrupt: .*CRC"):
@@ -319,7 +356,9 @@ def test_arrow_with_a_broken_offset_loses_the_two_rows_it_bounds(tmp_path: Path)
 
 
 @pytest.mark.parametrize("source", [data.TextSource, data.JsonlSource, data.ParquetSource])
-def test_a_file_that_vanishes_for_a_while_is_an_error_of_the_system_and_no_bad_document(tmp_path: Path, source: type) -> None:
+def test_a_file_that_vanishes_for_a_while_is_an_error_of_the_system_and_no_bad_document(
+    tmp_path: Path, source: type
+) -> None:
     path = write(source, tmp_path / NAMES[source], TEXTS)
     documents = source(str(path))
     path.rename(tmp_path / "away")
@@ -350,12 +389,20 @@ def test_text_that_is_not_utf8_is_counted_in_every_format(tmp_path: Path) -> Non
     for name, column in {"raw": raw, "text": raw.view(pa.string())}.items():
         table = pa.table({"text": column})
         pq.write_table(table, tmp_path / f"{name}.parquet")
-        with pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        with (
+            pa.OSFile(str(tmp_path / f"{name}.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, table.schema) as stream,
+        ):
             stream.write_table(table)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n{"text": "\xc3\xa9"}\n')
     for i, content in enumerate(raw.to_pylist()):
         (tmp_path / f"{i}.txt").write_bytes(content)
-    for source, times in {data.TextSource: 1, data.JsonlSource: 1, data.ParquetSource: 2, data.ArrowSource: 2}.items():
+    for source, times in {
+        data.TextSource: 1,
+        data.JsonlSource: 1,
+        data.ParquetSource: 2,
+        data.ArrowSource: 2,
+    }.items():
         assert outcomes(source(str(tmp_path))) == ["fine", "not_utf8", "é"] * times
 
 
@@ -374,18 +421,24 @@ def test_a_document_of_100_mb_takes_seconds(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("source", OF_ROWS)
-def test_paths_and_columns_that_cannot_be_read_are_refused_once_with_a_remedy(tmp_path: Path, source: type, monkeypatch) -> None:
+def test_paths_and_columns_that_cannot_be_read_are_refused_once_with_a_remedy(
+    tmp_path: Path, source: type, monkeypatch
+) -> None:
     name = NAMES[source]
     (tmp_path / "empty").mkdir()
     (tmp_path / "corpus" / f"folder{name}").mkdir(parents=True)  # a directory named like a file is none
-    with pytest.raises(ValueError, match=rf"{tmp_path}/empty: no file matches; .*directory with \*\{Path(name).suffix}"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/empty: no file matches; .*directory with \*\{Path(name).suffix}"
+    ):
         source(str(tmp_path / "empty"))
     path = write(source, tmp_path / "corpus" / name, TEXTS)
     assert len(source(str(tmp_path / "corpus"))) == len(source(f"{tmp_path}/corpus/*{path.suffix}")) == 60
     link = tmp_path / "corpus" / f"link{name}"
     link.symlink_to(tmp_path / "nowhere")
     for given in (tmp_path / "corpus", link):
-        with pytest.raises(ValueError, match=rf"{link}: cannot be read \(a link to nothing\); make it readable or take"):
+        with pytest.raises(
+            ValueError, match=rf"{link}: cannot be read \(a link to nothing\); make it readable or take"
+        ):
             source(str(given))
     link.unlink()
     if source is not data.JsonlSource:
@@ -396,7 +449,9 @@ def test_paths_and_columns_that_cannot_be_read_are_refused_once_with_a_remedy(tm
         source(str(tmp_path / "corpus"))
 
 
-def test_a_directory_that_may_not_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_may_not_be_listed_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "deep").mkdir()
     for folder in (tmp_path, tmp_path / "deep"):
         (folder / "a.txt").write_text("text")
@@ -427,7 +482,8 @@ def test_a_manifest_gives_its_files_in_its_order(tmp_path: Path, source: type) -
     read = source(f"{folder}/all.manifest")
     assert outcomes(read) == ["b", "deep/c", "d", "a"]
     (folder / "all.manifest").write_text(f"a{suffix}\nb{suffix}\ndeep/c{suffix}\nd{suffix}\n")
-    assert source(f"{folder}/all.manifest").fingerprint != read.fingerprint  # other documents by the same numbers
+    # other documents by the same numbers
+    assert source(f"{folder}/all.manifest").fingerprint != read.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -480,8 +536,11 @@ def test_a_corpus_may_be_moved(tmp_path: Path, name: str, monkeypatch: pytest.Mo
     there = tmp_path / "some" / "where" / "else"
     shutil.copytree(tmp_path / "here", there)  # with other times
     (tmp_path / "link").symlink_to(there)
-    prints = {source(f"{folder}{what}").fingerprint
-              for folder in (tmp_path / "here", there, tmp_path / "link") for what in ("", "/all.manifest")}  # fmt: skip
+    prints = {
+        source(f"{folder}{what}").fingerprint
+        for folder in (tmp_path / "here", there, tmp_path / "link")
+        for what in ("", "/all.manifest")
+    }
     monkeypatch.chdir(there)
     assert prints == {source(".").fingerprint}
     (there / name).unlink()
@@ -562,7 +621,9 @@ def asked_until_read(source: data.HubSource, i: int, errors: list[OSError]) -> s
 @pytest.mark.parametrize("first", [0, 4, 23])
 @pytest.mark.parametrize("times", [{0: 1}, {3: 2, 4: 1}, {6: 1, 7: 3}, {10: 2}, {9: 1, 10: 1, 0: 1}])
 def test_a_network_that_fails_changes_no_document(times: dict[int, int], first: int, monkeypatch) -> None:
-    """Three epochs of ten, from their start and from within, with documents that are left out and wanted later."""
+    """Three epochs of ten, from their start and from within, with documents that are left out and wanted
+    later.
+    """
     num_errors, errors = sum(times.values()), []
     source = hub(dict(times), monkeypatch)
     source.follow(first, wanted=lambda i: i % 3 == 0)
@@ -589,4 +650,5 @@ def test_reading_on_in_a_later_epoch_begins_in_its_middle(monkeypatch: pytest.Mo
     assert outcome(source, 26) == "missing_field"
     times[7], before = 1, FakeDataset.num_read
     assert asked_until_read(source, 27, []) == "document 7"
-    assert FakeDataset.num_read == before + 1  # and not ten of an epoch to find out that it ends before row 27
+    # and not ten of an epoch to find out that it ends before row 27
+    assert FakeDataset.num_read == before + 1

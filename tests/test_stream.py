@@ -1,7 +1,8 @@
-"""Mixtures and the document buffer: is every token delivered once, in the shares asked for, on any ranks, after any restart?
+"""Mixtures and the document buffer: is every token delivered once, in the shares asked for, on any ranks,
+after any restart?
 
-Origins of the expected values: `slow_rows` (a packer that goes token by token on Python lists), a ledger of what was fed in
-against what came out and what is still open, invariance under ranks and restarts, arithmetic.
+Origins of the expected values: `slow_rows` (a packer that goes token by token on Python lists), a ledger of
+what was fed in against what came out and what is still open, invariance under ranks and restarts, arithmetic.
 """
 
 import json
@@ -67,13 +68,25 @@ class Constant(ListSource):
 
 def lognormal(mean: float, num_documents: int, *, seed: int, first: int = 0) -> ArraySource:
     random = np.random.default_rng(seed)
-    return arrays(np.maximum(1, random.lognormal(math.log(mean) - 0.245, 0.7, num_documents)).astype(int).tolist(), first=first)
+    return arrays(
+        np.maximum(1, random.lognormal(math.log(mean) - 0.245, 0.7, num_documents)).astype(int).tolist(),
+        first=first,
+    )
 
 
-def slow_rows(documents: list[list[int]], *, stream: int, num_streams: int, seed: int, steps: list[tuple[int, int, int]]):
-    """Rows of one stream over an unshuffled corpus, for each step of (rows, L, b): [[(token, label, position)]]."""
-    bits = iter((np.random.Philox(key=[seed, stream], counter=[0, 0, 0, 1]).random_raw(20_000) >> np.uint64(32)).tolist())
-    slots, n, steps_rows = [], stream, []  # a slot is [document, tokens read of it], or None when it is finished
+def slow_rows(
+    documents: list[list[int]], *, stream: int, num_streams: int, seed: int, steps: list[tuple[int, int, int]]
+):
+    """Rows of one stream over an unshuffled corpus, for each step of (rows, L, b): [[(token, label,
+    position)]].
+    """
+    bits = iter(
+        (
+            np.random.Philox(key=[seed, stream], counter=[0, 0, 0, 1]).random_raw(20_000) >> np.uint64(32)
+        ).tolist()
+    )
+    # a slot is [document, tokens read of it], or None when it is finished
+    slots, n, steps_rows = [], stream, []
     for num_rows, seq_len, b in steps:
         rows = []
         for _ in range(num_rows):
@@ -96,7 +109,9 @@ def slow_rows(documents: list[list[int]], *, stream: int, num_streams: int, seed
                 document, start = slots[chosen][0], len(row)
                 while len(row) < seq_len and slots[chosen][1] < len(document):
                     i = slots[chosen][1]
-                    row.append((document[i], document[i + 1] if i + 1 < len(document) else -100, len(row) - start))
+                    row.append(
+                        (document[i], document[i + 1] if i + 1 < len(document) else -100, len(row) - start)
+                    )
                     slots[chosen][1] += 1
                 if slots[chosen][1] == len(document):
                     slots[chosen] = None
@@ -127,7 +142,9 @@ def open_documents(stream: TokenStream) -> list[tuple[int, int, int]]:
 
 
 def owed(stream: TokenStream, sources: list[ArraySource], *, seed: int, size: int) -> np.ndarray:
-    """How often each token was to be delivered by now: all of the documents opened, without what is open of them."""
+    """How often each token was to be delivered by now: all of the documents opened, without what is open of
+    them.
+    """
     times = np.zeros(size, int)
     for s, source in enumerate(sources):
         epochs = 1 + max(row[s] for row in stream.state_dict()["next_VS"].tolist()) // len(source)
@@ -165,7 +182,9 @@ def test_ledger_every_token_of_every_document_once_an_epoch(buffer: int, num_sou
     num_open = Counter(n % 4 for _, n, _ in open_documents(stream))
     at_most = max(1, 2 * num_sources * math.ceil(buffer / num_sources))  # each source has its part
     assert max(num_open.values()) <= at_most and min(num_open[v] for v in range(4)) >= (buffer and 1)
-    left = sum(len(sources[s].documents[place(sources[s], n, seed)]) - read for s, n, read in open_documents(stream))
+    left = sum(
+        len(sources[s].documents[place(sources[s], n, seed)]) - read for s, n, read in open_documents(stream)
+    )
     assert stream.counts["open"] == left and stream.counts["tokens"] == 20 * 16 * 8192
 
 
@@ -177,21 +196,29 @@ def place(source: ArraySource, n: int, seed: int) -> int:
 # ---- The buffer ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("buffer", "seq_len", "num_streams"), [(1, 16, 2), (3, 7, 4), (3, 1, 1), (64, 100, 2), (5, 16, 8)])
+@pytest.mark.parametrize(
+    ("buffer", "seq_len", "num_streams"), [(1, 16, 2), (3, 7, 4), (3, 1, 1), (64, 100, 2), (5, 16, 8)]
+)
 def test_buffered_rows_are_those_of_the_slow_packer(buffer: int, seq_len: int, num_streams: int) -> None:
     check_against_slow_packer([(8, seq_len, buffer)] * 8, num_streams)
 
 
-@pytest.mark.parametrize("buffers", [(0, 3, 0, 2, 9, 1), (9, 4, 0), (2, 3, 4, 64, 1), (64, 2), (0, 0, 5, 0, 0)])
+@pytest.mark.parametrize(
+    "buffers", [(0, 3, 0, 2, 9, 1), (9, 4, 0), (2, 3, 4, 64, 1), (64, 2), (0, 0, 5, 0, 0)]
+)
 def test_a_span_may_change_the_buffer_the_rows_and_their_length(buffers: tuple[int, ...]) -> None:
-    steps = [(8 * (1 + i % 2), (16, 40)[i // 2 % 2], buffer) for i, buffer in enumerate(buffers) for _ in range(4)]
+    steps = [
+        (8 * (1 + i % 2), (16, 40)[i // 2 % 2], buffer) for i, buffer in enumerate(buffers) for _ in range(4)
+    ]
     check_against_slow_packer(steps, num_streams=4)
 
 
 def check_against_slow_packer(steps: list[tuple[int, int, int]], num_streams: int) -> None:
     """`steps`: (global batch, L, b)."""
     documents = numbered(LENGTHS)
-    stream = make_stream(ListSource(documents), shuffle=False, num_streams=num_streams, global_batch=steps[0][0])
+    stream = make_stream(
+        ListSource(documents), shuffle=False, num_streams=num_streams, global_batch=steps[0][0]
+    )
     got = []
     for batch, seq_len, buffer in steps:
         settings(stream, seq_len=seq_len, global_batch=batch, buffer=buffer)
@@ -204,9 +231,14 @@ def check_against_slow_packer(steps: list[tuple[int, int, int]], num_streams: in
 
 
 def test_open_documents_are_drawn_uniformly_and_by_each_stream_for_itself() -> None:
-    """8 documents without end, a row a draw: each gets an eighth of 8,000 rows, within four standard deviations."""
-    stream = make_stream(arrays([100_000] * 64), shuffle=False, seq_len=4, global_batch=8, num_streams=8, buffer=4)
-    first = torch.stack([step_rows(stream)[0, :, 0] // 100_000 for _ in range(8000)])  # the document of each row
+    """8 documents without end, a row a draw: each gets an eighth of 8,000 rows, within four standard
+    deviations.
+    """
+    stream = make_stream(
+        arrays([100_000] * 64), shuffle=False, seq_len=4, global_batch=8, num_streams=8, buffer=4
+    )
+    # the document of each row
+    first = torch.stack([step_rows(stream)[0, :, 0] // 100_000 for _ in range(8000)])
     for v in range(8):
         drawn = Counter(first[:, v].tolist())
         assert set(drawn) == set(range(v, 64, 8))
@@ -232,12 +264,17 @@ def test_a_buffer_refills_in_one_go_and_drains_before_it_does() -> None:
     assert num_open >= 77  # filled to 80 at once; a row of 64 ends at most 3 documents of 50
     drain = [step(3) for _ in range(300)]
     until = next(i for i, (_, opened) in enumerate(drain) if opened > opened_so_far)
-    assert until > 20 and drain[until - 1][0] in range(4, 7)  # nothing was opened until 3 were left, in the middle of a row
-    assert drain[until][1] == opened_so_far + 3 and {num_open for num_open, _ in drain[until:]} <= set(range(1, 7))
+    # nothing was opened until 3 were left, in the middle of a row
+    assert until > 20 and drain[until - 1][0] in range(4, 7)
+    assert drain[until][1] == opened_so_far + 3 and {num_open for num_open, _ in drain[until:]} <= set(
+        range(1, 7)
+    )
 
 
 def test_without_a_buffer_open_documents_end_oldest_first() -> None:
-    stream = make_stream(arrays([50] * 4000), shuffle=False, seq_len=64, global_batch=1, num_streams=1, buffer=20)
+    stream = make_stream(
+        arrays([50] * 4000), shuffle=False, seq_len=64, global_batch=1, num_streams=1, buffer=20
+    )
     for _ in range(30):
         step_rows(stream)
     waiting = sorted((n, read) for _, n, read in open_documents(stream))
@@ -247,7 +284,8 @@ def test_without_a_buffer_open_documents_end_oldest_first() -> None:
     tokens = torch.cat([step_rows(stream)[0].flatten() for _ in range(40)]).tolist()
     rest = [token for n, read in waiting for token in range(50 * n + read, 50 * n + 50)]
     assert tokens[: len(rest)] == rest and len(rest) < len(tokens)
-    assert tokens[len(rest) :] == list(range(50 * opened, 50 * opened + len(tokens) - len(rest)))  # then those never opened
+    # then those never opened
+    assert tokens[len(rest) :] == list(range(50 * opened, 50 * opened + len(tokens) - len(rest)))
 
 
 def test_slots_stay_in_the_order_of_age() -> None:
@@ -282,8 +320,11 @@ MIXTURES = [{"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 0.7, "b": 0.2, "c": 0.1}, {"a"
 
 def three_sources() -> dict[str, ArraySource]:
     """Of short, middling and long documents."""
-    return {"c": lognormal(1000, 1000, seed=2, first=20_000_000), "a": lognormal(60, 4000, seed=0),
-            "b": lognormal(300, 2000, seed=1, first=10_000_000)}  # fmt: skip
+    return {
+        "c": lognormal(1000, 1000, seed=2, first=20_000_000),
+        "a": lognormal(60, 4000, seed=0),
+        "b": lognormal(300, 2000, seed=1, first=10_000_000),
+    }
 
 
 def shares(tokens: torch.Tensor) -> dict[str, float]:
@@ -293,8 +334,12 @@ def shares(tokens: torch.Tensor) -> dict[str, float]:
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("num_streams", [4, 8])
-def test_shares_of_tokens_are_the_weights_over_a_million_tokens(mixture: dict[str, float], num_streams: int) -> None:
-    stream = make_stream(three_sources(), seq_len=2048, global_batch=16, num_streams=num_streams, mixture=mixture)
+def test_shares_of_tokens_are_the_weights_over_a_million_tokens(
+    mixture: dict[str, float], num_streams: int
+) -> None:
+    stream = make_stream(
+        three_sources(), seq_len=2048, global_batch=16, num_streams=num_streams, mixture=mixture
+    )
     tokens = torch.stack([step_rows(stream, 16)[0] for _ in range(31)])  # 1.016 M
     total = sum(mixture.values())
     for name, share in shares(tokens).items():
@@ -305,23 +350,32 @@ def test_shares_of_tokens_are_the_weights_over_a_million_tokens(mixture: dict[st
 
 @pytest.mark.parametrize("buffer", [4, 64])
 def test_with_a_buffer_shares_hold_from_the_first_token_whatever_the_lengths_are(buffer: int) -> None:
-    """Lengths over five orders of magnitude, 40,000 tokens of the longest document, and hundreds of documents that stay open."""
+    """Lengths over five orders of magnitude, 40,000 tokens of the longest document, and hundreds of documents
+    that stay open.
+    """
     random = np.random.default_rng(0)
     means, mixture = {"a": 60, "b": 700, "c": 5000}, {"a": 0.2, "b": 0.5, "c": 0.3}
-    lengths = {name: random.lognormal(math.log(mean) - 1.62, 1.8, 2_000_000 // mean) for name, mean in means.items()}
-    sources = {
-        name: arrays(np.maximum(1, lengths[name]).astype(int).tolist(), first=10_000_000 * i) for i, name in enumerate("abc")
+    lengths = {
+        name: random.lognormal(math.log(mean) - 1.62, 1.8, 2_000_000 // mean) for name, mean in means.items()
     }
-    stream = make_stream(sources, seq_len=2048, global_batch=16, num_streams=8, mixture=mixture, buffer=buffer)
+    sources = {
+        name: arrays(np.maximum(1, lengths[name]).astype(int).tolist(), first=10_000_000 * i)
+        for i, name in enumerate("abc")
+    }
+    stream = make_stream(
+        sources, seq_len=2048, global_batch=16, num_streams=8, mixture=mixture, buffer=buffer
+    )
     for _ in range(2):
         tokens = torch.stack([step_rows(stream, 16)[0] for _ in range(31)])  # 1.016 M
         for name, share in shares(tokens).items():
             assert abs(share - mixture[name]) < 0.005
 
 
-def slow_mixed_rows(sources: list[list[list[int]]], *, stream: int, num_streams: int, seed: int, steps: list) -> list[list]:
-    """Tokens of one stream over unshuffled sources, for each step of (rows, L, b, weights): which source is due is worked out
-    anew for each piece, from a draw that is looked at and counted only when it is used."""
+def slow_mixed_rows(
+    sources: list[list[list[int]]], *, stream: int, num_streams: int, seed: int, steps: list
+) -> list[list]:
+    """Tokens of one stream over unshuffled sources, for each step of (rows, L, b, weights): which source is
+    due is worked out anew for each piece, from a draw that is looked at and counted only when it is used."""
     num = len(sources)
 
     def raw(source: int, use: int, size: int) -> list[int]:
@@ -380,7 +434,11 @@ def slow_mixed_rows(sources: list[list[list[int]]], *, stream: int, num_streams:
                 s = due(weights, {s: len(sources[s][n[s] % len(sources[s])]) for s in wanted})
                 refill(s, 0)
             ready = [s for s in wanted if num_open(s)]
-            left = {s: min(rest, len(slots[s][i][0]) - slots[s][i][1]) for s in ready for i, _ in [look(s, sizes[s])]}
+            left = {
+                s: min(rest, len(slots[s][i][0]) - slots[s][i][1])
+                for s in ready
+                for i, _ in [look(s, sizes[s])]
+            }
             s = due(weights, left) if ready else next(s for s in range(num) if num_open(s))
             slot, draws[s] = look(s, sizes[s])
             document, read = slots[s][slot]
@@ -440,7 +498,9 @@ def test_another_mixture_holds_from_the_very_next_document_on() -> None:
 
 @pytest.mark.parametrize("lengths", [(100.0, 100.0), (10.0, 300.0), (300.0, 10.0)])
 def test_streams_do_not_take_turns_in_step(lengths: tuple[float, float]) -> None:
-    """Over 1,000 streams, a source of weight 0.1 has a tenth of the tokens at any time from the start, not only in the end."""
+    """Over 1,000 streams, a source of weight 0.1 has a tenth of the tokens at any time from the start, not
+    only in the end.
+    """
     weights, turn = [0.9, 0.1], max(lengths[0] / 0.9, lengths[1] / 0.1)
     seen = []
     for v in range(1000):
@@ -476,13 +536,22 @@ def test_credits_are_what_the_formula_says() -> None:
 
 # ---- Elastic and exact -----------------------------------------------------------------------------------
 
-PHASES = [({"a": 1.0, "b": 2.0}, 0), ({"a": 1.0, "b": 2.0}, 3), ({"a": 5.0, "c": 1.0}, 8), ({"b": 1.0, "c": 1.0}, 2),
-          ({"b": 1.0, "c": 1.0}, 0), ({"a": 1.0, "b": 1.0, "c": 1.0}, 5)]  # fmt: skip
+PHASES = [
+    ({"a": 1.0, "b": 2.0}, 0),
+    ({"a": 1.0, "b": 2.0}, 3),
+    ({"a": 5.0, "c": 1.0}, 8),
+    ({"b": 1.0, "c": 1.0}, 2),
+    ({"b": 1.0, "c": 1.0}, 0),
+    ({"a": 1.0, "b": 1.0, "c": 1.0}, 5),
+]
 
 
 def ragged_sources() -> dict[str, ListSource]:
     documents = {name: numbered(LENGTHS[i:] + LENGTHS[:i]) for i, name in enumerate("abc")}
-    return {name: ListSource([[token + 1000 * i for token in d] for d in documents[name]]) for i, name in enumerate("abc")}
+    return {
+        name: ListSource([[token + 1000 * i for token in d] for d in documents[name]])
+        for i, name in enumerate("abc")
+    }
 
 
 def at_phase(streams: list[TokenStream], step: int) -> torch.Tensor:
@@ -504,7 +573,9 @@ def test_phases_are_the_same_on_any_number_of_ranks() -> None:
 @pytest.mark.parametrize("chain", [(2, 8, 4, 1, 8, 2), (8, 8, 1, 4, 2, 1)])
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_phases_through_chains_of_resumes_equal_one_run(chain: tuple[int, ...], every: int) -> None:
-    """A resume in each phase, in the middle of documents and buffers, each state loaded twice, with room to spare or none."""
+    """A resume in each phase, in the middle of documents and buffers, each state loaded twice, with room to
+    spare or none.
+    """
     straight, streams, state = [make_stream(ragged_sources())], None, None
     for step in range(18):
         expected = at_phase(straight, step)
@@ -548,14 +619,18 @@ def test_a_document_that_is_open_is_finished_whatever_the_limit_has_become(token
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
 def test_a_state_has_heads_and_no_tokens(num_ranks: int) -> None:
-    """8,192 open documents on a rank, the report's buffer: at most 100 kB; 9 bytes each and some for each stream."""
+    """8,192 open documents on a rank, the report's buffer: at most 100 kB; 9 bytes each and some for each
+    stream.
+    """
     streams = ranks(num_ranks, Constant(), num_streams=8 * num_ranks, global_batch=8 * num_ranks, buffer=512)
     for stream in streams:
         step_rows(stream)
         assert len(open_documents(stream)) == 8192
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stream.state_dict().values())
         assert 9 * 8192 <= num_bytes < 80_000
-        assert all(document.tokens.dtype == np.uint32 for virtual in stream.virtual for document in virtual.open())
+        assert all(
+            document.tokens.dtype == np.uint32 for virtual in stream.virtual for document in virtual.open()
+        )
 
 
 def test_foreign_states_are_refused() -> None:
@@ -592,7 +667,9 @@ def test_foreign_states_are_refused() -> None:
 
 
 def test_streamed_sources_mix_and_buffer_like_indexed_ones(tmp_path: Path, tokenizer) -> None:  # noqa: F811
-    """`datasets` against our own reader, beside another source, through phases and resumes on 2 -> 8 -> 4 -> 1 ranks."""
+    """`datasets` against our own reader, beside another source, through phases and resumes on 2 -> 8 -> 4 ->
+    1 ranks.
+    """
     texts = [f"document {i} " * (1 + i * i % 11) for i in range(37)]
     write_lines(tmp_path / "a.jsonl", [json.dumps({"text": text}).encode() for text in texts])
     other = TextListSource([f"another {i} " * (1 + i % 5) for i in range(24)])
@@ -602,9 +679,17 @@ def test_streamed_sources_mix_and_buffer_like_indexed_ones(tmp_path: Path, token
 
     same = {"tokenizer": tokenizer, "shuffle": False, "seq_len": 64}
     straight, state = [make_stream(sources(data.JsonlSource), **same)], None
-    phases = [({"streamed": 2.0, "other": 1.0}, 3), ({"other": 1.0}, 5), ({"streamed": 1.0, "other": 1.0}, 0), (None, 2)]
+    phases = [
+        ({"streamed": 2.0, "other": 1.0}, 3),
+        ({"other": 1.0}, 5),
+        ({"streamed": 1.0, "other": 1.0}, 0),
+        (None, 2),
+    ]
     for num_ranks, (mixture, buffer) in zip((2, 8, 4, 1), phases, strict=True):
-        streams = [make_stream(sources(data.HubSource), rank=rank, num_ranks=num_ranks, **same) for rank in range(num_ranks)]
+        streams = [
+            make_stream(sources(data.HubSource), rank=rank, num_ranks=num_ranks, **same)
+            for rank in range(num_ranks)
+        ]
         if state:
             load(streams, state)
         for _ in range(3):
@@ -630,7 +715,9 @@ def test_a_source_without_a_usable_document_is_named() -> None:
 
 
 def test_bad_documents_are_counted_once_through_buffers_and_resumes() -> None:
-    """Of 10 documents 3 are empty: of 20 streams' reading, whatever was asked for ahead, the counts say so."""
+    """Of 10 documents 3 are empty: of 20 streams' reading, whatever was asked for ahead, the counts say
+    so.
+    """
     sources = {name: ListSource([[i] * (i % 10 > 2) for i in range(200)]) for name in "ab"}
     reported: list[data.BadDocument] = []
     straight = make_stream(sources, buffer=4, shuffle=False, report=reported.append)
@@ -641,7 +728,9 @@ def test_bad_documents_are_counted_once_through_buffers_and_resumes() -> None:
         resumed = make_stream(sources, buffer=4, shuffle=False)
         resumed.load_state_dict(state, keep_counts=True)
     assert equal(resumed.state_dict(), straight.state_dict()) and resumed.counts["empty"] == len(reported)
-    passed = sum(n % 200 % 10 <= 2 for v in straight.virtual for end in v.next_S for n in range(v.number, end, 8))
+    passed = sum(
+        n % 200 % 10 <= 2 for v in straight.virtual for end in v.next_S for n in range(v.number, end, 8)
+    )
     assert resumed.counts["empty"] == passed > 50
 
 
@@ -666,15 +755,36 @@ def test_the_programs_first_mixture_and_buffer_are_the_runs() -> None:
     assert nows(spans, **SEVERAL, mixture={"web": 3.0}, buffer=7) == later
 
 
-@pytest.mark.parametrize(("stage", "of_data", "message"), [
-    (None, {**SEVERAL, "mixture": {"wbe": 1.0}}, "data.mixture={'wbe': 1.0}: there is no source wbe (did you mean web?)"),
-    ({"a": {"mixture": {"web": 1.0, "books": 1.0}}}, SEVERAL, "stage.a: mixture={'web': 1.0, 'books': 1.0}: there is no source "
-     "books (there are: web, code)"),
-    ({"a": {}, "b": {"mixture": {"web": 1.0}}}, {"source": {}}, "stage.b: mixture={'web': 1.0}: weights, but there is one "
-     "source, data.source; set data.sources"),
-    (None, {"source": {}, "mixture": {"web": 1.0}}, "data.mixture={'web': 1.0}: weights, but there is one source"),
-    (None, {**SEVERAL, "mixture": {"web": 0.0}}, "data.mixture={'web': 0.0}: weights of sources, 0 or more, and not all 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "of_data", "message"),
+    [
+        (
+            None,
+            {**SEVERAL, "mixture": {"wbe": 1.0}},
+            "data.mixture={'wbe': 1.0}: there is no source wbe (did you mean web?)",
+        ),
+        (
+            {"a": {"mixture": {"web": 1.0, "books": 1.0}}},
+            SEVERAL,
+            "stage.a: mixture={'web': 1.0, 'books': 1.0}: there is no source books (there are: web, code)",
+        ),
+        (
+            {"a": {}, "b": {"mixture": {"web": 1.0}}},
+            {"source": {}},
+            "stage.b: mixture={'web': 1.0}: weights, but there is one source, data.source; set data.sources",
+        ),
+        (
+            None,
+            {"source": {}, "mixture": {"web": 1.0}},
+            "data.mixture={'web': 1.0}: weights, but there is one source",
+        ),
+        (
+            None,
+            {**SEVERAL, "mixture": {"web": 0.0}},
+            "data.mixture={'web': 0.0}: weights of sources, 0 or more, and not all 0",
+        ),
+    ],
+)
 def test_mixtures_that_cannot_be_are_refused(stage: dict | None, of_data: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         check_sources(of := config(stage, **of_data), program_of(of))

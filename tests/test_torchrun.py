@@ -1,6 +1,8 @@
-"""`python -m trainer.torchrun`: the exit code says what became of the ranks, one line says which rank, restarts are for crashes.
+"""`python -m trainer.torchrun`: the exit code says what became of the ranks, one line says which rank,
+restarts are for crashes.
 
-Workers are small scripts that do not import torch. What they do: `code` or `-signal` for each rank; `wait`: until told.
+Workers are small scripts that do not import torch. What they do: `code` or `-signal` for each rank; `wait`:
+until told.
 """
 
 import os
@@ -42,9 +44,24 @@ sys.exit(int(what))
 def start(directory, *arguments, told="75", ranks=2, options=("--standalone",)):
     worker = directory / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, "-m", "trainer.torchrun", "--nproc-per-node", str(ranks), *options, worker, *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {"TOLD": told},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.torchrun",
+        "--nproc-per-node",
+        str(ranks),
+        *options,
+        worker,
+        *arguments,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"TOLD": told},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -73,8 +90,12 @@ def lives(directory):
 
 
 def test_a_crash_starts_all_ranks_again_and_a_refusal_ends_them(tmp_path):
-    """Rank 1 is killed in its first life; in its second, rank 0 refuses: one restart is left, and of no use."""
-    errors, code = finish(start(tmp_path, "wait/2", "-9/wait", options=["--standalone", "--max-restarts", "2"]))
+    """Rank 1 is killed in its first life; in its second, rank 0 refuses: one restart is left, and of no
+    use.
+    """
+    errors, code = finish(
+        start(tmp_path, "wait/2", "-9/wait", options=["--standalone", "--max-restarts", "2"])
+    )
     assert code == 2, errors
     assert errors == [
         "rank 1 was killed by SIGKILL; all ranks start again, restarts left after this: 1",
@@ -91,7 +112,9 @@ def test_the_code_of_the_rank_that_failed_first_once_the_restarts_are_used_up(tm
     assert lives(tmp_path) == [2, 2]
 
 
-@pytest.mark.parametrize(("number", "told", "expected"), [(signal.SIGTERM, "75", 75), (signal.SIGINT, "130", 130)])
+@pytest.mark.parametrize(
+    ("number", "told", "expected"), [(signal.SIGTERM, "75", 75), (signal.SIGINT, "130", 130)]
+)
 def test_a_request_to_stop_reaches_the_ranks_and_is_the_exit_code(tmp_path, number, told, expected):
     process = start(tmp_path, "wait", "wait", told=told, options=["--standalone", "--max-restarts", "2"])
     errors, code = told_once_ready(process, number)
@@ -100,7 +123,9 @@ def test_a_request_to_stop_reaches_the_ranks_and_is_the_exit_code(tmp_path, numb
 
 
 def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
-    """Rank 0 signals its launcher at once, when most of the 16 are still to come. A rank that lived on would hold stderr open."""
+    """Rank 0 signals its launcher at once, when most of the 16 are still to come. A rank that lived on would
+    hold stderr open.
+    """
     worker = tmp_path / "worker.sh"
     worker.write_text('#!/bin/sh\n[ "$RANK" != 0 ] || kill -TERM "$PPID"\nexec sleep 100\n')
     worker.chmod(0o755)
@@ -123,12 +148,23 @@ def test_a_rank_that_fails_when_told_to_stop_is_a_failure(tmp_path):
 
 
 def test_a_node_that_cannot_go_on_ends_the_other(tmp_path):
-    """The second node's rank would run for 60 s, and restarts are left on both. Its code must not hide the cause: srun reports
-    the highest, so it is 1."""
+    """The second node's rank would run for 60 s, and restarts are left on both. Its code must not hide the
+    cause: srun reports the highest, so it is 1."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         meet = f"localhost:{probe.getsockname()[1]}"
-    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", meet, "--rdzv-id", "1", "--max-restarts", "3"]
+    options = [
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        meet,
+        "--rdzv-id",
+        "1",
+        "--max-restarts",
+        "3",
+    ]
     nodes = [start(tmp_path, "4", "wait", told="-15", ranks=1, options=options) for _ in range(2)]
     results = [finish(process) for process in nodes]
     assert sorted(code for _, code in results) == [1, 4], results
@@ -157,8 +193,11 @@ def test_what_the_ranks_codes_mean_after_a_request_to_stop(codes, told, expected
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"), [({0: 1, 1: 4}, 1), ({0: -6, 1: -9}, 1), ({3: 2, 1: 2}, 3), ({0: 1, 1: 1}, 0), ({0: 75, 1: 7}, 1)]
+    ("codes", "expected"),
+    [({0: 1, 1: 4}, 1), ({0: -6, 1: -9}, 1), ({3: 2, 1: 2}, 3), ({0: 1, 1: 1}, 0), ({0: 75, 1: 7}, 1)],
 )
 def test_the_cause_among_ranks_that_ended_together(codes, expected):
-    """An exception or an abort is what others die of, so anything else comes first; then the order in which they were seen."""
+    """An exception or an abort is what others die of, so anything else comes first; then the order in which
+    they were seen.
+    """
     assert torchrun.cause(codes) == expected

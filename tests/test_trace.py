@@ -1,4 +1,6 @@
-"""Is what the router did on the disk as it was, whatever happened to the run, and does a replay do the same again?"""
+"""Is what the router did on the disk as it was, whatever happened to the run, and does a replay do the same
+again?
+"""
 
 import json
 from dataclasses import fields, replace
@@ -37,7 +39,9 @@ def recorded(lab: Lab, steps: int) -> list[RoutingStats]:
     return seen
 
 
-@pytest.mark.parametrize(("name", "required"), [("smebu", False), ("smebu", True), ("none", False), ("quantile", False)])
+@pytest.mark.parametrize(
+    ("name", "required"), [("smebu", False), ("smebu", True), ("none", False), ("quantile", False)]
+)
 def test_a_trace_is_what_the_observer_saw(tmp_path, name, required):
     """Every field, bit for bit; the histograms of required biases only where the run counted them."""
     path = tmp_path / "new" / "router.trace"
@@ -61,11 +65,23 @@ def test_the_format_is_the_documented_one(tmp_path):
     path = tmp_path / "router.trace"
     (stats,) = recorded(make_lab("quantile", observers=[TraceWriter(path)]), steps=1)
     header, step = map(json.loads, path.read_text().splitlines())
-    assert header == {"format": "triquetra-router-trace", "version": 1, "layers": 2, "experts": 16, "top_k": 2,
-                      "margins": NUM_MARGINS, "required": NUM_REQUIRED}  # fmt: skip
+    assert header == {
+        "format": "triquetra-router-trace",
+        "version": 1,
+        "layers": 2,
+        "experts": 16,
+        "top_k": 2,
+        "margins": NUM_MARGINS,
+        "required": NUM_REQUIRED,
+    }
     numbers = {key: zlib.decompress(base64.b64decode(step[key])) for key in step if key != "step"}
     assert np.frombuffer(numbers.pop("bias"), "<f4").tolist() == stats.bias_ME.flatten().tolist()
-    fields_of = {"counts": "counts_ME", "margins": "margins_MW", "logits": "logits_M1", "required": "required_MEH"}
+    fields_of = {
+        "counts": "counts_ME",
+        "margins": "margins_MW",
+        "logits": "logits_M1",
+        "required": "required_MEH",
+    }
     assert {key: np.frombuffer(data, "<i8").tolist() for key, data in numbers.items()} == {
         key: getattr(stats, field).flatten().tolist() for key, field in fields_of.items()
     }
@@ -89,7 +105,9 @@ def test_a_replay_under_the_same_rule_reproduces_the_biases_bit_for_bit(tmp_path
 
 
 def test_a_resumed_run_drops_the_lines_after_its_checkpoint(tmp_path):
-    """Five steps, then again from the checkpoint of step 3 with other tokens: the file is that of the second history."""
+    """Five steps, then again from the checkpoint of step 3 with other tokens: the file is that of the second
+    history.
+    """
     path = tmp_path / "router.trace"
     recorded(make_lab("smebu", observers=[TraceWriter(path)]), steps=5)
     before = list(Trace(path))
@@ -152,11 +170,24 @@ def test_what_is_no_trace_is_refused(tmp_path, lines):
     refused(str(tmp_path / "nowhere.trace"), "there is no such file; .*balance.trace=router.trace")
     refused(str(tmp_path), "there is no such file")
     refused(written(tmp_path, []), "not a router trace of version 1; its first line is {}")
-    refused(written(tmp_path, [{"step": 1, "loss": 2.0}]), "not a router trace of version 1; its first line is .*loss")
-    refused(written(tmp_path, [header | {"format": "another"}, *steps]), "not a router trace of version 1.*another")
-    refused(written(tmp_path, [header | {"version": 2}, *steps]), "not a router trace of version 1.*'version': 2")
-    refused(written(tmp_path, [header | {"margins": 99}, *steps]), "has {'margins': 99} bins, this version reads")
-    refused(written(tmp_path, [header | {"required": 10}, *steps]), "has {'required': 10} bins, this version reads")
+    refused(
+        written(tmp_path, [{"step": 1, "loss": 2.0}]),
+        "not a router trace of version 1; its first line is .*loss",
+    )
+    refused(
+        written(tmp_path, [header | {"format": "another"}, *steps]),
+        "not a router trace of version 1.*another",
+    )
+    refused(
+        written(tmp_path, [header | {"version": 2}, *steps]), "not a router trace of version 1.*'version': 2"
+    )
+    refused(
+        written(tmp_path, [header | {"margins": 99}, *steps]), "has {'margins': 99} bins, this version reads"
+    )
+    refused(
+        written(tmp_path, [header | {"required": 10}, *steps]),
+        "has {'required': 10} bins, this version reads",
+    )
     refused(written(tmp_path, [header]), "holds no step")
     without = {key: value for key, value in header.items() if key != "experts"}
     refused(written(tmp_path, [without, *steps]), "its first line is .*'layers': 2, 'top_k'")
@@ -168,7 +199,9 @@ def test_what_is_no_trace_is_refused(tmp_path, lines):
 
 @pytest.mark.parametrize("key", ["counts", "bias", "margins", "logits", "required"])
 def test_a_corrupt_step_is_refused_with_its_number(tmp_path, lines, key):
-    """Not base64, not zlib, a flipped letter, too few numbers, another shape, no text; or not there at all."""
+    """Not base64, not zlib, a flipped letter, too few numbers, another shape, no text; or not there at
+    all.
+    """
     other = recorded(make_lab("quantile", experts=8), steps=1)
     path = tmp_path / "other.trace"
     TraceWriter(path)(1, other[0])

@@ -15,13 +15,37 @@ from trainer import train
 from trainer.config import load
 
 REPOSITORY = Path(__file__).parent.parent
-QUICK = ["experiment=synthetic", "global_batch=4", "micro_batch=2", "seq_len=32", "steps=4",
-         "model.num_experts=8"]  # fmt: skip
-METRICS = ["step", "tokens", "loss", "grad_norm", "lr", "batch_het", "tokens_per_s", "mfu", "memory_gib", "balance/max_violation",
-           "balance/max_violation_worst_layer", "balance/floor", "balance/min_load", "balance/dead_experts",
-           "skipped_steps", "balance/entropy", "balance/bias_rms", "balance/gain", "balance/logit_rms",
-           *(f"data/{name}" for name in ("documents", "open", "padding", "truncated", "skipped", "wait_s")),
-           *(f"balance/stability/{layer}" for layer in range(4))]  # fmt: skip
+QUICK = [
+    "experiment=synthetic",
+    "global_batch=4",
+    "micro_batch=2",
+    "seq_len=32",
+    "steps=4",
+    "model.num_experts=8",
+]
+METRICS = [
+    "step",
+    "tokens",
+    "loss",
+    "grad_norm",
+    "lr",
+    "batch_het",
+    "tokens_per_s",
+    "mfu",
+    "memory_gib",
+    "balance/max_violation",
+    "balance/max_violation_worst_layer",
+    "balance/floor",
+    "balance/min_load",
+    "balance/dead_experts",
+    "skipped_steps",
+    "balance/entropy",
+    "balance/bias_rms",
+    "balance/gain",
+    "balance/logit_rms",
+    *(f"data/{name}" for name in ("documents", "open", "padding", "truncated", "skipped", "wait_s")),
+    *(f"balance/stability/{layer}" for layer in range(4)),
+]
 
 
 def run_main(overrides):
@@ -30,12 +54,17 @@ def run_main(overrides):
 
 
 def logged(directory, arm="smebu"):
-    return [json.loads(line) for line in (directory / f"synthetic-{arm}" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (directory / f"synthetic-{arm}" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def python(*arguments, **kwargs):
     command = [sys.executable, *arguments]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
 
 
 def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
@@ -74,7 +103,9 @@ def test_a_model_without_experts_trains(tmp_path):
     assert run_ranks(run_main, 1, [*QUICK, "model.num_dense_layers=5", f"run_dir={tmp_path}"]) == [train.OK]
 
 
-@pytest.mark.parametrize(("dtype", "expert_dtype"), [("bfloat16", "null"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "expert_dtype"), [("bfloat16", "null"), ("bfloat16", "float32"), ("float32", "bfloat16")]
+)
 def test_lower_precision_trains(tmp_path, dtype, expert_dtype):
     precision = [f"dtype={dtype}", f"model.expert_dtype={expert_dtype}", "steps=20", "stage.warmup.share=0"]
     run_ranks(run_main, 1, [*QUICK, *precision, f"run_dir={tmp_path}"])
@@ -85,7 +116,12 @@ def test_lower_precision_trains(tmp_path, dtype, expert_dtype):
 def test_a_refused_configuration_exits_with_2_before_anything_is_built(tmp_path, capsys):
     assert run_main([*QUICK, "stpes=4", f"run_dir={tmp_path}"]) == train.REFUSED
     assert "did you mean steps" in capsys.readouterr().err
-    for wrong in (["stage.decay.lr.shape=square"], ["balance.rule.beta=1.0"], ["micro_batch=3"], ["data.num_streams=3"]):
+    for wrong in (
+        ["stage.decay.lr.shape=square"],
+        ["balance.rule.beta=1.0"],
+        ["micro_batch=3"],
+        ["data.num_streams=3"],
+    ):
         assert run_ranks(run_main, 1, [*QUICK, *wrong, f"run_dir={tmp_path}"]) == [train.REFUSED]
     nowhere = ["experiment=demo", "data=jsonl", "data.source.path=nowhere/*.jsonl", f"run_dir={tmp_path}"]
     assert run_ranks(run_main, 1, nowhere) == [train.REFUSED]
@@ -118,17 +154,33 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     stopped = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert f"stopped at step {stopped} of 100000, saved; the same command continues" in output
     assert "Traceback" not in output
-    assert {path.name for path in (tmp_path / "synthetic-smebu" / "checkpoints").iterdir()} == {f"step-{stopped:08d}", "latest"}
+    assert {path.name for path in (tmp_path / "synthetic-smebu" / "checkpoints").iterdir()} == {
+        f"step-{stopped:08d}",
+        "latest",
+    }
     again = [*QUICK, f"steps={stopped + 2}", f"run_dir={tmp_path}"]
     assert run_ranks(run_main, 1, again)[0] in (train.OK, train.COLLAPSED)
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, stopped + 3))
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(
+        range(1, stopped + 3)
+    )
 
 
 def test_torchrun_is_the_same_program(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
     settings = [*QUICK, "seq_len=64", "global_batch=8", "optim.lr=1e-3"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = python(*launch, "-m", "trainer.train", *settings, "parallel=fsdp_ep", f"run_dir={tmp_path}", env=one_thread)
+    process = python(
+        *launch, "-m", "trainer.train", *settings, "parallel=fsdp_ep", f"run_dir={tmp_path}", env=one_thread
+    )
     try:
         output = process.communicate(timeout=200)[0]
     finally:

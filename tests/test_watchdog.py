@@ -9,24 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from trainer import watchdog
-from trainer.watchdog import HUNG, Watchdog
+from trainer.ranks import watchdog
+from trainer.ranks.watchdog import HUNG, Watchdog
 
 REPOSITORY = Path(__file__).parent.parent
 OPEN = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
-from trainer.watchdog import Watchdog
+from trainer.ranks.watchdog import Watchdog
 def hangs_here():
     time.sleep(60)
-dog = Watchdog(Path(sys.argv[1]), rank=int(os.environ.get("RANK", 0)), limit_s=0.5, first_limit_s=5, grace_s=0.5)
+rank = int(os.environ.get("RANK", 0))
+dog = Watchdog(Path(sys.argv[1]), rank=rank, limit_s=0.5, first_limit_s=5, grace_s=0.5)
 dog.start()
 """
 
 
 def python(directory, code, **environment):
-    return subprocess.Popen([sys.executable, "-c", OPEN + code, str(directory)], cwd=REPOSITORY, env=os.environ | environment,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", OPEN + code, str(directory)],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ended(process, *, timeout_s=60):
@@ -47,7 +53,10 @@ def test_a_rank_that_hangs_says_where_and_ends(tmp_path):
     errors, code, _ = run(tmp_path, "dog.beat('step 12: data')\nhangs_here()")
     assert code == HUNG == 7
     (line,) = errors.splitlines()
-    assert line.startswith("rank 0: no progress for 0.") and "s in step 12: data; stacks of its threads are in" in line
+    assert (
+        line.startswith("rank 0: no progress for 0.")
+        and "s in step 12: data; stacks of its threads are in" in line
+    )
     text = (tmp_path / "stacks.0.txt").read_text()
     assert "rank 0: 0." in text.splitlines()[0] and "step 12: data" in text.splitlines()[0]
     assert "in hangs_here" in text and "Thread MainThread" in text
@@ -63,7 +72,10 @@ dist.barrier()
 dog.beat("step 1: forward and backward")
 hangs_here() if dist.get_rank() == 1 else dist.all_reduce(torch.ones(1))
 """
-    ranks = [python(tmp_path, code.replace("dog.beat", "dog.grace_s = 2; dog.beat"), RANK=str(rank)) for rank in (0, 1)]
+    ranks = [
+        python(tmp_path, code.replace("dog.beat", "dog.grace_s = 2; dog.beat"), RANK=str(rank))
+        for rank in (0, 1)
+    ]
     results = [ended(process) for process in ranks]
     assert [code for _, code in results] == [HUNG, HUNG], results
     waiting, guilty = ((tmp_path / f"stacks.{rank}.txt").read_text() for rank in (0, 1))
@@ -72,7 +84,9 @@ hangs_here() if dist.get_rank() == 1 else dist.all_reduce(torch.ones(1))
 
 
 def test_progress_and_longer_limits_keep_it_alive(tmp_path):
-    """Six times the limit with beats, four with one that may take longer, and the first limit before any: none is a hang."""
+    """Six times the limit with beats, four with one that may take longer, and the first limit before any:
+    none is a hang.
+    """
     code = """
 time.sleep(1.5)
 for step in range(30):
@@ -105,19 +119,31 @@ def test_before_the_first_beat_its_own_limit_counts(tmp_path):
 
 def test_a_rank_that_was_merely_slow_lives(tmp_path):
     """It goes on 0.25 s before its end would come at 1 s."""
-    code = "dog.grace_s = 1.5\ndog.beat('step 1: data')\ntime.sleep(1)\ndog.beat('step 2: data', limit_s=20)\ntime.sleep(2.5)"
+    code = (
+        "dog.grace_s = 1.5\ndog.beat('step 1: data')\ntime.sleep(1)\ndog.beat('step 2: data', "
+        "limit_s=20)\ntime.sleep(2.5)"
+    )
     errors, code, _ = run(tmp_path, code)
     assert code == 0
     assert [line.split(" for ")[0].split(" after ")[0] for line in errors.splitlines()] == [
-        "rank 0: no progress", "rank 0: progress again",
-    ]  # fmt: skip
+        "rank 0: no progress",
+        "rank 0: progress again",
+    ]
     assert "progress again after" in (tmp_path / "stacks.0.txt").read_text().splitlines()[-1]
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
-    """6 s are four limits, and more than the 4.5 s after which the observer has killed. It runs for under 1.5 s."""
-    code = "until_s = time.monotonic() + 6.8\nwhile time.monotonic() < until_s:\n    time.sleep(0.05)\ndog.close()\nsys.exit(21)"
-    process = python(tmp_path, "dog.beat('step 1: data', limit_s=1.5)\nprint('ready', file=sys.stderr, flush=True)\n" + code)
+    """6 s are four limits, and more than the 4.5 s after which the observer has killed. It runs for under 1.5
+    s.
+    """
+    code = (
+        "until_s = time.monotonic() + 6.8\nwhile time.monotonic() < until_s:\n    "
+        "time.sleep(0.05)\ndog.close()\nsys.exit(21)"
+    )
+    process = python(
+        tmp_path,
+        "dog.beat('step 1: data', limit_s=1.5)\nprint('ready', file=sys.stderr, flush=True)\n" + code,
+    )
     try:
         assert process.stderr.readline() == "ready\n"
         time.sleep(0.3)  # until its thread has seen the phase
@@ -132,7 +158,10 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
 def test_a_directory_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path):
     errors, code, _ = run(tmp_path / "nowhere", "dog.beat('step 1: data')\nhangs_here()")
     assert code == HUNG
-    assert "cannot be written (No such file or directory); this process ends" in errors and "in hangs_here" in errors
+    assert (
+        "cannot be written (No such file or directory); this process ends" in errors
+        and "in hangs_here" in errors
+    )
 
 
 def test_a_file_system_that_hangs_does_not_keep_it_from_ending(tmp_path):
@@ -144,7 +173,8 @@ def test_a_file_system_that_hangs_does_not_keep_it_from_ending(tmp_path):
 
 
 def test_c_code_that_holds_the_interpreter_lock_is_ended_by_the_observer(tmp_path):
-    """A mutex locked twice, by way of PyDLL, which keeps the lock: no Python thread has a turn, no signal ends the wait.
+    """A mutex locked twice, by way of PyDLL, which keeps the lock: no Python thread has a turn, no signal
+    ends the wait.
 
     The observer comes 0.5 s after what should have been the end, and leaves 1 s for the stacks.
     """
@@ -173,8 +203,13 @@ time.sleep(0.5)
 print(dog._observer.poll(), file=sys.stderr, flush=True)
 os._exit(0)
 """
-    process = subprocess.Popen([sys.executable, "-c", OPEN + code, str(tmp_path)], cwd=REPOSITORY, start_new_session=True,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", OPEN + code, str(tmp_path)],
+        cwd=REPOSITORY,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     # The observer would live for 30 s more; it holds stderr too, and that is read to its end.
     assert ended(process, timeout_s=15) == ("None\n", 0)
 

@@ -1,4 +1,5 @@
-"""Processes that read ahead: are the batches those of a stream without them, and does every end leave nothing behind?
+"""Processes that read ahead: are the batches those of a stream without them, and does every end leave nothing
+behind?
 
 Origins of the expected values: the same stream without workers, the process table, arithmetic.
 """
@@ -15,7 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_data import ListSource, TextListSource, equal, gathered, global_rows, load, make_stream, numbered, step_rows
+from tests.test_data import (
+    ListSource,
+    TextListSource,
+    equal,
+    gathered,
+    global_rows,
+    load,
+    make_stream,
+    numbered,
+    step_rows,
+)
 from tests.test_data import tokenizer as tokenizer  # a fixture
 from tests.test_stream import LENGTHS, PHASES, ragged_sources, settings
 from trainer import data
@@ -99,14 +110,18 @@ def forward_sources() -> dict[str, object]:
 
 @pytest.mark.parametrize("sources", [ragged_sources, forward_sources])
 def test_batches_do_not_depend_on_ranks_and_workers_through_any_chain_of_resumes(sources) -> None:
-    """Six phases of three steps, a resume every other step, on 1, 2, 4, 8 ranks with 0, 1, 2, 4 workers each."""
+    """Six phases of three steps, a resume every other step, on 1, 2, 4, 8 ranks with 0, 1, 2, 4 workers
+    each.
+    """
     straight, streams, state = [make_stream(sources())], None, None
     chain = [(1, 4), (2, 2), (8, 1), (4, 0), (1, 1), (4, 2), (2, 4), (8, 0), (1, 2)]
     for step in range(18):
         mixture, buffer = PHASES[step // 3]
         if step % 2 == 0:
             num_ranks, workers = chain[step // 2]
-            streams = [make_stream(sources(), rank=r, num_ranks=num_ranks, workers=workers) for r in range(num_ranks)]
+            streams = [
+                make_stream(sources(), rank=r, num_ranks=num_ranks, workers=workers) for r in range(num_ranks)
+            ]
             if state:
                 load(streams, state)
         for stream in [*straight, *streams]:
@@ -121,8 +136,13 @@ def test_batches_do_not_depend_on_ranks_and_workers_through_any_chain_of_resumes
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_text_is_the_same_tokens_whoever_tokenises_it(tokenizer, workers: int) -> None:
-    texts = [f"the {word} fox {i} jumps over" * (1 + i % 7) for i, word in enumerate(["quick", "brown", "lazy"] * 40)]
-    stream = make_stream(TextListSource(texts), tokenizer=tokenizer, shuffle=False, num_streams=1, workers=workers)
+    texts = [
+        f"the {word} fox {i} jumps over" * (1 + i % 7)
+        for i, word in enumerate(["quick", "brown", "lazy"] * 40)
+    ]
+    stream = make_stream(
+        TextListSource(texts), tokenizer=tokenizer, shuffle=False, num_streams=1, workers=workers
+    )
     got = np.concatenate([step_rows(stream)[0].flatten().numpy() for _ in range(10)])
     expected = [token for text in texts for token in [*tokenizer.encode(text).ids, 0]]
     assert got.tolist() == expected[: len(got)]
@@ -143,8 +163,12 @@ def test_bad_documents_are_counted_where_the_stream_passes_them_not_where_worker
 
 
 def test_no_more_is_read_ahead_than_was_said() -> None:
-    """Documents of 40 tokens; a step is 2 x 64 tokens of a stream, so 2 steps and a refill of 5 are 12 documents."""
-    stream = make_stream(ListSource(numbered([40] * 500)), seq_len=64, global_batch=4, num_streams=2, workers=1, prefetch=2)
+    """Documents of 40 tokens; a step is 2 x 64 tokens of a stream, so 2 steps and a refill of 5 are 12
+    documents.
+    """
+    stream = make_stream(
+        ListSource(numbered([40] * 500)), seq_len=64, global_batch=4, num_streams=2, workers=1, prefetch=2
+    )
     for _ in range(100):
         settings(stream, buffer=5)
         step_rows(stream)
@@ -152,7 +176,9 @@ def test_no_more_is_read_ahead_than_was_said() -> None:
 
 
 def test_as_much_is_read_ahead_as_was_said_of_each_source_its_share() -> None:
-    """Documents of 40 tokens; 2 steps of 2 x 64 tokens of a stream, half of them of each source: 3.2 documents."""
+    """Documents of 40 tokens; 2 steps of 2 x 64 tokens of a stream, half of them of each source: 3.2
+    documents.
+    """
     sources = {name: ListSource(numbered([40] * 500)) for name in "ab"}
     stream = make_stream(sources, seq_len=64, global_batch=4, num_streams=2, workers=1, prefetch=2)
     for _ in range(250):  # 800 documents of each: the guess of their length before the first weighs little
@@ -165,7 +191,9 @@ def test_a_source_that_reads_forward_keeps_only_what_will_be_asked_for() -> None
     for _ in range(3):
         step_rows(straight)
     for num_ranks in (1, 2):
-        streams = [make_stream(forward_sources(), rank=r, num_ranks=num_ranks, buffer=9) for r in range(num_ranks)]
+        streams = [
+            make_stream(forward_sources(), rank=r, num_ranks=num_ranks, buffer=9) for r in range(num_ranks)
+        ]
         load(streams, straight.state_dict())
         for stream in streams:
             while any(document.tokens is None for virtual in stream.virtual for document in virtual.open()):
@@ -200,7 +228,9 @@ def test_a_worker_finishes_what_was_open_whatever_the_limit_has_become(tokenizer
     straight = make_stream(texts, tokenizer=tokenizer, num_streams=1, buffer=2)
     step_rows(straight)
     state, expected = straight.state_dict(), step_rows(straight)
-    limited = make_stream(texts, tokenizer=tokenizer, num_streams=1, buffer=2, max_document_mb=1e-5, workers=1)
+    limited = make_stream(
+        texts, tokenizer=tokenizer, num_streams=1, buffer=2, max_document_mb=1e-5, workers=1
+    )
     limited.load_state_dict(state, keep_counts=True)
     for pending in limited.virtual[0].again.values():
         pending.task.result(timeout=10)  # by the worker, not here
@@ -242,7 +272,8 @@ def test_a_killed_worker_is_replaced_by_its_rank_and_nothing_is_lost(caplog) -> 
         if step in (3, 6):
             os.kill(stream.intake.workers.pids[step // 6], (signal.SIGKILL, signal.SIGTERM)[step // 6])
         assert torch.equal(step_rows(stream), step_rows(straight))
-    os.kill(stream.intake.workers.pids[1], signal.SIGKILL)  # SIGTERM does not end it: it goes to whole groups of processes
+    # SIGTERM does not end it: it goes to whole groups of processes
+    os.kill(stream.intake.workers.pids[1], signal.SIGKILL)
     for _ in range(12):
         assert torch.equal(step_rows(stream), step_rows(straight))
     assert caplog.text.count("was ended by SIGKILL") == 2
@@ -251,7 +282,8 @@ def test_a_killed_worker_is_replaced_by_its_rank_and_nothing_is_lost(caplog) -> 
 @pytest.mark.parametrize("of", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_is_sent_to_a_whole_group_of_processes_does_not_end_a_worker(of: signal.Signals) -> None:
     workers = Workers(1, lambda request: os.environ["TOKENIZERS_PARALLELISM"])
-    assert workers.submit(0).result(timeout=10) == "false"  # it listens; and uses no thread that was not forked
+    # it listens; and uses no thread that was not forked
+    assert workers.submit(0).result(timeout=10) == "false"
     os.kill(workers.pids[0], of)
     time.sleep(0.1)
     assert workers.submit(0).result(timeout=10) == "false" and is_running(workers.pids[0])
@@ -291,7 +323,9 @@ END
 def test_no_worker_survives_its_parent(slow_s: float, end: str) -> None:
     """Ended at its end, by an error, and by SIGKILL; workers idle or in the middle of a document."""
     program = PARENT.replace("SLOW", str(slow_s)).replace("END", end)
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     pids = list(map(int, parent.stdout.readline().split()))
     assert len(pids) == 2
     if "sleep" in end:
@@ -305,8 +339,10 @@ def test_idle_workers_do_not_spin() -> None:
     step_rows(stream)
 
     def cpu_ticks() -> int:
-        return sum(sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
-                   for pid in stream.intake.workers.pids)  # fmt: skip
+        return sum(
+            sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+            for pid in stream.intake.workers.pids
+        )
 
     before = cpu_ticks()
     time.sleep(2)
@@ -347,12 +383,19 @@ class Flaky(ListSource):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_that_fails_is_tried_again_and_then_named(workers: int) -> None:
     documents = numbered(LENGTHS)
-    straight, flaky = make_stream(ListSource(documents)), make_stream(Flaky(documents, fails=2), retry_s=1e-4, workers=workers)
+    straight, flaky = (
+        make_stream(ListSource(documents)),
+        make_stream(Flaky(documents, fails=2), retry_s=1e-4, workers=workers),
+    )
     for _ in range(5):
         assert torch.equal(step_rows(flaky), step_rows(straight))
-    dead = make_stream({"web": Flaky(documents, fails=9), "code": ListSource(documents)}, retry_s=0.01, workers=workers)
+    dead = make_stream(
+        {"web": Flaky(documents, fails=9), "code": ListSource(documents)}, retry_s=0.01, workers=workers
+    )
     start = time.monotonic()
-    with pytest.raises(DataError, match=r"data.sources.web: document \d+ cannot be read, tried 5 times in 0.15 s: OSError: "):
+    with pytest.raises(
+        DataError, match=r"data.sources.web: document \d+ cannot be read, tried 5 times in 0.15 s: OSError: "
+    ):
         step_rows(dead)
     assert 0.15 <= time.monotonic() - start < 2
 
@@ -420,7 +463,8 @@ def test_a_closed_stream_says_so_and_kills_nobody_twice(monkeypatch: pytest.Monk
     killed, kill = [], os.kill
     monkeypatch.setattr("trainer.data.workers.os.kill", lambda pid, how: killed.append(pid) or kill(pid, how))
     stream.close()
-    assert killed == stream.intake.workers.pids[1:]  # the other was reaped, its number may be another's by now
+    # the other was reaped, its number may be another's by now
+    assert killed == stream.intake.workers.pids[1:]
     with pytest.raises(RuntimeError, match="the stream was closed"):
         for _ in range(40):
             step_rows(stream)
@@ -443,7 +487,9 @@ def test_a_source_that_cannot_begin_is_an_error_where_its_first_document_is_want
 
 
 def test_a_resumed_stream_does_not_wait_for_what_was_asked_for_before() -> None:
-    """One worker, 20 ms a document: a fresh stream asks for 960 of them, which nobody wants after the state was loaded."""
+    """One worker, 20 ms a document: a fresh stream asks for 960 of them, which nobody wants after the state
+    was loaded.
+    """
 
     class Slow(ListSource):
         def __getitem__(self, i: int) -> Document:

@@ -28,7 +28,9 @@ class Tracker(Protocol):
 
 
 class WandbTracker:
-    """Weights & Biases. mode: online | offline; offline runs lie in <run>/wandb (`wandb sync` uploads them)."""
+    """Weights & Biases. mode: online | offline; offline runs lie in <run>/wandb (`wandb sync` uploads
+    them).
+    """
 
     def __init__(self, run_directory: Path, config: dict[str, Any], *, project: str, mode: str = "online"):
         import wandb
@@ -83,8 +85,8 @@ def batch_heterogeneity(loss_U: Tensor, targets_U: Tensor) -> float:
 
 
 class Window:
-    """The last values of loss and gradient norm, and how heavy their tails are: kurtosis is 3 for a Gaussian, and large where
-    a few steps stand out. Its state belongs into a checkpoint."""
+    """The last values of loss and gradient norm, and how heavy their tails are: kurtosis is 3 for a Gaussian,
+    and large where a few steps stand out. Its state belongs into a checkpoint."""
 
     SIZE, LEAST = 256, 16  # [steps] kept, and before anything is said
 
@@ -97,7 +99,10 @@ class Window:
         self.seen += 1
         if self.seen < self.LEAST:
             return {}
-        return {"loss_kurtosis": kurtosis(self.applied_2W[0]), "grad_norm_kurtosis": kurtosis(self.applied_2W[1])}
+        return {
+            "loss_kurtosis": kurtosis(self.applied_2W[0]),
+            "grad_norm_kurtosis": kurtosis(self.applied_2W[1]),
+        }
 
     @property
     def applied_2W(self) -> Tensor:
@@ -123,7 +128,13 @@ class MetricsLog:
     """Where rank 0 sends each step's metrics. `start_tracker`: None, or makes the tracker."""
 
     def __init__(
-        self, path: Path, *, steps: int, interval: int, after_step: int = 0, start_tracker: Callable[[], Tracker] | None = None
+        self,
+        path: Path,
+        *,
+        steps: int,
+        interval: int,
+        after_step: int = 0,
+        start_tracker: Callable[[], Tracker] | None = None,
     ):
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
         self.path, self.file, self.unwritten = path, started(path, after_step=after_step), b""
@@ -156,7 +167,8 @@ class MetricsLog:
         waited, self.unwritten = bool(self.unwritten), self.unwritten + line.encode()
         try:
             while self.unwritten:
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]  # a disk that becomes full takes a part
+                # a disk that becomes full takes a part
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
         except OSError as error:
             if not waited:
                 log.warning("%s cannot be written, its lines wait: %s", self.path, error)
@@ -182,10 +194,13 @@ class MetricsLog:
 
 
 def started(path: Path, *, after_step: int) -> FileIO:
-    """The file, open to go on with, with its lines up to this step. Replaced at once: a kill in between costs none of them."""
+    """The file, open to go on with, with its lines up to this step. Replaced at once: a kill in between costs
+    none of them.
+    """
     kept = []
     if after_step and path.exists():
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a kill may cut the last one
+        # a kill may cut the last one
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= after_step]
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text("".join(f"{line}\n" for line in kept))

@@ -1,8 +1,9 @@
 """What changes as tokens are seen, and when? One program for all of it: spans of tokens, one after another.
 
-A span states what is new; all else stays as it was (SpanConfig). A step belongs to the span in which it begins, so a
-span ends with the first step that reaches its end. Rates follow curves over tokens; a step takes the value in the
-middle of its tokens. Everything is a function of the tokens seen: a resumed run needs nothing else.
+A span states what is new; all else stays as it was (SpanConfig). A step belongs to the span in which it
+begins, so a span ends with the first step that reaches its end. Rates follow curves over tokens; a step takes
+the value in the middle of its tokens. Everything is a function of the tokens seen: a resumed run needs
+nothing else.
 
 Units: positions and lengths in tokens since the start of the run.
 """
@@ -19,7 +20,8 @@ CURVES = ("lr", "bias_rate")
 SHAPES = ("linear", "cosine")
 LOSSES = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
 STREAM = ("mixture", "buffer", "drain")
-KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, *STREAM)  # until a span says otherwise
+# until a span says otherwise
+KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, *STREAM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,9 @@ class Program:
         return self.spans[-1].end
 
     def at(self, position: int) -> Now:
-        """What holds in the step that begins after `position` tokens; after the program's end, what held last."""
+        """What holds in the step that begins after `position` tokens; after the program's end, what held
+        last.
+        """
         span = next((span for span in self.spans if position < span.end), self.spans[-1])
         middle = position + span.now.tokens / 2
         return replace(span.now, lr=span.lr.at(middle), bias_rate=span.bias_rate.at(middle))
@@ -103,18 +107,23 @@ class Program:
                 position += num_steps * span.now.tokens
 
     def last_step(self, *, step: int = 0, position: int = 0) -> int:
-        """The number of the run's last step, seen from a run that has made `step` steps and seen `position` tokens."""
+        """The number of the run's last step, seen from a run that has made `step` steps and seen `position`
+        tokens.
+        """
         ahead = step + sum(num_steps for _, _, num_steps in self.walk(position))
         return ahead if self.max_steps is None else min(ahead, max(step, self.max_steps))
 
     def check_split(self, *, num_ranks: int, num_streams: int) -> None:
-        """Raises: ConfigError if a span's batch cannot be split over data-parallel ranks, microbatches or virtual streams."""
+        """Raises: ConfigError if a span's batch cannot be split over data-parallel ranks, microbatches or
+        virtual streams.
+        """
         for span in self.spans:
             where, batch, micro = named(span.name), span.now.global_batch, span.now.micro_batch
             if batch % num_ranks:
                 near = [b for b in (batch // num_ranks * num_ranks, -(-batch // num_ranks) * num_ranks) if b]
                 raise ConfigError(
-                    f"{where}global_batch={batch} sequences do not divide among {num_ranks} data-parallel ranks; "
+                    f"{where}global_batch={batch} sequences do not divide among {num_ranks} data-parallel "
+                    "ranks; "
                     f"use global_batch={' or '.join(map(str, near))}"
                 )
             if (rows := batch // num_ranks) % micro:
@@ -125,9 +134,14 @@ class Program:
         batches = [span.now.global_batch for span in self.spans]
         if any(batch % num_streams for batch in batches) or num_streams % num_ranks:
             choices = [d for d in divisors(math.gcd(*batches)) if d % num_ranks == 0]
-            several = f"each of global_batch={sorted(set(batches))}" if len(set(batches)) > 1 else f"global_batch={batches[0]}"
+            several = (
+                f"each of global_batch={sorted(set(batches))}"
+                if len(set(batches)) > 1
+                else f"global_batch={batches[0]}"
+            )
             raise ConfigError(
-                f"data.num_streams={num_streams} must divide {several} and be a multiple of the {num_ranks} data-parallel ranks; "
+                f"data.num_streams={num_streams} must divide {several} and be a multiple of the "
+                f"{num_ranks} data-parallel ranks; "
                 f"use data.num_streams from {choices}"
             )
 
@@ -147,22 +161,36 @@ def program_of(config: Config) -> Program:
     if config.data.mixture:
         check_mixture("data.", config.data.mixture)
     equal = dict.fromkeys(config.data.sources, 1.0) if config.data.sources else None
-    first |= {"mixture": config.data.mixture or equal, "buffer": config.data.buffer, "drain": config.data.drain}
+    first |= {
+        "mixture": config.data.mixture or equal,
+        "buffer": config.data.buffer,
+        "drain": config.data.drain,
+    }
     nows = list(settings(stage, Now(span="", lr=1.0, bias_rate=1.0, **first)))
     bounds = boundaries(stage, nows, config.steps)
     curves = {key: follow(key, stage, bounds) for key in CURVES}
     starts = [0, *bounds[:-1]]
     spans = tuple(
-        Span(now.span, start, end, replace(now, lr=lr.at(start), bias_rate=bias_rate.at(start)), lr, bias_rate)
-        for now, start, end, lr, bias_rate in zip(nows, starts, bounds, curves["lr"], curves["bias_rate"], strict=True)
+        Span(
+            now.span, start, end, replace(now, lr=lr.at(start), bias_rate=bias_rate.at(start)), lr, bias_rate
+        )
+        for now, start, end, lr, bias_rate in zip(
+            nows, starts, bounds, curves["lr"], curves["bias_rate"], strict=True
+        )
     )
     program = Program(spans, config.steps)
     check_lengths(stage, program, config.steps)
     if config.data.at_end == "stop" and program.spans[-1].now.phase:
-        given = "data.at_end=stop with a mixture that changes: a phase could end before its sources do, or the run before a phase"
+        given = (
+            "data.at_end=stop with a mixture that changes: a phase could end before its sources do, "
+            "or the run before a phase"
+        )
         raise ConfigError(f"{given}; use one mixture, or data.at_end=repeat")
     if config.data.packing == "fit" and (buffered := next((span for span in spans if span.now.buffer), None)):
-        given = f"{named(buffered.name)}buffer={buffered.now.buffer} with data.packing=fit, which keeps no document open"
+        given = (
+            f"{named(buffered.name)}buffer={buffered.now.buffer} with data.packing=fit, which keeps "
+            "no document open"
+        )
         raise ConfigError(f"{given}; use buffer=0 or data.packing=stream")
     return program
 
@@ -176,7 +204,9 @@ def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
             if key == "mixture":
                 check_mixture(named(name), value)
             elif not at_least.get(key, 0) <= value < math.inf:
-                raise ConfigError(f"{named(name)}{key}={value}: must be at least {at_least.get(key, 0)}, and finite")
+                raise ConfigError(
+                    f"{named(name)}{key}={value}: must be at least {at_least.get(key, 0)}, and finite"
+                )
         changed = "mixture" in given and dict(given["mixture"]) != now.mixture
         now = replace(now, span=name, phase=now.phase + (changed and bool(now.span)), **given)
         yield now
@@ -193,24 +223,36 @@ def check_sources(config: Config, program: Program) -> None:
     known = list(config.data.sources)
     for where, mixture in given.items():
         if mixture and not known:
-            raise ConfigError(f"{where}mixture={mixture}: weights, but there is one source, data.source; set data.sources")
+            raise ConfigError(
+                f"{where}mixture={mixture}: weights, but there is one source, data.source; set data.sources"
+            )
         for wrong in (name for name in mixture or () if name not in known):
             raise ConfigError(f"{where}mixture={mixture}: there is no source {wrong}{nearest(wrong, known)}")
 
 
 def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None) -> list[int]:
-    """Where each span ends. One span may be without a length: it gets the steps that the others leave of `steps`."""
+    """Where each span ends. One span may be without a length: it gets the steps that the others leave of
+    `steps`.
+    """
     given = {name: [key for key in LENGTHS if getattr(span, key) is not None] for name, span in stage.items()}
     for name, keys in given.items():
         check_length(name, {key: getattr(stage[name], key) for key in keys})
     open_spans = [name for name, keys in given.items() if not keys]
     shares = [name for name, keys in given.items() if keys == ["share"]]
     if steps is None and (relative := open_spans or shares):
-        raise ConfigError(f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or stage.<span>.tokens")
+        raise ConfigError(
+            f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or "
+            "stage.<span>.tokens"
+        )
     if len(open_spans) > 1:
-        raise ConfigError(f"stage: {' and '.join(open_spans)} have no length; one span may go without, give the others one")
+        raise ConfigError(
+            f"stage: {' and '.join(open_spans)} have no length; one span may go without, give the others one"
+        )
     if (total := math.fsum(stage[name].share for name in shares)) > 1:
-        raise ConfigError(f"stage: the shares of {' and '.join(shares)} add up to {total:g} of the steps; use at most 1 in all")
+        raise ConfigError(
+            f"stage: the shares of {' and '.join(shares)} add up to {total:g} of the steps; use at most "
+            "1 in all"
+        )
     if open_spans and (fixed := [name for name, keys in given.items() if keys == ["until"]]):
         until = f"{named(fixed[0])}until={stage[fixed[0]].until:g}"
         raise ConfigError(f"{until} beside {open_spans[0]}, which has no length; give {open_spans[0]} one")
@@ -218,7 +260,10 @@ def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | N
     if not open_spans:
         return ends
     if taken > steps:
-        raise ConfigError(f"steps={steps}: the spans with a length take {taken}; use steps={taken} or more, or shorter spans")
+        raise ConfigError(
+            f"steps={steps}: the spans with a length take {taken}; use steps={taken} or more, or "
+            "shorter spans"
+        )
     return lay_out(stage, nows, steps, rest=steps - taken)[0]
 
 
@@ -227,7 +272,8 @@ def check_length(name: str, given: dict[str, float]) -> None:
     if len(given) > 1:
         one, *others = given
         raise ConfigError(
-            f"{named(name)}{' and '.join(f'{key}={value:g}' for key, value in given.items())} each give its length; "
+            f"{named(name)}{' and '.join(f'{key}={value:g}' for key, value in given.items())} each "
+            "give its length; "
             f"keep one, for example {' '.join(f'stage.{name}.{key}=null' for key in others)} to keep {one}"
         )
     for key, value in given.items():
@@ -237,18 +283,30 @@ def check_length(name: str, given: dict[str, float]) -> None:
             raise ConfigError(f"{named(name)}{key}={value:g}: must be above 0, and finite")
 
 
-def lay_out(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None, *, rest: int) -> tuple[list[int], int]:
+def lay_out(
+    stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None, *, rest: int
+) -> tuple[list[int], int]:
     """Where each span ends, and the steps of all of them. `rest`: steps of the span without a length."""
-    ends, end, first, total = list[int](), 0, 0, 0  # first: where the span's first step begins; the one before may overshoot
+    # first: where the span's first step begins; the one before may overshoot
+    ends, end, first, total = list[int](), 0, 0, 0
     for span, now in zip(stage.values(), nows, strict=True):
         if span.until is not None:
             if round(span.until) <= end:
-                raise ConfigError(f"{named(now.span)}until={span.until:g}: the spans before it end at {end:g} tokens; use more")
+                raise ConfigError(
+                    f"{named(now.span)}until={span.until:g}: the spans before it end at {end:g} tokens; "
+                    "use more"
+                )
             end = round(span.until)
         elif span.tokens is not None:
             end += round(span.tokens)
         else:
-            num_steps = round(span.share * steps) if span.share is not None else rest if span.steps is None else span.steps
+            num_steps = (
+                round(span.share * steps)
+                if span.share is not None
+                else rest
+                if span.steps is None
+                else span.steps
+            )
             end = first + num_steps * now.tokens
         num_steps = -(-(end - first) // now.tokens)  # none: check_lengths refuses it
         first, total = first + num_steps * now.tokens, total + num_steps
@@ -257,17 +315,24 @@ def lay_out(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None
 
 
 def check_lengths(stage: dict[str, SpanConfig], program: Program, steps: int | None) -> None:
-    """Every span gets a step, unless it is a share of too few; and `steps` is not more than the program has."""
+    """Every span gets a step, unless it is a share of too few; and `steps` is not more than the program
+    has.
+    """
     reached = {span.name for span, _, _ in program.walk()}
     for name, span in stage.items():
-        if name not in reached and any(getattr(span, key) is not None for key in ("tokens", "until", "steps")):
+        if name not in reached and any(
+            getattr(span, key) is not None for key in ("tokens", "until", "steps")
+        ):
             raise ConfigError(f"{named(name)}too short for one step; give it more tokens, or leave it out")
     total = sum(num_steps for _, _, num_steps in program.walk())
     if total == 0:
         raise ConfigError(f"steps={steps}: the program has no step")
     if steps is not None and steps > total:
-        shared = any(span.share is not None for span in stage.values())  # shares were rounded down, or leave something over
-        more = "or leave a span without a length: it gets the rest" if shared else "(null: all), or longer spans"
+        # shares were rounded down, or leave something over
+        shared = any(span.share is not None for span in stage.values())
+        more = (
+            "or leave a span without a length: it gets the rest" if shared else "(null: all), or longer spans"
+        )
         raise ConfigError(f"steps={steps}: the program ends after {total}; use at most that {more}")
 
 
@@ -280,20 +345,29 @@ def follow(key: str, stage: dict[str, SpanConfig], bounds: Sequence[int]) -> lis
         if given is not None:
             if i <= target:
                 raise ConfigError(
-                    f"{named(name)}{key} is set, but {key} of {owner} runs until {names[target]}; let it end before {name}"
+                    f"{named(name)}{key} is set, but {key} of {owner} runs until {names[target]}; let it "
+                    f"end before {name}"
                 )
-            curve, target = new_curve(f"{named(name)}{key}", given, names[i:], start, bounds[i:], before=curve.at(start))
+            curve, target = new_curve(
+                f"{named(name)}{key}", given, names[i:], start, bounds[i:], before=curve.at(start)
+            )
             owner, target = name, i + target
         curves.append(curve)
     return curves
 
 
-def new_curve(where: str, given: Any, names: list[str], start: int, bounds: Sequence[int], *, before: float) -> tuple[Curve, int]:
-    """The curve that begins with the first of `names`, and the index of the span at whose end it is through."""
+def new_curve(
+    where: str, given: Any, names: list[str], start: int, bounds: Sequence[int], *, before: float
+) -> tuple[Curve, int]:
+    """The curve that begins with the first of `names`, and the index of the span at whose end it is
+    through.
+    """
     if isinstance(given, int | float) and not isinstance(given, bool):
         given = {"from": given, "to": given}
     if not isinstance(given, dict):
-        raise ConfigError(f"{where}={given!r}: must be a number, or from, to, shape and until, like {{from: 0, to: 1}}")
+        raise ConfigError(
+            f"{where}={given!r}: must be a number, or from, to, shape and until, like {{from: 0, to: 1}}"
+        )
     known = ["from", "to", "shape", "until"]
     for wrong in (str(key) for key in given if key not in known):
         raise ConfigError(f"{where}.{wrong}: there is no such key{nearest(wrong, known)}")
@@ -307,4 +381,6 @@ def new_curve(where: str, given: Any, names: list[str], start: int, bounds: Sequ
     if until not in names:
         raise ConfigError(f"{where}.until={until}: must be this span or a later one: {', '.join(names)}")
     last_span = names.index(until)
-    return Curve(start=start, end=bounds[last_span], first=float(first), last=float(last), shape=shape), last_span
+    return Curve(
+        start=start, end=bounds[last_span], first=float(first), last=float(last), shape=shape
+    ), last_span

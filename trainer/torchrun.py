@@ -1,10 +1,11 @@
 """torchrun, but what became of the ranks is its exit code, and one line.
 
-    python -m trainer.torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m trainer.train experiment=demo
+    python -m trainer.torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m trainer.train
+    experiment=demo
 
-Exit code: of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75 told to stop by SIGTERM:
-saved, or the last checkpoint stands; start it again · 130 by SIGINT. A failed rank starts all again while restarts are left,
-unless its exit code says that this cannot help.
+Exit code: of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75 told to
+stop by SIGTERM: saved, or the last checkpoint stands; start it again · 130 by SIGINT. A failed rank starts
+all again while restarts are left, unless its exit code says that this cannot help.
 """
 
 import logging
@@ -24,17 +25,23 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-from trainer.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, PREEMPTED, REFUSED, UNSOUND
+from trainer.ranks.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, PREEMPTED, REFUSED, UNSOUND
 
 FINAL = {REFUSED, COLLAPSED, NO_DATA, CANNOT_SAVE, UNSOUND, PREEMPTED, INTERRUPTED}
 # How a rank ends that was told to, or did not in time:
-TOLD = {PREEMPTED, INTERRUPTED, *(-n for n in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL))}
+TOLD = {
+    PREEMPTED,
+    INTERRUPTED,
+    *(-n for n in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL)),
+}
 AFTERMATH = {1, -signal.SIGABRT, *TOLD} - {-signal.SIGKILL}  # how a rank may end because another is gone
 UNTOLD = ("Sending process", "failed (exitcode")  # what torch logs on top of our line
 
 
 class Ended(SignalException):
-    """By a signal, or with the other nodes. `code`: the exit code. On a SignalException torch leaves the rendezvous open."""
+    """By a signal, or with the other nodes. `code`: the exit code. On a SignalException torch leaves the
+    rendezvous open.
+    """
 
     def __init__(self, code: int) -> None:
         super().__init__(f"exit code {code}", sigval=signal.SIGTERM)
@@ -44,8 +51,9 @@ class Ended(SignalException):
 class Agent(LocalElasticAgent):
     """Starts, watches and ends the ranks of this node.
 
-    torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none of its lists, and
-    live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the agent waits for other nodes.
+    torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none
+    of its lists, and live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the
+    agent waits for other nodes.
     """
 
     told: signal.Signals | None = None
@@ -62,11 +70,12 @@ class Agent(LocalElasticAgent):
         except RendezvousError as error:
             print(f"the other nodes have ended or cannot be reached: {error}", file=sys.stderr)
             told = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
-            raise Ended(told[0] if told else 1) from None  # 1: srun reports the highest code, and another node has the cause
+            # 1: srun reports the highest code, and another node has the cause
+            raise Ended(told[0] if told else 1) from None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        # torch keeps the store over a restart: ranks find the addresses of those that are gone there (pytorch #135712, #167288).
-        # With this forgotten, it makes another one, on another port.
+        # torch keeps the store over a restart: ranks find the addresses of those that are gone there (pytorch
+        # #135712, #167288). With this forgotten, it makes another one, on another port.
         worker_group.spec.rdzv_handler._bootstrap_store_info = None
         with interruptible():
             super()._rendezvous(worker_group)
@@ -82,9 +91,12 @@ class Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if not result.is_failed():
             if result.state is WorkerState.HEALTHY and worker_group.spec.rdzv_handler.is_closed():
-                raise RendezvousClosedError("one of them closed the job")  # torch would wait until these ranks fail, too
+                # torch would wait until these ranks fail, too
+                raise RendezvousClosedError("one of them closed the job")
             return result
-        first = {rank: failure for rank, failure in result.failures.items() if ended.get(rank)} or result.failures
+        first = {
+            rank: failure for rank, failure in result.failures.items() if ended.get(rank)
+        } or result.failures
         rank = cause({rank: failure.exitcode for rank, failure in first.items()})
         code = first[rank].exitcode
         result.failures = {rank: first[rank]}
@@ -92,13 +104,19 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0  # as torch does for a rank that cannot be ended
         elif self._remaining_restarts:
             left = self._remaining_restarts - 1
-            print(f"{describe(rank, code)}; all ranks start again, restarts left after this: {left}", file=sys.stderr)
+            print(
+                f"{describe(rank, code)}; all ranks start again, restarts left after this: {left}",
+                file=sys.stderr,
+            )
         return result
 
     def _codes(self) -> dict[int, int | None]:
         """Of this node's ranks; None: still running."""
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        return {self._worker_group.workers[local].global_rank: handler.proc.poll() for local, handler in handlers.items()}
+        return {
+            self._worker_group.workers[local].global_rank: handler.proc.poll()
+            for local, handler in handlers.items()
+        }
 
 
 def cause(codes: dict[int, int]) -> int:
@@ -107,7 +125,9 @@ def cause(codes: dict[int, int]) -> int:
 
 
 def verdict(codes: dict[int, int | None], *, told: int) -> int:
-    """The exit code where the ranks were told to stop. `told`: if that is what they did, or had to be killed."""
+    """The exit code where the ranks were told to stop. `told`: if that is what they did, or had to be
+    killed.
+    """
     failed = {rank: code for rank, code in codes.items() if code and code not in TOLD}
     if failed:
         rank = cause(failed)
@@ -125,7 +145,11 @@ def exit_code(code: int) -> int:
 
 
 def describe(rank: int, code: int) -> str:
-    return f"rank {rank} ended with exit code {code}" if code >= 0 else f"rank {rank} was killed by {signal.Signals(-code).name}"
+    return (
+        f"rank {rank} ended with exit code {code}"
+        if code >= 0
+        else f"rank {rank} was killed by {signal.Signals(-code).name}"
+    )
 
 
 def tell(number: int, frame: Any = None) -> None:
@@ -151,7 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, tell)
     processes._terminate_process_handler = tell  # what torch listens with
     launcher.LocalElasticAgent = Agent
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda r: not str(r.msg).startswith(UNTOLD))
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(
+        lambda r: not str(r.msg).startswith(UNTOLD)
+    )
     try:
         run(parse_args(arguments))
     except ChildFailedError as error:
@@ -169,4 +195,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # all ranks have ended, and taking torch's store down was seen to hang for seconds at the interpreter's end
+    # all ranks have ended, and taking torch's store down was seen to hang for seconds at the interpreter's
+    # end
+    os._exit(status)

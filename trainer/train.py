@@ -3,8 +3,9 @@
     python -m trainer.train experiment=demo
     torchrun --nproc-per-node 4 -m trainer.train experiment=demo parallel=hsdp_ep
 
-Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 4 data cannot be read · 5 checkpoints cannot be
-written · 6 steps cannot be applied, or the guard ended it · 7 a rank hung · 75 told to end (SIGTERM), saved · 130 Ctrl-C, saved.
+Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 4 data cannot be read · 5
+checkpoints cannot be written · 6 steps cannot be applied, or the guard ended it · 7 a rank hung · 75 told to
+end (SIGTERM), saved · 130 Ctrl-C, saved.
 """
 
 import logging
@@ -19,21 +20,21 @@ import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
 
-from trainer import device
-from trainer.agree import refusing_on_all
 from trainer.balance.trace import TraceWriter
-from trainer.build import Run, build, finish_saving, refusing, resume, save, stream_counts, summed
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError
-from trainer.directory import open_directory, record_start
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters, flops_per_token
-from trainer.pretrained import refuse_early, start_from
-from trainer.recover import leave_unread, roll_back
-from trainer.step import next_batches, train_step
-from trainer.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
-from trainer.watchdog import Watchdog
+from trainer.ranks import device
+from trainer.ranks.agree import refusing_on_all
+from trainer.ranks.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
+from trainer.ranks.watchdog import Watchdog
+from trainer.run.build import Run, build, finish_saving, refusing, resume, save, stream_counts, summed
+from trainer.run.directory import open_directory, record_start
+from trainer.run.recover import leave_unread, roll_back
+from trainer.run.step import next_batches, train_step
+from trainer.weights.pretrained import refuse_early, start_from
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ def train(config: Config) -> int:
     refuse_early(config)
     run = build(config)
     is_first = dist.get_rank() == 0
-    opened = open_directory(config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer)
+    opened = open_directory(
+        config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
+    )
     run.about, run.texts = opened.about, opened.texts
     run.stop.listen()
     if opened.origin is not None:
@@ -99,16 +102,25 @@ def train(config: Config) -> int:
             start_from(config, run.model, run.stream.tokenizer)
     directory, resumed = run.directory, run.step
     metrics = None
-    refusing_on_all(partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened))
+    refusing_on_all(
+        partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)
+    )
     if is_first:
         announce(run, opened.origin.path if opened.origin else None)
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
         tracker = instantiate(config.logging.tracker)
         start = partial(tracker, directory, asdict(config)) if tracker else None
-        metrics = MetricsLog(directory / "metrics.jsonl", steps=run.last_step, interval=config.logging.interval,
-                             after_step=resumed, start_tracker=start)  # fmt: skip
-    watchdog = Watchdog(directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s)
+        metrics = MetricsLog(
+            directory / "metrics.jsonl",
+            steps=run.last_step,
+            interval=config.logging.interval,
+            after_step=resumed,
+            start_tracker=start,
+        )
+    watchdog = Watchdog(
+        directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s
+    )
     watchdog.start()
     try:
         loop(run, metrics, watchdog)
@@ -143,7 +155,9 @@ def announce(run: Run, loaded: Path | None) -> None:
 
 
 def conclude(run: Run) -> int:
-    """Prints where everything is and what became of the experts. Returns the exit code, the same on all ranks."""
+    """Prints where everything is and what became of the experts. Returns the exit code, the same on all
+    ranks.
+    """
     done = run.step >= run.last_step
     verdict = run.balancer.verdict()
     read = stream_counts(run)
@@ -164,16 +178,22 @@ def conclude(run: Run) -> int:
 
 def left_open(read: dict[str, int], *, num_open: int, tokens_read: int) -> str:
     """Draws are uniform, so documents that are still open are the long ones: the user should know."""
-    of_open, of_ended = (tokens_read + read["open"]) / num_open, (read["tokens"] - tokens_read) / max(1, read["documents"])
+    of_open, of_ended = (
+        (tokens_read + read["open"]) / num_open,
+        (read["tokens"] - tokens_read) / max(1, read["documents"]),
+    )
     share = read["open"] / (read["open"] + read["tokens"])
-    text = f"buffer: {num_open} documents are still open, {read['open']} of their tokens unread ({share:.0%} of all opened)"
+    text = (
+        f"buffer: {num_open} documents are still open, {read['open']} of their tokens unread "
+        f"({share:.0%} of all opened)"
+    )
     short = "; long documents came short so far" if read["documents"] and of_open > 1.1 * of_ended else ""
     return f"{text}; their mean length is {of_open:.0f}, of those that ended {of_ended:.0f}{short}"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    overrides = sys.argv[1:]
+    overrides = sys.argv[1:] if arguments is None else arguments
     try:
         if (text := looked_up(overrides, __doc__)) is not None:
             print(text)

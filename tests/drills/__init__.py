@@ -2,5 +2,6 @@
 
     python -m tests.drills [name ...] [--short]     make drills runs all of them
 
-Ranks are processes that are killed, starved and lied to; nothing of this is in trainer/ (faulty.py puts it there from outside).
+Ranks are processes that are killed, starved and lied to; nothing of this is in trainer/ (faulty.py puts it
+there from outside).
 """

@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch is imported
+# before torch is imported
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 NAMESPACE = "TRIQUETRA_DRILLS_NAMESPACE"
 
 
@@ -25,12 +26,18 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tests.drills", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(DRILLS)}; none: all")
-    parser.add_argument("--short", action="store_true", help="the set that `make test` runs, with fewer trials")
+    parser.add_argument(
+        "--short", action="store_true", help="the set that `make test` runs, with fewer trials"
+    )
     given = parser.parse_args()
     if unknown := set(given.names) - set(DRILLS):
         print(f"error: no drill {', '.join(sorted(unknown))}; there are {', '.join(DRILLS)}", file=sys.stderr)
         return 2
-    chosen = [d for d in DRILLS.values() if d.name in given.names or (not given.names and (d.in_short_set or not given.short))]
+    chosen = [
+        d
+        for d in DRILLS.values()
+        if d.name in given.names or (not given.names and (d.in_short_set or not given.short))
+    ]
     if not can_mount() and NAMESPACE not in os.environ and may_unshare():
         os.environ[NAMESPACE] = "1"
         os.execvp("unshare", ["unshare", "-rm", sys.executable, "-m", "tests.drills", *sys.argv[1:]])

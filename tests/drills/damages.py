@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.drills.disks import tree
 from tests.drills.jobs import INTERVAL, STEPS, Where, same_losses, shared, undisturbed
 from tests.drills.table import Facts, drill
-from trainer.stop import PREEMPTED, REFUSED
+from trainer.ranks.stop import PREEMPTED, REFUSED
 
 NEWEST = STEPS - INTERVAL
 
@@ -34,10 +34,17 @@ def zeroed(path: Path) -> None:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None]]] = [
-    ("rank-00001.safetensors", flipped), ("manifest.json", Path.unlink), ("rank-00000.safetensors", truncated),
-    ("rank-00000.safetensors", zeroed), ("rank-00001.safetensors", Path.unlink), ("index.json", flipped),
-    ("index.json", truncated), ("manifest.json", flipped), ("manifest.json", truncated), ("config.yaml", flipped),
-]  # fmt: skip
+    ("rank-00001.safetensors", flipped),
+    ("manifest.json", Path.unlink),
+    ("rank-00000.safetensors", truncated),
+    ("rank-00000.safetensors", zeroed),
+    ("rank-00001.safetensors", Path.unlink),
+    ("index.json", flipped),
+    ("index.json", truncated),
+    ("manifest.json", flipped),
+    ("manifest.json", truncated),
+    ("config.yaml", flipped),
+]
 
 
 def stopped(where: Where) -> None:
@@ -53,9 +60,9 @@ def stopped(where: Where) -> None:
 
 @drill(limit_s=300, short=True)
 def a_damaged_checkpoint(directory: Path, short: bool) -> Facts:
-    """shards truncated, with a flipped bit, with 4 KiB of zeros, deleted; index, manifest, config.yaml with a flipped bit,
-    truncated; no manifest: each on the newest checkpoint · falls back to the one before, and says which file it was; the damaged
-    one is set aside, not deleted"""
+    """shards truncated, with a flipped bit, with 4 KiB of zeros, deleted; index, manifest, config.yaml with a
+    flipped bit, truncated; no manifest: each on the newest checkpoint · falls back to the one before, and
+    says which file it was; the damaged one is set aside, not deleted"""
     facts, reference = Facts(), undisturbed(2)
     for number, (file, damage) in enumerate(DAMAGES[:2] if short else DAMAGES):
         where = Where(directory / str(number))
@@ -64,9 +71,15 @@ def a_damaged_checkpoint(directory: Path, short: bool) -> Facts:
         before = tree(where.checkpoint(NEWEST))
         job = where.completes("checkpoint.keep=9")
         what = f"{file} {damage.__name__}"
-        assert where.starts()[-1]["step"] == NEWEST - INTERVAL, f"{what}: went on from {where.starts()[-1]['step']}"
-        assert f"DAMAGED: {where.checkpoint(NEWEST) / file}" in job.output, f"{what}: nobody said so:\n{job.output}"
-        assert tree(where.checkpoint(NEWEST).with_suffix(".damaged")) == before, f"{what}: it was not kept as it was"
+        assert where.starts()[-1]["step"] == NEWEST - INTERVAL, (
+            f"{what}: went on from {where.starts()[-1]['step']}"
+        )
+        assert f"DAMAGED: {where.checkpoint(NEWEST) / file}" in job.output, (
+            f"{what}: nobody said so:\n{job.output}"
+        )
+        assert tree(where.checkpoint(NEWEST).with_suffix(".damaged")) == before, (
+            f"{what}: it was not kept as it was"
+        )
         facts.lost.append(INTERVAL)
         facts.recovered_s.append(where.recovered_s(job.started_s))
         facts.equal = same_losses(where, reference)
@@ -77,7 +90,9 @@ def a_damaged_checkpoint(directory: Path, short: bool) -> Facts:
 
 @drill(limit_s=120)
 def all_checkpoints_damaged(directory: Path, short: bool) -> Facts:
-    """all of them damaged, each in another way · refused with exit code 2, naming the files; nothing is written over"""
+    """all of them damaged, each in another way · refused with exit code 2, naming the files; nothing is
+    written over
+    """
     where = Where(directory)
     stopped(where)
     for step, (file, damage) in zip((5, 10, 15), DAMAGES, strict=False):
@@ -86,7 +101,10 @@ def all_checkpoints_damaged(directory: Path, short: bool) -> Facts:
     job = where.finish()
     assert set(job.codes) == {REFUSED}, f"{job.codes}\n{job.output}"
     assert "none of the checkpoints can be used (steps 5, 10, 15)" in job.output
-    assert all(str(where.checkpoint(step) / file) in job.output for step, (file, _) in zip((5, 10, 15), DAMAGES, strict=False))
+    assert all(
+        str(where.checkpoint(step) / file) in job.output
+        for step, (file, _) in zip((5, 10, 15), DAMAGES, strict=False)
+    )
     assert (after := tree(where.run)) == before, f"changed: {set(after.items()) ^ set(before.items())}"
     return Facts()
 
@@ -103,7 +121,9 @@ class Poison:
 
 @drill(limit_s=150)
 def a_poisoned_pickle(directory: Path, short: bool) -> Facts:
-    """a pickle that would make a file, as .metadata and in place of a shard and of the index · it never runs"""
+    """a pickle that would make a file, as .metadata and in place of a shard and of the index · it never
+    runs
+    """
     facts, ran = Facts(), directory / "ran"
     poison = pickle.dumps(Poison(ran))
     pickle.loads(poison)

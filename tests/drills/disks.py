@@ -15,7 +15,7 @@ from tests.drills.jobs import INTERVAL, STEPS, Where, same_losses, undisturbed
 from tests.drills.table import Facts, drill
 from trainer.checkpoint import problems
 from trainer.checkpoint.__main__ import main
-from trainer.stop import CANNOT_SAVE
+from trainer.ranks.stop import CANNOT_SAVE
 
 SIZE_MB = 16
 SAVED = ["checkpoint.retries=2", "checkpoint.retry_s=0.3"]
@@ -23,8 +23,9 @@ SAVED = ["checkpoint.retries=2", "checkpoint.retry_s=0.3"]
 
 @drill(limit_s=200, short=True)
 def the_disk_is_full(directory: Path, short: bool) -> Facts:
-    """the disk is full from a checkpoint on, for good · a warning says so, the run goes on; what is there stays whole, no draft
-    stays; after 3 checkpoints that were missed it ends with exit code 5; with room again the same command completes"""
+    """the disk is full from a checkpoint on, for good · a warning says so, the run goes on; what is there
+    stays whole, no draft stays; after 3 checkpoints that were missed it ends with exit code 5; with room
+    again the same command completes"""
     where = Where(directory)
     with small_disk(where.path) as (how, fill, empty):
         fault = None if how == "a tmpfs" else {"fault": "full_disk"}
@@ -43,15 +44,18 @@ def the_disk_is_full(directory: Path, short: bool) -> Facts:
         empty()
         where.completes(*SAVED)
         lost = last - where.starts()[-1]["step"]
-        note, recovered_s = f"{how}; {lost} steps is what 3 missed checkpoints cost", where.recovered_s(fault_s)
+        note, recovered_s = (
+            f"{how}; {lost} steps is what 3 missed checkpoints cost",
+            where.recovered_s(fault_s),
+        )
         equal = same_losses(where, undisturbed(2))
     return Facts(lost=[lost], recovered_s=[recovered_s], equal=equal, note=note)
 
 
 @drill(limit_s=150)
 def the_disk_has_room_again(directory: Path, short: bool) -> Facts:
-    """the disk is full when a checkpoint is written, and has room again within the retries · the retry succeeds, nothing is
-    missing, the run knows no difference"""
+    """the disk is full when a checkpoint is written, and has room again within the retries · the retry
+    succeeds, nothing is missing, the run knows no difference"""
     where = Where(directory)
     with small_disk(where.path) as (how, fill, empty):
         fault = None if how == "a tmpfs" else {"fault": "full_disk"}
@@ -71,7 +75,9 @@ def the_disk_has_room_again(directory: Path, short: bool) -> Facts:
 
 @contextmanager
 def small_disk(path: Path) -> Iterator[tuple]:
-    """A tmpfs at `path`, or where none can be mounted, a file `full` that a fault looks for. (which of them, fill, empty)"""
+    """A tmpfs at `path`, or where none can be mounted, a file `full` that a fault looks for. (which of them,
+    fill, empty)
+    """
     if not can_mount():
         yield "ENOSPC injected in fsync", (path / "full").touch, (path / "full").unlink
         return
@@ -114,8 +120,9 @@ def tree(directory: Path) -> dict[str, str]:
 
 @drill(limit_s=200)
 def going_back(directory: Path, short: bool) -> Facts:
-    """rewind to step 10 of checkpoints 10, 15, 20; a kill after the new line's checkpoint 14; before that one where 15 and 20 are
-    incomplete · the run goes on from the new line, never from what was set aside; keep=2 keeps whole ones: 10 and 14"""
+    """rewind to step 10 of checkpoints 10, 15, 20; a kill after the new line's checkpoint 14; before that one
+    where 15 and 20 are incomplete · the run goes on from the new line, never from what was set aside; keep=2
+    keeps whole ones: 10 and 14"""
     facts, reference = Facts(), undisturbed(2, "checkpoint.keep=9")
     for how in ("rewind", "incomplete"):
         where = Where(directory / how)
@@ -141,7 +148,9 @@ def going_back(directory: Path, short: bool) -> Facts:
         facts.lost.append(where.trained()[where.before(killed_s) - 1][1] - 14)
         facts.recovered_s.append(where.recovered_s(killed_s))
         aside = sorted(path.name for path in (where.run / "checkpoints").glob("step-*.*"))
-        assert [name.split(".")[1] for name in aside] == (["abandoned"] if how == "rewind" else ["damaged"]) * 2, aside
+        assert [name.split(".")[1] for name in aside] == (
+            ["abandoned"] if how == "rewind" else ["damaged"]
+        ) * 2, aside
         assert not any(problems(where.checkpoint(step)) for step in where.checkpoints())
     line = Where(directory / "straight")  # the new line, without a kill
     line.copy_of(reference.run)

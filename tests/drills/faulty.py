@@ -1,10 +1,11 @@
 """`trainer.train`, with a fault in it: put there from outside, by wrapping what the product calls.
 
-    python -m tests.drills.faulty '{"fault": "hang_in_step", "rank": 1, "step": 8, "where": "/tmp/drill"}' <overrides>
+    python -m tests.drills.faulty '{"fault": "hang_in_step", "rank": 1, "step": 8, "where": "/tmp/drill"}'
+    <overrides>
 
-where: the drill's directory. Files there tell it what happened: pid.<rank>, `trained` (time and number of each step that rank 0
-trained), `fired` (the fault has happened; it does not happen again in a later life of the run), reached.<rank> (a rank waits at
-its hook to be killed), digests.<rank>.
+where: the drill's directory. Files there tell it what happened: pid.<rank>, `trained` (time and number of
+each step that rank 0 trained), `fired` (the fault has happened; it does not happen again in a later life of
+the run), reached.<rank> (a rank waits at its hook to be killed), digests.<rank>.
 """
 
 import errno
@@ -22,13 +23,14 @@ from typing import Any
 
 import torch
 
-import trainer.agree
-import trainer.build
 import trainer.checkpoint.checkpoints as saving
 import trainer.checkpoint.storage as storage
 import trainer.data.sources
-from trainer import device, train
+import trainer.ranks.agree
+import trainer.run.build
+from trainer import train
 from trainer.model.parallelize import local
+from trainer.ranks import device
 
 
 def main(spec: dict[str, Any], overrides: list[str]) -> int:
@@ -39,13 +41,17 @@ def main(spec: dict[str, Any], overrides: list[str]) -> int:
     if "fault" in spec and spec.get("rank", rank) == rank:
         FAULTS[spec["fault"]](where, **{k: v for k, v in spec.items() if k not in ("fault", "where", "rank")})
     if "stop_at" in spec and rank == int(os.environ["WORLD_SIZE"]) - 1:
-        around_steps(before=lambda run, step: os.kill(os.getpid(), signal.SIGTERM) if step == spec["stop_at"] else None)
+        around_steps(
+            before=lambda run, step: os.kill(os.getpid(), signal.SIGTERM) if step == spec["stop_at"] else None
+        )
     sys.argv = ["train", *overrides]
     return train.main()
 
 
 def around_steps(
-    *, before: Callable[[Any, int], Any] = lambda run, step: None, after: Callable[[Any, int], Any] = lambda run, step: None
+    *,
+    before: Callable[[Any, int], Any] = lambda run, step: None,
+    after: Callable[[Any, int], Any] = lambda run, step: None,
 ) -> None:
     original = train.train_step
 
@@ -144,7 +150,8 @@ def pause(where: Path, *, hook: str, step: int) -> None:
         return is_it
 
     if hook == "deleting an old one":
-        saving.shutil = SimpleNamespace(rmtree=saving.shutil.rmtree)  # the module of everybody else stays as it is
+        # the module of everybody else stays as it is
+        saving.shutil = SimpleNamespace(rmtree=saving.shutil.rmtree)
     hooks = {
         "before the first byte": (storage, "save_file", lambda tensors, path: name in str(path)),
         "half a shard": (storage, "save_file", half_shard),
@@ -219,7 +226,9 @@ WRONG = {
 
 
 def wrong_numbers(where: Path, *, kind: str, steps: list[int]) -> None:
-    """Loss or gradient of this rank, each of these steps once. Digests of all that a step may change are written."""
+    """Loss or gradient of this rank, each of these steps once. Digests of all that a step may change are
+    written.
+    """
     done, hooks = set(), []
     digests = (where / f"digests.{os.environ['RANK']}").open("a", buffering=1)
 
@@ -255,7 +264,7 @@ def digest(run: Any) -> str:
 
 
 def other_code(where: Path, *, version: str) -> None:
-    trainer.build.code_version = lambda: version
+    trainer.run.build.code_version = lambda: version
 
 
 FAULTS: dict[str, Callable[..., None]] = {

@@ -1,7 +1,8 @@
 """How is a run started, broken and started again, and what did it leave behind?
 
-A job's ranks are forked from this process, which has imported everything, or started by torchrun. Each rank leads a process
-group of its own, with its data workers and its watchdog's observer: none of them may outlive the job.
+A job's ranks are forked from this process, which has imported everything, or started by torchrun. Each rank
+leads a process group of its own, with its data workers and its watchdog's observer: none of them may outlive
+the job.
 """
 
 import atexit
@@ -32,10 +33,24 @@ from trainer.checkpoint import problems
 REPOSITORY = Path(__file__).parent.parent.parent
 STEPS, INTERVAL = 20, 5  # of most drills
 BASE = [
-    "model=debug", "model.num_layers=2", "model.global_every=2", "model.dim=32", "model.vocab_size=256", "data=synthetic",
-    "data.source.mean_length=40", "seq_len=16", "global_batch=4", "micro_batch=1", f"steps={STEPS}", "name=run",
-    f"checkpoint.interval={INTERVAL}", "checkpoint.retry_s=0.1", "data.retry_s=0.1", "timeout_s=60", "heartbeat_s=30",
-]  # fmt: skip
+    "model=debug",
+    "model.num_layers=2",
+    "model.global_every=2",
+    "model.dim=32",
+    "model.vocab_size=256",
+    "data=synthetic",
+    "data.source.mean_length=40",
+    "seq_len=16",
+    "global_batch=4",
+    "micro_batch=1",
+    f"steps={STEPS}",
+    "name=run",
+    f"checkpoint.interval={INTERVAL}",
+    "checkpoint.retry_s=0.1",
+    "data.retry_s=0.1",
+    "timeout_s=60",
+    "heartbeat_s=30",
+]
 LAYOUTS = {2: ["parallel=fsdp"], 4: ["parallel=hsdp_ep"]}
 TIMED = ("tokens_per_s", "mfu", "memory_gib", "data/wait_s")  # and so never the same twice
 PATIENCE_S = 15.0  # for the other ranks, once one has failed
@@ -56,10 +71,14 @@ class Where:
     def overrides(self, *more: str) -> list[str]:
         return [*BASE, *LAYOUTS[self.num_ranks], f"run_dir={self.path}", *more]
 
-    def start(self, *more: str, fault: dict[str, Any] | None = None, ranks: Sequence[int] | None = None) -> "Job":
+    def start(
+        self, *more: str, fault: dict[str, Any] | None = None, ranks: Sequence[int] | None = None
+    ) -> "Job":
         """ranks: those that get `more`; the others get the plain overrides. None: all."""
         chosen = range(self.num_ranks) if ranks is None else ranks
-        return Job(self, [self.overrides(*(more if rank in chosen else ())) for rank in range(self.num_ranks)], fault)
+        return Job(
+            self, [self.overrides(*(more if rank in chosen else ())) for rank in range(self.num_ranks)], fault
+        )
 
     def finish(self, *more: str, fault: dict[str, Any] | None = None, timeout_s: float = 100.0) -> "Job":
         """Runs to its end."""
@@ -73,7 +92,9 @@ class Where:
         return job
 
     @contextmanager
-    def launched(self, *more: str, fault: dict[str, Any] | None = None, restarts: int = 1) -> Iterator["Launch"]:
+    def launched(
+        self, *more: str, fault: dict[str, Any] | None = None, restarts: int = 1
+    ) -> Iterator["Launch"]:
         launch = Launch(self, self.overrides(*more), fault, restarts)
         try:
             yield launch
@@ -86,7 +107,11 @@ class Where:
         """Whole lines of metrics.jsonl, without what is measured with a clock."""
         path = self.run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines if line.endswith("}")]
+        return [
+            {k: v for k, v in json.loads(line).items() if k not in TIMED}
+            for line in lines
+            if line.endswith("}")
+        ]
 
     def starts(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run / "starts.jsonl").read_text().splitlines()]
@@ -108,7 +133,9 @@ class Where:
         return sorted(int(name) for name in found if name.isdecimal())
 
     def trained(self) -> list[tuple[float, int]]:
-        """(time [s], step) of each step that rank 0 trained, in all lives of the run (faulty.py writes them)."""
+        """(time [s], step) of each step that rank 0 trained, in all lives of the run (faulty.py writes
+        them).
+        """
         path = self.path / "trained"
         pairs = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return [(float(at_s), int(step)) for at_s, step in pairs]
@@ -156,7 +183,9 @@ class Job:
             if process.is_alive():
                 process.kill()
             process.join()
-        left = [group for group in groups if not until(lambda group=group: not group_lives(group), timeout_s=5)]
+        left = [
+            group for group in groups if not until(lambda group=group: not group_lives(group), timeout_s=5)
+        ]
         for group in left:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
@@ -175,8 +204,13 @@ class Job:
 
     def until(self, condition: Callable[[], Any], *, timeout_s: float = 60.0, what: str = "it") -> None:
         """Waits for something while all ranks live."""
-        ended = until(lambda: condition() or any(code is not None for code in self.codes), timeout_s=timeout_s)
-        assert condition(), f"{what} did not happen{f', the ranks ended with {self.codes}' if ended else f' in {timeout_s} s'}"
+        ended = until(
+            lambda: condition() or any(code is not None for code in self.codes), timeout_s=timeout_s
+        )
+        assert condition(), (
+            f"{what} did not "
+            f"happen{f', the ranks ended with {self.codes}' if ended else f' in {timeout_s} s'}"
+        )
 
     def trained(self, step: int) -> None:
         """Waits until this step is trained, in this life."""
@@ -193,7 +227,9 @@ class Job:
     def wait(self, timeout_s: float = 100.0) -> list[int]:
         """As a launcher does: when one has failed, the others are given PATIENCE_S to end by themselves."""
         deadline_s = time.monotonic() + timeout_s
-        assert until(lambda: any(self.codes) or None not in self.codes, timeout_s=timeout_s), f"not done after {timeout_s} s"
+        assert until(lambda: any(self.codes) or None not in self.codes, timeout_s=timeout_s), (
+            f"not done after {timeout_s} s"
+        )
         left_s = deadline_s - time.monotonic()
         patience_s = min(PATIENCE_S, max(1.0, left_s)) if any(self.codes) else left_s
         if not until(lambda: None not in self.codes, timeout_s=patience_s):
@@ -212,8 +248,14 @@ def _rank(rank: int, num: int, port: int, log: Path, spec: dict[str, Any], overr
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num), "LOCAL_WORLD_SIZE": str(num),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num),
+        "LOCAL_WORLD_SIZE": str(num),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     logging.getLogger().handlers.clear()  # pytest's: a rank's warnings belong into its log
     sys.exit(faulty.main(spec, overrides))
@@ -222,15 +264,35 @@ def _rank(rank: int, num: int, port: int, log: Path, spec: dict[str, Any], overr
 class Launch:
     """A job under torchrun: the real command, with everything imported anew in each rank."""
 
-    def __init__(self, where: Where, overrides: list[str], fault: dict[str, Any] | None, restarts: int) -> None:
+    def __init__(
+        self, where: Where, overrides: list[str], fault: dict[str, Any] | None, restarts: int
+    ) -> None:
         self.where, self.mark, self.started_s = where, secrets.token_hex(8), time.time()
         self.log = where.path / f"log-{len(list(where.path.glob('log-*'))):03d}"
         spec = json.dumps({**(fault or {}), "where": str(where.path)})
-        command = [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", str(where.num_ranks),
-                   "--max-restarts", str(restarts), "-m", "tests.drills.faulty", spec, *overrides]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "trainer.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            str(where.num_ranks),
+            "--max-restarts",
+            str(restarts),
+            "-m",
+            "tests.drills.faulty",
+            spec,
+            *overrides,
+        ]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"},
-                                            stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=os.environ | {MARK: self.mark, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     @property
     def output(self) -> str:
@@ -248,7 +310,9 @@ class Launch:
         return at_s
 
     def wait(self, timeout_s: float = 150.0) -> int:
-        assert until(lambda: self.process.poll() is not None, timeout_s=timeout_s), f"not done:\n{self.output[-3000:]}"
+        assert until(lambda: self.process.poll() is not None, timeout_s=timeout_s), (
+            f"not done:\n{self.output[-3000:]}"
+        )
         assert until(lambda: not self.living(), timeout_s=5), "processes live on after torchrun has ended"
         return self.process.returncode
 
@@ -286,19 +350,28 @@ def shared() -> Path:
 @cache
 def undisturbed(num_ranks: int, *more: str) -> Where:
     """A run that nothing happens to; made once."""
-    where = Where(shared() / f"undisturbed-{num_ranks}-{zlib.crc32(' '.join(more).encode()):x}", num_ranks=num_ranks)
+    where = Where(
+        shared() / f"undisturbed-{num_ranks}-{zlib.crc32(' '.join(more).encode()):x}", num_ranks=num_ranks
+    )
     where.completes(*more)
     assert [line["step"] for line in where.metrics()] == list(range(1, len(where.metrics()) + 1))
     return where
 
 
 def same_losses(where: Where, reference: Where, *, but: Sequence[str] = ()) -> str:
-    """Every line of metrics.jsonl, each number in it, bit for bit. Returns it in words. but: names that may differ."""
-    found, expected = ([{k: v for k, v in line.items() if k not in but} for line in of.metrics()] for of in (where, reference))
+    """Every line of metrics.jsonl, each number in it, bit for bit. Returns it in words. but: names that may
+    differ.
+    """
+    found, expected = (
+        [{k: v for k, v in line.items() if k not in but} for line in of.metrics()]
+        for of in (where, reference)
+    )
     steps = [line["step"] for line in found]
     assert steps == [line["step"] for line in expected], f"metrics.jsonl has steps {steps}"
     for one, other in zip(found, expected, strict=True):
-        differ = {key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)}
+        differ = {
+            key: (one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)
+        }
         assert not differ, f"step {one['step']} is not the undisturbed run's: {differ}"
     return f"yes, {len(steps)} of {len(steps)} bit for bit"
 

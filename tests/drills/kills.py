@@ -7,24 +7,45 @@ from pathlib import Path
 from tests.drills.jobs import INTERVAL, STEPS, Where, same_losses, undisturbed, until
 from tests.drills.table import Facts, drill
 from trainer.checkpoint import problems
-from trainer.stop import PREEMPTED
+from trainer.ranks.stop import PREEMPTED
 
-HOOKS = ["half a shard", "before the rename", "before the first byte", "between two ranks' files", "before the manifest",
-         "half a manifest", "before `latest`", "deleting an old one"]  # fmt: skip
+HOOKS = [
+    "half a shard",
+    "before the rename",
+    "before the first byte",
+    "between two ranks' files",
+    "before the manifest",
+    "half a manifest",
+    "before `latest`",
+    "deleting an old one",
+]
 
 
-def go_on(where: Where, facts: Facts, *more: str, killed_s: float, saving: int | None = None, interval: int = INTERVAL) -> None:
+def go_on(
+    where: Where,
+    facts: Facts,
+    *more: str,
+    killed_s: float,
+    saving: int | None = None,
+    interval: int = INTERVAL,
+) -> None:
     """The same command again, to the end. saving: the step whose save was under way."""
     trained = where.trained()[where.before(killed_s) - 1][1]
     good = [step for step in where.checkpoints() if not problems(where.checkpoint(step))]
     assert where.checkpoints() == good, f"{where.checkpoints()} are named like checkpoints, {good} are whole"
     latest = where.run / "checkpoints" / "latest"
-    assert not latest.exists() or (latest.parent / latest.read_text().strip()).is_dir(), "`latest` names what is not there"
+    assert not latest.exists() or (latest.parent / latest.read_text().strip()).is_dir(), (
+        "`latest` names what is not there"
+    )
     where.completes(*more)
     resumed = where.starts()[-1]["step"]
-    assert resumed == max(good, default=0), f"went on from step {resumed}, the newest good checkpoint was of step {max(good)}"
+    assert resumed == max(good, default=0), (
+        f"went on from step {resumed}, the newest good checkpoint was of step {max(good)}"
+    )
     at_most = interval if saving is None else trained - saving + interval
-    assert trained - resumed <= at_most, f"killed after step {trained}, went on from {resumed}: more than {at_most} steps lost"
+    assert trained - resumed <= at_most, (
+        f"killed after step {trained}, went on from {resumed}: more than {at_most} steps lost"
+    )
     facts.lost.append(trained - resumed)
     facts.recovered_s.append(where.recovered_s(killed_s))
     where.whole()
@@ -35,9 +56,10 @@ def go_on(where: Where, facts: Facts, *more: str, killed_s: float, saving: int |
 
 @drill(limit_s=400, short=True)
 def kill_at_a_point_of_a_save(directory: Path, short: bool) -> Facts:
-    """kill -9 of one rank and of all at a chosen point of a save: before the first byte, half a shard, between two ranks' files,
-    before and half of the manifest, before the rename, before `latest`, half of an old one deleted · no step-* that does not
-    verify; goes on from the newest whole one; at most an interval lost, and what was trained during the save"""
+    """kill -9 of one rank and of all at a chosen point of a save: before the first byte, half a shard,
+    between two ranks' files, before and half of the manifest, before the rename, before `latest`, half of an
+    old one deleted · no step-* that does not verify; goes on from the newest whole one; at most an interval
+    lost, and what was trained during the save"""
     facts = Facts()
     reference = undisturbed(2)
     trials = [(hook, of_all) for hook in HOOKS for of_all in (True, False)]
@@ -51,7 +73,10 @@ def kill_at_a_point_of_a_save(directory: Path, short: bool) -> Facts:
             job.until(lambda where=where: (where.path / "reached").exists(), what=hook)
             if hook == "between two ranks' files":
                 draft = where.run / "checkpoints" / f".step-{3 * INTERVAL:08d}.draft"
-                job.until(lambda draft=draft: (draft / "rank-00000.safetensors").exists(), what="the other rank's file")
+                job.until(
+                    lambda draft=draft: (draft / "rank-00000.safetensors").exists(),
+                    what="the other rank's file",
+                )
             killed_s = job.kill() if of_all else job.kill(rank)
             job.wait()
         go_on(where, facts, *more, killed_s=killed_s, saving=3 * INTERVAL)
@@ -62,7 +87,9 @@ def kill_at_a_point_of_a_save(directory: Path, short: bool) -> Facts:
 
 @drill(limit_s=400)
 def kill_at_random_times(directory: Path, short: bool) -> Facts:
-    """kill -9 of one rank and of all at random times, with a save every other step · as above, however often"""
+    """kill -9 of one rank and of all at random times, with a save every other step · as above, however
+    often
+    """
     facts, interval, seed = Facts(), 2, 4
     delays = random.Random(seed)
     reference = undisturbed(2)
@@ -81,10 +108,15 @@ def kill_at_random_times(directory: Path, short: bool) -> Facts:
             number += 1
             trained = where.trained()[where.before(killed_s) - 1][1]
             good = [step for step in where.checkpoints() if not problems(where.checkpoint(step))]
-            assert where.checkpoints() == good, f"{where.checkpoints()} are named like checkpoints, {good} are whole"
-            assert trained - max(good, default=0) <= 2 * interval, f"killed after step {trained}, whole: {good}"
+            assert where.checkpoints() == good, (
+                f"{where.checkpoints()} are named like checkpoints, {good} are whole"
+            )
+            assert trained - max(good, default=0) <= 2 * interval, (
+                f"killed after step {trained}, whole: {good}"
+            )
             facts.lost.append(trained - max(good, default=0))
-            if where.starts_at() == STEPS and number < 4:  # killed after the last save: nothing is left to train
+            # killed after the last save: nothing is left to train
+            if where.starts_at() == STEPS and number < 4:
                 where.restart()
         where.completes(f"checkpoint.interval={interval}")
         if where.trained()[-1][0] > killed_s:
@@ -97,8 +129,8 @@ def kill_at_random_times(directory: Path, short: bool) -> Facts:
 
 @drill(limit_s=150)
 def kill_one_of_four_ranks(directory: Path, short: bool) -> Facts:
-    """kill -9 of one of four ranks, experts spread over pairs (HSDP x EP) · the others end by themselves; the same command goes
-    on; at most an interval lost"""
+    """kill -9 of one of four ranks, experts spread over pairs (HSDP x EP) · the others end by themselves; the
+    same command goes on; at most an interval lost"""
     facts, where = Facts(), Where(directory, num_ranks=4)
     with where.start() as job:
         job.trained(2 * INTERVAL + 3)
@@ -123,12 +155,16 @@ def kill_at_a_start(directory: Path, short: bool) -> Facts:
         job.wait()
     assert where.metrics() == before, f"metrics.jsonl has steps {[line['step'] for line in where.metrics()]}"
     where.completes()
-    return Facts(lost=[0], recovered_s=[where.recovered_s(killed_s)], equal=same_losses(where, undisturbed(2)))
+    return Facts(
+        lost=[0], recovered_s=[where.recovered_s(killed_s)], equal=same_losses(where, undisturbed(2))
+    )
 
 
 @drill(limit_s=200, short=True)
 def torchrun_restarts_the_ranks(directory: Path, short: bool) -> Facts:
-    """kill -9 of one rank under torchrun --max-restarts 1 · exit code 0 without a hand, from the last good checkpoint"""
+    """kill -9 of one rank under torchrun --max-restarts 1 · exit code 0 without a hand, from the last good
+    checkpoint
+    """
     where = Where(directory)
     with where.launched() as launch:
         launch.trained(INTERVAL + 2)

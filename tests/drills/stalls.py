@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.drills.jobs import INTERVAL, Where, same_losses, undisturbed
 from tests.drills.table import Facts, drill
-from trainer.watchdog import HUNG
+from trainer.ranks.watchdog import HUNG
 
 HEARTBEAT_S = 4.0
 
@@ -16,10 +16,13 @@ def stacks(where: Where) -> list[str]:
 
 @drill(limit_s=200)
 def a_rank_hangs(directory: Path, short: bool) -> Facts:
-    """one rank never comes back from its step, heartbeat_s=4, under torchrun · within the limit the stacks of all ranks are
-    written, the hanging one's names the function; the job ends, torchrun starts it again, it completes"""
+    """one rank never comes back from its step, heartbeat_s=4, under torchrun · within the limit the stacks of
+    all ranks are written, the hanging one's names the function; the job ends, torchrun starts it again, it
+    completes"""
     where = Where(directory)
-    with where.launched(f"heartbeat_s={HEARTBEAT_S}", fault={"fault": "hang_in_step", "rank": 1, "step": INTERVAL + 3}) as launch:
+    with where.launched(
+        f"heartbeat_s={HEARTBEAT_S}", fault={"fault": "hang_in_step", "rank": 1, "step": INTERVAL + 3}
+    ) as launch:
         launch.trained(INTERVAL + 2)
         fault_s = time.time()
         assert (code := launch.wait()) == 0, f"exit code {code}:\n{launch.output[-3000:]}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.drills.jobs import STEPS, Job, Launch, Where, same_losses, undisturbed
 from tests.drills.table import Facts, drill
-from trainer.stop import INTERRUPTED, PREEMPTED
+from trainer.ranks.stop import INTERRUPTED, PREEMPTED
 
 GRACE_S = 30.0  # clusters give 30 s or more
 
@@ -22,8 +22,8 @@ def went_on(where: Where, told: Job | Launch) -> None:
 
 @drill(limit_s=150)
 def sigterm_to_torchrun(directory: Path, short: bool) -> Facts:
-    """SIGTERM to torchrun (a preempted job) · saved at the step where it was, exit code 75, on which launchers put the job back
-    into the queue"""
+    """SIGTERM to torchrun (a preempted job) · saved at the step where it was, exit code 75, on which
+    launchers put the job back into the queue"""
     where = Where(directory)
     with where.launched() as launch:
         launch.trained(7)
@@ -34,12 +34,19 @@ def sigterm_to_torchrun(directory: Path, short: bool) -> Facts:
     assert took_s < GRACE_S, f"{took_s:.1f} s from the signal to the end"
     went_on(where, launch)
     recovered_s = [where.recovered_s(told_s + took_s) + took_s]
-    return Facts(lost=[0], recovered_s=recovered_s, equal=same_losses(where, undisturbed(2)), note=f"ended in {took_s:.1f} s")
+    return Facts(
+        lost=[0],
+        recovered_s=recovered_s,
+        equal=same_losses(where, undisturbed(2)),
+        note=f"ended in {took_s:.1f} s",
+    )
 
 
 @drill(limit_s=150, short=True)
 def signal_to_one_rank(directory: Path, short: bool) -> Facts:
-    """SIGTERM, then SIGINT (Ctrl-C) to one of two ranks · both agree on a step, save and end with 75, and with 130"""
+    """SIGTERM, then SIGINT (Ctrl-C) to one of two ranks · both agree on a step, save and end with 75, and
+    with 130
+    """
     facts, ends_s, where = Facts(), [], Where(directory)
     for step, number, code in ((4, signal.SIGTERM, PREEMPTED), (9, signal.SIGINT, INTERRUPTED)):
         with where.start() as job:

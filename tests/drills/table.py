@@ -11,14 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("drill", "what was done", "what must hold", "held", "steps lost", "recovered in [s]",
-           "losses equal an undisturbed run's", "took [s]")  # fmt: skip
+COLUMNS = (
+    "drill",
+    "what was done",
+    "what must hold",
+    "held",
+    "steps lost",
+    "recovered in [s]",
+    "losses equal an undisturbed run's",
+    "took [s]",
+)
 
 
 @dataclass(kw_only=True)
 class Facts:
-    """What was measured. lost: steps that were trained twice; recovered_s: from the fault to the end of the first step after it,
-    the restart in it; equal: and how far."""
+    """What was measured. lost: steps that were trained twice; recovered_s: from the fault to the end of the
+    first step after it, the restart in it; equal: and how far."""
 
     lost: list[int] = field(default_factory=list)
     recovered_s: list[float] = field(default_factory=list)
@@ -42,12 +50,19 @@ DRILLS: dict[str, Drill] = {}
 
 
 def drill(*, limit_s: float = 120.0, short: bool = False) -> Callable:
-    """Of a function whose docstring is "what is done · what must hold". short: it is in the set that `make test` runs."""
+    """Of a function whose docstring is "what is done · what must hold". short: it is in the set that `make
+    test` runs.
+    """
 
     def register(act: Callable[[Path, bool], Facts]) -> Callable[[Path, bool], Facts]:
         done, holds = " ".join(act.__doc__.split()).split(" · ")
         DRILLS[act.__name__] = Drill(
-            name=act.__name__, done=done, holds=holds.rstrip("."), limit_s=limit_s, in_short_set=short, act=act
+            name=act.__name__,
+            done=done,
+            holds=holds.rstrip("."),
+            limit_s=limit_s,
+            in_short_set=short,
+            act=act,
         )
         return act
 
@@ -62,14 +77,22 @@ def run(of: Drill, *, short: bool) -> tuple[list[str], str | None]:
         with at_most(of.limit_s):
             facts = of.act(directory, short)
     except Exception as error:  # noqa: BLE001  # a drill that breaks is a drill that failed, and the others go on
-        at = next(frame for frame in reversed(traceback.extract_tb(error.__traceback__)) if "/drills/" in frame.filename)
+        at = next(
+            frame
+            for frame in reversed(traceback.extract_tb(error.__traceback__))
+            if "/drills/" in frame.filename
+        )
         line = f"{Path(at.filename).name}:{at.lineno}: {at.line}"
         failure = "\n".join([f"{type(error).__name__}: {error}", line, *getattr(error, "__notes__", [])])
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     took = f"{time.monotonic() - start_s:.0f}"
     holds = f"{of.holds} ({facts.note})" if facts.note else of.holds
-    measured = ["NO", "", "", ""] if failure else ["yes", span(facts.lost), span(facts.recovered_s, digits=1), facts.equal]
+    measured = (
+        ["NO", "", "", ""]
+        if failure
+        else ["yes", span(facts.lost), span(facts.recovered_s, digits=1), facts.equal]
+    )
     return [of.name.replace("_", " "), of.done, holds, *measured, took], failure
 
 

@@ -1,6 +1,8 @@
-"""Expert balancing: how routing counts move the routers' biases, and which losses push the routers themselves.
+"""Expert balancing: how routing counts move the routers' biases, and which losses push the routers
+themselves.
 
-stats (what is counted) -> rules (biases), losses (gradients) -> balancer (once per step). Imports nothing of ours.
+stats (what is counted) -> rules (biases), losses (gradients) -> balancer (once per step). Imports nothing of
+ours.
 """
 
 from trainer.balance.balancer import COLLAPSED_SHARE, Balancer, Verdict
@@ -37,8 +39,32 @@ from trainer.balance.stats import (
 )
 
 __all__ = [
-    "COLLAPSED_SHARE", "NO_LOSSES", "Balancer", "Guard", "LinearRule", "LossWeights", "PidRule", "QuantileRule", "RmsRule",
-    "RoutingStats", "SignRule", "SmebuGainRule", "SmebuQuantileRule", "SmebuRule", "Verdict", "attach_loss",
-    "batch_balance_loss", "centered", "collect_required", "collects_required", "count_in_backward", "register_routing_buffers",
-    "router_loss", "router_z_loss", "routing_metrics", "routing_sums", "sequence_balance_loss", "switch_balance_loss",
-]  # fmt: skip
+    "COLLAPSED_SHARE",
+    "NO_LOSSES",
+    "Balancer",
+    "Guard",
+    "LinearRule",
+    "LossWeights",
+    "PidRule",
+    "QuantileRule",
+    "RmsRule",
+    "RoutingStats",
+    "SignRule",
+    "SmebuGainRule",
+    "SmebuQuantileRule",
+    "SmebuRule",
+    "Verdict",
+    "attach_loss",
+    "batch_balance_loss",
+    "centered",
+    "collect_required",
+    "collects_required",
+    "count_in_backward",
+    "register_routing_buffers",
+    "router_loss",
+    "router_z_loss",
+    "routing_metrics",
+    "routing_sums",
+    "sequence_balance_loss",
+    "switch_balance_loss",
+]

@@ -25,10 +25,10 @@ Observer = Callable[[int, RoutingStats], None]
 class Balancer(nn.Module):
     """Moves the biases of all MoE layers by one rule, once per optimizer step, after the weights.
 
-    A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`: the
-    ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where they
-    are. `guard` watches and may act. `observers` are shown each step's sums. `required`: count required biases
-    even if the rule asks for none.
+    A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`:
+    the ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where
+    they are. `guard` watches and may act. `observers` are shown each step's sums. `required`: count required
+    biases even if the rule asks for none.
 
     The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
     the counts of the run's tail, from which the verdict is spoken.
@@ -51,12 +51,15 @@ class Balancer(nn.Module):
         self.required = required or getattr(rule, "needs_required", False)
         self._collect(self.required)
         self.rate = 1.0  # on the rule's step, set by the program
-        num_experts, on = (layers[0].expert_bias_E.numel(), layers[0].expert_bias_E.device) if layers else (0, None)
+        num_experts, on = (
+            (layers[0].expert_bias_E.numel(), layers[0].expert_bias_E.device) if layers else (0, None)
+        )
         shape_ME = (len(layers), num_experts)
         self.register_buffer("load_ME", torch.ones(shape_ME, dtype=torch.float32, device=on))
         self.register_buffer("tail_step", torch.tensor(0))  # where the counts below began
         self.register_buffer("tail_counts_ME", torch.zeros(shape_ME, dtype=torch.int64, device=on))
-        self.register_buffer("tail_3", torch.zeros(3, dtype=torch.float64, device=on))  # steps, sums of MaxVio and floor
+        # steps, sums of MaxVio and floor
+        self.register_buffer("tail_3", torch.zeros(3, dtype=torch.float64, device=on))
         self.end_at(steps)
 
     def end_at(self, steps: int) -> None:
@@ -68,7 +71,9 @@ class Balancer(nn.Module):
             self.tail_3.zero_()
 
     def set(self, *, rate: float, loss_weights: LossWeights) -> None:
-        """What the program wants from the next step: a factor on the rule's step, and the losses; the guard may add to these."""
+        """What the program wants from the next step: a factor on the rule's step, and the losses; the guard
+        may add to these.
+        """
         self.rate = rate
         for layer in self.layers:
             layer.loss_weights = loss_weights
@@ -76,7 +81,9 @@ class Balancer(nn.Module):
             self.guard.apply_loss(self.layers)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
-        """A run that has another number of steps now has another tail: `end_at` drops the counts of the old one."""
+        """A run that has another number of steps now has another tail: `end_at` drops the counts of the old
+        one.
+        """
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self._share_load()
         if self.guard is not None:
@@ -112,10 +119,15 @@ class Balancer(nn.Module):
         if self.guard is not None and self.guard.wants_solve(step):
             bias_ME += QuantileRule(bias_ME.shape)(stats, bias_ME)
         elif self.rule is not None:
-            bias_ME += self.rule(stats, bias_ME) * self.rate * (self.guard.boost() if self.guard is not None else 1)
+            bias_ME += (
+                self.rule(stats, bias_ME) * self.rate * (self.guard.boost() if self.guard is not None else 1)
+            )
         finite_M = bias_ME.isfinite().all(-1)
         if not finite_M.all():
-            what = f"step {step}: {type(self.rule).__name__} gives MoE layer {finite_M.int().argmin()} biases that are not finite"
+            what = (
+                f"step {step}: {type(self.rule).__name__} gives MoE layer {finite_M.int().argmin()} "
+                "biases that are not finite"
+            )
             raise FloatingPointError(f"{what}; the biases were not touched")
         for layer, bias_E in zip(self.layers, bias_ME, strict=True):
             layer.expert_bias_E.copy_(bias_E)
@@ -169,7 +181,9 @@ class Balancer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """collapsed: (MoE layer, expert) of each expert under 10 % of the even share over the last 10 % of steps."""
+    """collapsed: (MoE layer, expert) of each expert under 10 % of the even share over the last 10 % of
+    steps.
+    """
 
     collapsed: list[tuple[int, int]]
     num_experts: int
@@ -185,6 +199,7 @@ class Verdict:
         if self.num_experts and not self.num_steps:
             return "balance: not measured, no step of the run's last tenth was applied here"
         return (
-            f"balance: {'ok' if self.ok else 'FAILED'}, {len(self.collapsed)} of {self.num_experts} experts collapsed, "
+            f"balance: {'ok' if self.ok else 'FAILED'}, {len(self.collapsed)} of "
+            f"{self.num_experts} experts collapsed, "
             f"MaxVio {self.max_violation:.2f} (floor {self.floor:.2f})"
         )

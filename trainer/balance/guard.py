@@ -1,6 +1,8 @@
-"""Is an expert about to be lost? The guard watches every step's routing, raises an alarm before the collapse, and may act.
+"""Is an expert about to be lost? The guard watches every step's routing, raises an alarm before the collapse,
+and may act.
 
-Letters: M MoE layers, E experts. Three signals, each from the sums over all ranks, so all ranks alarm at the same step:
+Letters: M MoE layers, E experts. Three signals, each from the sums over all ranks, so all ranks alarm at the
+same step:
 
     starving   an expert that had its share falls below `starving` of it (running mean of its load)
     rising     MaxVio over its floor, worst layer: a fast mean exceeds `rising` times a slow one, and `excess`
@@ -9,7 +11,8 @@ Letters: M MoE layers, E experts. Three signals, each from the sums over all ran
 Each alarm takes the next rung of the ladder, if it has one:
 
     boost           the rule's steps count double, and again at a further such rung
-    solve           the next step is one of quantile balancing: each bias at once where the step would have been even
+    solve           the next step is one of quantile balancing: each bias goes at once to where the
+                    step would have been even
     sequence_loss   the sequence-wise balance loss gets a weight of SEQUENCE_LOSS_WEIGHT
     stop            the run saves and ends
 """
@@ -28,22 +31,36 @@ FAST, SLOW = 1 / 20, 1 / 200  # weight of a new value in the means: they look ba
 
 
 class Guard(nn.Module):
-    """enabled: False: it keeps its state and says nothing. The thresholds are those of docs/balancing.md, "The guard".
+    """enabled: False: it keeps its state and says nothing. The thresholds are those of docs/balancing.md,
+    "The guard".
 
-    grace [steps]: nothing is judged before, as biases start at zero. patience [steps]: from one alarm to the next.
+    grace [steps]: nothing is judged before, as biases start at zero. patience [steps]: from one alarm to the
+    next.
     """
 
     def __init__(
-        self, shape_ME: tuple[int, int], *, enabled: bool = True, grace: int = 200, patience: int = 50,
-        starving: float = 0.3, rising: float = 1.5, excess: float = 0.5, logits: float = 1.5, ladder: Sequence[str] = (),
-    ):  # fmt: skip
+        self,
+        shape_ME: tuple[int, int],
+        *,
+        enabled: bool = True,
+        grace: int = 200,
+        patience: int = 50,
+        starving: float = 0.3,
+        rising: float = 1.5,
+        excess: float = 0.5,
+        logits: float = 1.5,
+        ladder: Sequence[str] = (),
+    ):
         super().__init__()
         if grace < 1 or patience < 1:
             raise ValueError(f"guard.grace={grace}, guard.patience={patience}: must be at least 1 step")
         if not 0 < starving < 1:
             raise ValueError(f"guard.starving={starving}: must lie in (0, 1), 1 is the even share")
         if not (rising > 1 and logits > 1 and excess > 0):
-            raise ValueError(f"guard.rising={rising}, guard.logits={logits}: must exceed 1; guard.excess={excess}: must exceed 0")
+            raise ValueError(
+                f"guard.rising={rising}, guard.logits={logits}: must exceed 1; guard.excess={excess}: "
+                "must exceed 0"
+            )
         if unknown := [rung for rung in ladder if rung not in RUNGS]:
             raise ValueError(f"guard.ladder={list(ladder)}: {unknown[0]} is no rung; use {', '.join(RUNGS)}")
         self.enabled, self.grace, self.patience, self.ladder = enabled, grace, patience, tuple(ladder)
@@ -60,7 +77,9 @@ class Guard(nn.Module):
 
     @torch.no_grad()
     def watch(self, step: int, stats: RoutingStats, metrics: dict[str, float]) -> dict[str, float]:
-        """Takes in a step; returns guard/alarm (1: raised now) and guard/rung (taken so far). Nothing if not enabled."""
+        """Takes in a step; returns guard/alarm (1: raised now) and guard/rung (taken so far). Nothing if not
+        enabled.
+        """
         if not self.enabled:
             return {}
         self.seen += 1
@@ -101,7 +120,8 @@ class Guard(nn.Module):
 
     def taken(self, rung: str) -> int:
         """How often this rung was taken."""
-        return self.ladder[: self.rung.item()].count(rung) if rung in self.ladder else 0  # no wait for a GPU without need
+        # no wait for a GPU without need
+        return self.ladder[: self.rung.item()].count(rung) if rung in self.ladder else 0
 
     def boost(self) -> float:
         return BOOST ** self.taken("boost")

@@ -29,7 +29,12 @@ NO_LOSSES = LossWeights()
 
 
 def router_loss(
-    weights: LossWeights, scores_BLE: Tensor, logits_BLE: Tensor, ids_BLK: Tensor, load_E: Tensor, valid_BL: Tensor | None
+    weights: LossWeights,
+    scores_BLE: Tensor,
+    logits_BLE: Tensor,
+    ids_BLK: Tensor,
+    load_E: Tensor,
+    valid_BL: Tensor | None,
 ) -> Tensor | None:
     """The weighted sum; None if all weights are 0. load_E: of the last optimizer step."""
     terms = []
@@ -54,7 +59,9 @@ def sequence_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor 
     share_BLE = normalized(scores_BLE)
     valid_BL = torch.ones_like(ids_BLK[..., 0], dtype=torch.bool) if valid_BL is None else valid_BL
     weight_BLK = valid_BL.unsqueeze(-1).expand_as(ids_BLK).to(scores_BLE.dtype)
-    chosen_BE = scores_BLE.new_zeros(len(scores_BLE), num_experts).scatter_add_(1, ids_BLK.flatten(1), weight_BLK.flatten(1))
+    chosen_BE = scores_BLE.new_zeros(len(scores_BLE), num_experts).scatter_add_(
+        1, ids_BLK.flatten(1), weight_BLK.flatten(1)
+    )
     num_tokens_B1 = valid_BL.sum(1, keepdim=True).clamp_min(1)
     f_BE = chosen_BE * num_experts / (top_k * num_tokens_B1)  # eq. 30
     P_sum_BE = (share_BLE * valid_BL.unsqueeze(-1)).sum(1)  # eq. 31-32 times the tokens
@@ -62,12 +69,16 @@ def sequence_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor 
 
 
 def normalized(scores_BLE: Tensor) -> Tensor:
-    """Each token's scores over their sum. The limit is the router's: all scores may underflow, and 1 / tiny overflow."""
+    """Each token's scores over their sum. The limit is the router's: all scores may underflow, and 1 / tiny
+    overflow.
+    """
     return scores_BLE / scores_BLE.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def switch_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-    """E sum_i f_i P_i of the whole microbatch, times its tokens; it sees one rank's microbatch only, by definition."""
+    """E sum_i f_i P_i of the whole microbatch, times its tokens; it sees one rank's microbatch only, by
+    definition.
+    """
     valid_BL = None if valid_BL is None else valid_BL.reshape(1, -1)
     return sequence_balance_loss(scores_BLE.flatten(0, 1)[None], ids_BLK.flatten(0, 1)[None], valid_BL)
 
@@ -75,9 +86,11 @@ def switch_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | 
 def batch_balance_loss(scores_BLE: Tensor, load_E: Tensor, valid_BL: Tensor | None = None) -> Tensor:
     """sum_i f_i P_i with f of the last optimizer step over all ranks, times the tokens.
 
-    f carries no gradient, so a step late it needs no communication here, and cannot tell how the batch is split.
+    f carries no gradient, so a step late it needs no communication here, and cannot tell how the batch is
+    split.
     """
-    loss_BL = 1 + normalized(scores_BLE) @ (load_E - 1)  # the shares sum to 1; so written, even loads give no gradient at all
+    # the shares sum to 1; so written, even loads give no gradient at all
+    loss_BL = 1 + normalized(scores_BLE) @ (load_E - 1)
     return (loss_BL if valid_BL is None else loss_BL * valid_BL).sum()
 
 

@@ -2,8 +2,9 @@
 
 A rule is an nn.Module from (RoutingStats, bias_ME) to step_ME [score], what to add to the biases; its memory
 is buffers. v is the violation (mean - n_i) / mean of an expert, G = -dv/db the gain of a layer's router
-(RoutingStats.gain_M). A rule may have `needs_required = True` to be given the histogram of required biases, and
-`stability_M(stats)`: its step over the largest stable one, per layer; at 1 the biases oscillate without end.
+(RoutingStats.gain_M). A rule may have `needs_required = True` to be given the histogram of required biases,
+and `stability_M(stats)`: its step over the largest stable one, per layer; at 1 the biases oscillate without
+end.
 """
 
 import math
@@ -42,7 +43,8 @@ class SignRule(nn.Module):
 
 
 class LinearRule(nn.Module):
-    """b += lr * v, not clamped: fast, and unstable once lr G > 2 (tried and left in arXiv:2602.17004, section 2.2).
+    """b += lr * v, not clamped: fast, and unstable once lr G > 2 (tried and left in arXiv:2602.17004, section
+    2.2).
 
     lr [score].
     """
@@ -60,7 +62,8 @@ class LinearRule(nn.Module):
 
 
 class RmsRule(nn.Module):
-    """b += lr * v / rms(v): every layer moves by the same lr, in proportion within the layer (J. Su, "MoE tour").
+    """b += lr * v / rms(v): every layer moves by the same lr, in proportion within the layer (J. Su, "MoE
+    tour").
 
     lr [score]: the root mean square of a layer's step.
     """
@@ -126,15 +129,22 @@ class SmebuRule(nn.Module):
 
 
 class SmebuGainRule(SmebuRule):
-    """SMEBU whose lambda each layer finds by itself: lambda = rho / (kappa G), G measured from its router's margins.
+    """SMEBU whose lambda each layer finds by itself: lambda = rho / (kappa G), G measured from its router's
+    margins.
 
-    rho: the share of a small violation that one step takes away (before momentum), whatever E, K, batch or the
-    spread of the scores. memory: of the running mean of G. max_lr [score]: limit of lambda, for routers whose
-    scores hardly ever meet.
+    rho: the share of a small violation that one step takes away (before momentum), whatever E, K, batch or
+    the spread of the scores. memory: of the running mean of G. max_lr [score]: limit of lambda, for routers
+    whose scores hardly ever meet.
     """
 
     def __init__(
-        self, shape_ME: tuple[int, int], rho: float, beta: float, kappa: float, memory: float = 0.9, max_lr: float = 0.1
+        self,
+        shape_ME: tuple[int, int],
+        rho: float,
+        beta: float,
+        kappa: float,
+        memory: float = 0.9,
+        max_lr: float = 0.1,
     ):
         _above_zero(rho=rho, max_lr=max_lr)
         super().__init__(shape_ME, lr=max_lr, beta=beta, kappa=kappa)
@@ -158,7 +168,8 @@ class SmebuGainRule(SmebuRule):
 
 
 class QuantileRule(nn.Module):
-    """Quantile balancing: b becomes the bias with which K/E of the tokens would have chosen the expert (J. Su).
+    """Quantile balancing: b becomes the bias with which K/E of the tokens would have chosen the expert (J.
+    Su).
 
     From a histogram of the whole step, not from samples. ema: share of the old bias that is kept; 0: none.
     """
@@ -175,7 +186,8 @@ class QuantileRule(nn.Module):
 
 
 class SmebuQuantileRule(nn.Module):
-    """A clamped momentum step towards the quantile target q: Delta = lr tanh(rate (q - b) / lr), m as in SMEBU.
+    """A clamped momentum step towards the quantile target q: Delta = lr tanh(rate (q - b) / lr), m as in
+    SMEBU.
 
     lr [score]: the largest step; rate: share of a small distance that one step covers; beta: momentum.
     """

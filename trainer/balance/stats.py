@@ -2,7 +2,8 @@
 
 Letters: M MoE layers, E experts, K experts per token, B sequences, L tokens each, T = B L, S sums of a layer.
 
-All that a rule may see of an optimizer step is one int64 vector per layer, summed over ranks and microbatches:
+All that a rule may see of an optimizer step is one int64 vector per layer, summed over ranks and
+microbatches:
 
     counts_E     tokens sent to each expert                                                 [tokens]
     margins_W    chosen experts by their margin over the runner-up, in W logarithmic bins   [experts]
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 BINS_PER_OCTAVE, LOWEST_OCTAVE = 4, -20  # of margins: from 2^-20 ...
-NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE  # ... to 2; what lies outside counts in the first or last bin
-NUM_REQUIRED = 1000  # H, over [min bias - 1, max bias + 1]: scores lie in (0, 1), so every required bias does, too
+# ... to 2; what lies outside counts in the first or last bin
+NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE
+# H, over [min bias - 1, max bias + 1]: scores lie in (0, 1), so every required bias does, too
+NUM_REQUIRED = 1000
 LOGIT_UNIT = 2.0**-20
 MAX_SQUARE = 2.0**16  # of a token's mean squared logit, nan too: the sum of 2^26 such tokens fits into int64
-DENSITY_WINDOW = 0.25  # of an expert per token: the gain is read from margins up to where so many have been seen
+# of an expert per token: the gain is read from margins up to where so many have been seen
+DENSITY_WINDOW = 0.25
 
 
 def register_routing_buffers(layer: nn.Module, num_experts: int) -> None:
@@ -36,7 +40,9 @@ def register_routing_buffers(layer: nn.Module, num_experts: int) -> None:
     load_E: of the last optimizer step, all ranks, 1 = even share; for the global-batch loss.
     """
     layer.register_buffer("expert_bias_E", torch.zeros(num_experts, dtype=torch.float32))
-    layer.register_buffer("routing_sums_S", torch.zeros(num_sums(num_experts), dtype=torch.int64), persistent=False)
+    layer.register_buffer(
+        "routing_sums_S", torch.zeros(num_sums(num_experts), dtype=torch.int64), persistent=False
+    )
     layer.register_buffer("load_E", torch.ones(num_experts, dtype=torch.float32), persistent=False)
 
 
@@ -49,7 +55,9 @@ def collects_required(layer: nn.Module) -> bool:
 
 
 def collect_required(layer: nn.Module, collect: bool = True) -> None:
-    """Makes a layer count required biases too, or no longer; what it has counted since the last step is dropped."""
+    """Makes a layer count required biases too, or no longer; what it has counted since the last step is
+    dropped.
+    """
     size = num_sums(layer.expert_bias_E.numel(), required=collect)
     layer.routing_sums_S = layer.routing_sums_S.new_zeros(size)
 
@@ -70,7 +78,8 @@ def routing_sums(
     ones_T1 = torch.ones_like(ids_TK[:, :1]) if valid_BL is None else valid_BL.reshape(-1, 1).long()
     choice_TE = scores_TE + bias_E
     chosen_TK = choice_TE.gather(1, ids_TK)
-    alpha_T1 = choice_TE.scatter_(1, ids_TK, -math.inf).amax(1, keepdim=True)  # -inf where K = E: no runner-up
+    # -inf where K = E: no runner-up
+    alpha_T1 = choice_TE.scatter_(1, ids_TK, -math.inf).amax(1, keepdim=True)
     squares_T1 = logits_BLE.detach().view(-1, num_experts).square().mean(1, keepdim=True)
     squares_T1 = squares_T1.nan_to_num_(nan=MAX_SQUARE).clamp_(max=MAX_SQUARE)
     parts = [
@@ -91,12 +100,24 @@ def _histogram(bins_TN: Tensor, weights_T1: Tensor, num_bins: int) -> Tensor:
 
 
 def margin_bin(margin: Tensor) -> Tensor:
-    return ((margin.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE).floor().nan_to_num_(0).clamp_(0, NUM_MARGINS - 1).long()
+    return (
+        ((margin.log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
+        .floor()
+        .nan_to_num_(0)
+        .clamp_(0, NUM_MARGINS - 1)
+        .long()
+    )
 
 
 def required_bin(required_TE: Tensor, bias_E: Tensor) -> Tensor:
     low, high = bias_E.amin() - 1, bias_E.amax() + 1
-    return ((required_TE - low) * (NUM_REQUIRED / (high - low))).floor().nan_to_num_(0).clamp_(0, NUM_REQUIRED - 1).long()
+    return (
+        ((required_TE - low) * (NUM_REQUIRED / (high - low)))
+        .floor()
+        .nan_to_num_(0)
+        .clamp_(0, NUM_REQUIRED - 1)
+        .long()
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +167,9 @@ class RoutingStats:
     def gain_M(self) -> Tensor:
         """G = -dv/db [1/score]: by how much a bias moves its expert's violation; float32; 0 without tokens.
 
-        An expert's load changes by the tokens that cross the runner-up: G = (E/K) x density of the margin at 0
-        = chosen experts within h of the runner-up / (tokens K h). h: the first edge of a bin with enough of them.
+        An expert's load changes by the tokens that cross the runner-up: G = (E/K) x density of the margin at
+        0 = chosen experts within h of the runner-up / (tokens K h). h: the first edge of a bin with enough of
+        them.
         """
         seen_MW = self.margins_MW.cumsum(-1)
         first_M1 = (seen_MW >= DENSITY_WINDOW * self.tokens_M1).int().argmax(-1, keepdim=True)
@@ -157,10 +179,11 @@ class RoutingStats:
 
     @property
     def required_quantile_ME(self) -> Tensor:
-        """The bias at which an expert's score would have reached the runner-up's in K/E of the tokens; float32.
+        """The bias at which an expert's score would have reached the runner-up's in K/E of the tokens;
+        float32.
 
-        Exact for experts with more than their share. One with less must beat the K-th score, not the (K+1)-th: where
-        it lost by little it is asked for too small a bias, as in the published rule.
+        Exact for experts with more than their share. One with less must beat the K-th score, not the
+        (K+1)-th: where it lost by little it is asked for too small a bias, as in the published rule.
 
         Linear within a bin; a layer that saw no token keeps its biases.
         """
@@ -171,7 +194,9 @@ class RoutingStats:
         wanted_ME1 = self.mean_M1.unsqueeze(-1).expand_as(seen_MEH[..., :1])  # T K / E
         bin_ME1 = (seen_MEH >= wanted_ME1).int().argmax(-1, keepdim=True)
         inside_ME1 = self.required_MEH.gather(-1, bin_ME1)
-        part_ME = ((wanted_ME1 - (seen_MEH.gather(-1, bin_ME1) - inside_ME1)) / inside_ME1.clamp_min(1)).squeeze(-1)
+        part_ME = (
+            (wanted_ME1 - (seen_MEH.gather(-1, bin_ME1) - inside_ME1)) / inside_ME1.clamp_min(1)
+        ).squeeze(-1)
         quantile_ME = low_M1 + (high_M1 - low_M1) * (bin_ME1.squeeze(-1) + part_ME) / NUM_REQUIRED
         return torch.where(self.mean_M1 > 0, quantile_ME.float(), self.bias_ME)
 
@@ -190,7 +215,9 @@ def routing_metrics(stats: RoutingStats, bias_ME: Tensor) -> dict[str, Tensor]:
     num_experts = bias_ME.shape[-1]
     load_ME = stats.load_ME
     excess_M = load_ME.amax(-1) - 1  # MaxVio (arXiv:2602.17004, eq. 42)
-    floor_M1 = (2 * math.log(num_experts) * (1 - stats.top_k / num_experts) / stats.mean_M1.clamp_min(1e-9)).sqrt()
+    floor_M1 = (
+        2 * math.log(num_experts) * (1 - stats.top_k / num_experts) / stats.mean_M1.clamp_min(1e-9)
+    ).sqrt()
     entropy_M = torch.special.entr(load_ME / num_experts).sum(-1) / max(math.log(num_experts), 1e-9)
     metrics = {
         "balance/max_violation": excess_M.mean(),

@@ -1,14 +1,16 @@
-"""What did a router do, step by step? A file that a training run writes and the simulator replays under any rule.
+"""What did a router do, step by step? A file that a training run writes and the simulator replays under any
+rule.
 
 router.trace is text, one JSON object a line. The first describes the rest:
 
-    {"format": "triquetra-router-trace", "version": 1, "layers": M, "experts": E, "top_k": K, "margins": W, "required": H}
+    {"format": "triquetra-router-trace", "version": 1, "layers": M, "experts": E, "top_k": K, "margins": W,
+    "required": H}
 
-Each other line is a step: {"step": n, "counts": ..., "bias": ..., "margins": ..., "logits": ..., "required": ...}.
-Values are base64 of zlib of little-endian numbers in C order: counts (M, E), margins (M, W), logits (M, 1) and
-required (M, E, H) int64, bias (M, E) float32: the biases under which it was routed. What the sums mean, and the
-edges of their bins: balance/stats.py. `required` is there if the run was asked for it: it is needed to replay
-quantile rules, and is larger than all the rest. Lines are whole or, after a kill, missing.
+Each other line is a step: {"step": n, "counts": ..., "bias": ..., "margins": ..., "logits": ..., "required":
+...}. Values are base64 of zlib of little-endian numbers in C order: counts (M, E), margins (M, W), logits (M,
+1) and required (M, E, H) int64, bias (M, E) float32: the biases under which it was routed. What the sums
+mean, and the edges of their bins: balance/stats.py. `required` is there if the run was asked for it: it is
+needed to replay quantile rules, and is larger than all the rest. Lines are whole or, after a kill, missing.
 """
 
 import base64
@@ -45,7 +47,9 @@ class TraceWriter:
         kept = []
         if after_step and self.path.exists():
             lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= after_step]
+            kept = [
+                line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= after_step
+            ]
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self.file = self.path.open("a", buffering=1)
         self.empty = not kept
@@ -53,11 +57,19 @@ class TraceWriter:
     def __call__(self, step: int, stats: RoutingStats) -> None:
         if self.empty:
             layers, experts = stats.counts_ME.shape
-            header = {"format": FORMAT, "version": VERSION, "layers": layers, "experts": experts, "top_k": stats.top_k}
+            header = {
+                "format": FORMAT,
+                "version": VERSION,
+                "layers": layers,
+                "experts": experts,
+                "top_k": stats.top_k,
+            }
             self.file.write(json.dumps(header | {"margins": NUM_MARGINS, "required": NUM_REQUIRED}) + "\n")
             self.empty = False
         line: dict[str, Any] = {"step": step, "bias": _packed(stats.bias_ME)}
-        line |= {name: _packed(sums) for name, field in SUMS.items() if (sums := getattr(stats, field)) is not None}
+        line |= {
+            name: _packed(sums) for name, field in SUMS.items() if (sums := getattr(stats, field)) is not None
+        }
         self.file.write(json.dumps(line) + "\n")
 
 
@@ -71,15 +83,24 @@ class Trace:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise ValueError(f"trace={path}: there is no such file; a training run with balance.trace=router.trace writes one")
+            raise ValueError(
+                f"trace={path}: there is no such file; a training run with balance.trace=router.trace "
+                "writes one"
+            )
         self.header = next(self._lines(), {})
         is_ours = self.header.get("format") == FORMAT and self.header.get("version") == VERSION
         if not (is_ours and {"layers", "experts", "top_k"} <= self.header.keys()):
-            raise ValueError(f"{path}: not a router trace of version {VERSION}; its first line is {str(self.header)[:120]}")
+            raise ValueError(
+                f"{path}: not a router trace of version {VERSION}; its first line is {str(self.header)[:120]}"
+            )
         sizes = {"margins": NUM_MARGINS, "required": NUM_REQUIRED}
-        if wrong := {key: self.header.get(key) for key, size in sizes.items() if self.header.get(key) != size}:
+        if wrong := {
+            key: self.header.get(key) for key, size in sizes.items() if self.header.get(key) != size
+        }:
             raise ValueError(f"{path}: has {wrong} bins, this version reads {sizes}")
-        self.num_layers, self.num_experts, self.top_k = (self.header[key] for key in ("layers", "experts", "top_k"))
+        self.num_layers, self.num_experts, self.top_k = (
+            self.header[key] for key in ("layers", "experts", "top_k")
+        )
         self.num_steps, self.has_required = 0, True
         for line in self._lines():
             if "step" in line:
@@ -90,14 +111,23 @@ class Trace:
 
     def __iter__(self) -> Iterator[RoutingStats]:
         experts = self.num_experts
-        shapes = {"counts": (experts,), "margins": (NUM_MARGINS,), "logits": (1,), "required": (experts, NUM_REQUIRED)}
+        shapes = {
+            "counts": (experts,),
+            "margins": (NUM_MARGINS,),
+            "logits": (1,),
+            "required": (experts, NUM_REQUIRED),
+        }
         for line in self._lines():
             if "step" not in line:
                 continue
             try:
                 there = {name: shape for name, shape in shapes.items() if name in line or name != "required"}
-                sums = {SUMS[name]: self._unpacked(line[name], np.int64, shape) for name, shape in there.items()}
-                stats = RoutingStats(top_k=self.top_k, bias_ME=self._unpacked(line["bias"], np.float32, (experts,)), **sums)
+                sums = {
+                    SUMS[name]: self._unpacked(line[name], np.int64, shape) for name, shape in there.items()
+                }
+                stats = RoutingStats(
+                    top_k=self.top_k, bias_ME=self._unpacked(line["bias"], np.float32, (experts,)), **sums
+                )
             except (KeyError, TypeError, ValueError, zlib.error) as error:
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{self.path}: step {line['step']} cannot be read: {what}") from error

@@ -8,7 +8,24 @@ from trainer.checkpoint.storage import DamagedError, Piece, Stored, make_durable
 from trainer.checkpoint.transfer import load_into, read_whole
 
 __all__ = [
-    "BoxReader", "Checkpoints", "DamagedError", "Found", "Kind", "Piece", "SaveError", "Stored", "code_version", "load_into",
-    "make_durable", "problems", "read_header", "read_index", "read_manifest", "read_whole", "set_training_state",
-    "training_state", "write_durably", "write_file",
-]  # fmt: skip
+    "BoxReader",
+    "Checkpoints",
+    "DamagedError",
+    "Found",
+    "Kind",
+    "Piece",
+    "SaveError",
+    "Stored",
+    "code_version",
+    "load_into",
+    "make_durable",
+    "problems",
+    "read_header",
+    "read_index",
+    "read_manifest",
+    "read_whole",
+    "set_training_state",
+    "training_state",
+    "write_durably",
+    "write_file",
+]

@@ -1,8 +1,8 @@
 """What checkpoints does a run have, are they good, and go back to one.
 
-    python -m trainer.checkpoint list runs/demo            all of them, newest last
-    python -m trainer.checkpoint verify runs/demo [STEP]   every byte of them, or of one
-    python -m trainer.checkpoint rewind runs/demo STEP     the run goes on from there; newer ones are set aside, not deleted
+    triquetra checkpoint list runs/demo            all of them, newest last
+    triquetra checkpoint verify runs/demo [STEP]   every byte of them, or of one
+    triquetra checkpoint rewind runs/demo STEP     the run goes on from there; newer ones are set aside
 
 Exit codes: 0 all is well · 1 something is damaged · 2 not a run, no such step, or in use.
 """
@@ -17,14 +17,16 @@ from rich.table import Table
 from trainer.checkpoint.checkpoints import LATEST, Checkpoints
 from trainer.checkpoint.manifest import problems, read_manifest
 from trainer.checkpoint.storage import DamagedError
-from trainer.lock import InUseError, lock
+from trainer.ranks.lock import InUseError, lock
 
 OK, DAMAGED, REFUSED = 0, 1, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     as_written = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint", description=__doc__, formatter_class=as_written)
+    parser = argparse.ArgumentParser(
+        prog="triquetra checkpoint", description=__doc__, formatter_class=as_written
+    )
     parser.add_argument("action", choices=("list", "verify", "rewind"))
     parser.add_argument("run", type=Path, help="a run's directory")
     parser.add_argument("step", type=int, nargs="?")
@@ -54,12 +56,21 @@ def listed(checkpoints: Checkpoints) -> int:
         try:
             manifest = read_manifest(path)
             size = sum(entry["bytes"] for entry in manifest["files"].values())
-            columns = [f"{manifest.get('tokens', 0):,}", manifest.get("saved_at", ""), f"{size / 1e6:,.1f} MB",
-                       str(manifest.get("ranks", "")), manifest.get("code", "")]  # fmt: skip
+            columns = [
+                f"{manifest.get('tokens', 0):,}",
+                manifest.get("saved_at", ""),
+                f"{size / 1e6:,.1f} MB",
+                str(manifest.get("ranks", "")),
+                manifest.get("code", ""),
+            ]
         except DamagedError:
             columns = [""] * 5
         found = problems(path, hashes=False)
-        state = "DAMAGED" if found else path.suffix.removeprefix(".") or ("latest" if path.name == newest else "complete")
+        state = (
+            "DAMAGED"
+            if found
+            else path.suffix.removeprefix(".") or ("latest" if path.name == newest else "complete")
+        )
         table.add_row(path.name.removeprefix("step-").split(".")[0].lstrip("0") or "0", *columns, state)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return OK

@@ -1,7 +1,9 @@
-"""How is one box of a saved tensor read, and a safetensors file written, while nothing else is held in memory?
+"""How is one box of a saved tensor read, and a safetensors file written, while nothing else is held in
+memory?
 
-A safetensors file is: 8 bytes, the length of the header; the header, {name: {dtype, shape, data_offsets}} in JSON; the bytes of
-the tensors. The header follows from shapes alone, so the tensors may be made one by one while the file is written.
+A safetensors file is: 8 bytes, the length of the header; the header, {name: {dtype, shape, data_offsets}} in
+JSON; the bytes of the tensors. The header follows from shapes alone, so the tensors may be made one by one
+while the file is written.
 """
 
 import json
@@ -42,7 +44,9 @@ class BoxReader:
         self.opened = lru_cache(MAX_OPEN)(lambda file: safe_open(directory / file, framework="pt"))
 
     def read(self, name: str, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """The box (sizes) at `offsets` of a tensor. Raises: DamagedError if no piece, or more than one, holds part of it."""
+        """The box (sizes) at `offsets` of a tensor. Raises: DamagedError if no piece, or more than one, holds
+        part of it.
+        """
         stored = self.index[name]
         box, found = torch.empty(tuple(sizes), dtype=stored.dtype), 0
         for piece in stored.pieces:
@@ -54,7 +58,10 @@ class BoxReader:
                 box[where] = self.part(piece, offsets=inside, sizes=part)
                 found += prod(part)
         if found != box.numel():
-            raise DamagedError(f"{name}: the checkpoint's pieces hold {found} of the {box.numel()} values at {tuple(offsets)}")
+            raise DamagedError(
+                f"{name}: the checkpoint's pieces hold {found} of the {box.numel()} values at "
+                f"{tuple(offsets)}"
+            )
         return box
 
     def part(self, piece: Piece, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
@@ -62,14 +69,18 @@ class BoxReader:
 
 
 def overlap(piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """First corner and, exclusive, last corner of what a piece and a box have in common, in the whole tensor's numbers."""
+    """First corner and, exclusive, last corner of what a piece and a box have in common, in the whole
+    tensor's numbers.
+    """
     first = [max(a, b) for a, b in zip(piece.offsets, offsets, strict=True)]
     ends = zip(piece.offsets, piece.sizes, offsets, sizes, strict=True)
     return first, [min(a + n, b + m) for a, n, b, m in ends]
 
 
 def read_header(path: Path) -> dict[str, Kind]:
-    """What a safetensors file holds. Raises: DamagedError, naming the file, if it is none, cut off, or of other dtypes."""
+    """What a safetensors file holds. Raises: DamagedError, naming the file, if it is none, cut off, or of
+    other dtypes.
+    """
     try:
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
@@ -83,17 +94,21 @@ def read_header(path: Path) -> dict[str, Kind]:
 
 
 def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tensor]) -> None:
-    """Writes the tensors that `make` gives one by one, and makes the file durable. Wider dtypes come first: all lie aligned.
+    """Writes the tensors that `make` gives one by one, and makes the file durable. Wider dtypes come first:
+    all lie aligned.
 
     Raises: ValueError if a tensor is not of its kind; OSError.
     """
-    names = sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)  # stable: otherwise in the given order
+    # stable: otherwise in the given order
+    names = sorted(kinds, key=lambda name: -kinds[name].dtype.itemsize)
     with path.open("wb") as file:
         file.write(header_of({name: kinds[name] for name in names}))
         for name in names:
             tensor = make(name)
             if (has := Kind(tensor.dtype, tuple(tensor.shape))) != kinds[name]:
-                raise ValueError(f"{name}: is {has.dtype} {has.shape}, must be {kinds[name].dtype} {kinds[name].shape}")
+                raise ValueError(
+                    f"{name}: is {has.dtype} {has.shape}, must be {kinds[name].dtype} {kinds[name].shape}"
+                )
             file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             del tensor  # before the next one is made
         file.flush()

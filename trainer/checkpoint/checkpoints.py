@@ -1,15 +1,16 @@
 """Where do a run's checkpoints lie, when is one complete, and which one does a run go on from?
 
-    <run>/checkpoints/step-00000200/             what it has to hold: storage.py; that it is unchanged: manifest.py
-                      latest                     the name of the newest one
-                      .step-00000250.draft/      being written
-                      step-00000150.damaged/     set aside, as it did not verify when a run was to go on from it
-                      step-00000300.abandoned/   set aside, as the run went back to an earlier step (rewind)
+    <run>/checkpoints/step-00000200/            its content: storage.py; its hashes: manifest.py
+                      latest                    the name of the newest one
+                      .step-00000250.draft/     being written
+                      step-00000150.damaged/    set aside: it did not verify when the run was continued
+                      step-00000300.abandoned/  set aside: the run went back to an earlier step (rewind)
 
-A save copies what this rank holds and returns; a thread writes the copy into a draft, makes it durable, and hashes it; rank 0
-gathers the hashes into the manifest and renames the draft: the rename is the commit, `latest` follows. Nothing is ever written
-into a directory that is there already. What is named step-<number> belongs to the run as it is now, so that purging and resuming
-need not ask which line of the run a checkpoint is from.
+A save copies what this rank holds and returns; a thread writes the copy into a draft, makes it durable, and
+hashes it; rank 0 gathers the hashes into the manifest and renames the draft: the rename is the commit,
+`latest` follows. Nothing is ever written into a directory that is there already. What is named step-<number>
+belongs to the run as it is now, so that purging and resuming need not ask which line of the run a checkpoint
+is from.
 """
 
 import logging
@@ -27,10 +28,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.agree import agreed, gathered
 from trainer.checkpoint.manifest import MANIFEST, file_entry, problems, write_manifest
-from trainer.checkpoint.storage import INDEX, DamagedError, SafetensorsWriter, make_durable, read_index, write_durably
+from trainer.checkpoint.storage import (
+    INDEX,
+    DamagedError,
+    SafetensorsWriter,
+    make_durable,
+    read_index,
+    write_durably,
+)
 from trainer.checkpoint.transfer import StagedPlanner, first_failure, load_into
+from trainer.ranks.agree import agreed, gathered
 
 LATEST = "latest"
 MAX_MISSES = 3  # checkpoints in a row that could not be written; then the run ends
@@ -50,12 +58,18 @@ class Found(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run. Methods under "saving" and "loading" are collective: every rank calls them.
 
-    keep: the newest ones; keep_every [steps]: and for good each at a multiple of it. retries: of a save that fails, after
-    1, 2, 4, ... times retry_s [s].
+    keep: the newest ones; keep_every [steps]: and for good each at a multiple of it. retries: of a save that
+    fails, after 1, 2, 4, ... times retry_s [s].
     """
 
     def __init__(
-        self, directory: Path, *, keep: int = 2, keep_every: int | None = None, retries: int = 4, retry_s: float = 1.0
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        retries: int = 4,
+        retry_s: float = 1.0,
     ) -> None:
         self.directory, self.keep, self.keep_every = directory, keep, keep_every
         self.retries, self.retry_s = retries, retry_s
@@ -89,9 +103,11 @@ class Checkpoints:
         return self.path(step).rename(self.directory / name)
 
     def rewind(self, step: int) -> list[Path]:
-        """The run goes on from this step: all that is newer is set aside, newest first. Returns where it lies now.
+        """The run goes on from this step: all that is newer is set aside, newest first. Returns where it lies
+        now.
 
-        Raises: DamagedError if the checkpoint of this step is not there or not good; then nothing has changed.
+        Raises: DamagedError if the checkpoint of this step is not there or not good; then nothing has
+        changed.
         """
         if found := problems(self.path(step)):
             raise DamagedError("\n".join(found))
@@ -109,17 +125,24 @@ class Checkpoints:
     # -- saving --
 
     def save(
-        self, step: int, state: dict[str, Any], *, about: Mapping[str, Any] | None = None, texts: Mapping[str, str] | None = None,
+        self,
+        step: int,
+        state: dict[str, Any],
+        *,
+        about: Mapping[str, Any] | None = None,
+        texts: Mapping[str, str] | None = None,
         wait: bool = False,
-    ) -> None:  # fmt: skip
-        """Copies `state` (nested dicts of tensors) and writes the copy in the background, after a save that is under way.
+    ) -> None:
+        """Copies `state` (nested dicts of tensors) and writes the copy in the background, after a save that
+        is under way.
 
         about: for the manifest; texts: further files, by name. wait: until it is written.
         Raises: SaveError when MAX_MISSES in a row could not be written.
         """
         self.finish()
         if self.group is None and dist.get_world_size() > 1:
-            # Apart from the step's collectives, which go on meanwhile; writing may take its time, a dead rank is seen at once.
+            # Apart from the step's collectives, which go on meanwhile; writing may take its time, a dead rank
+            # is seen at once.
             self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.planner.stage(state)
         job = (step, state, dict(about or {}), dict(texts or {}))
@@ -136,7 +159,10 @@ class Checkpoints:
         if self.broken is not None:
             raise self.broken
         if self.misses >= MAX_MISSES:
-            raise SaveError(f"{self.misses} checkpoints in a row could not be written to {self.directory}, see the warnings")
+            raise SaveError(
+                f"{self.misses} checkpoints in a row could not be written to {self.directory}, see the "
+                "warnings"
+            )
 
     def _write(self, *job: Any) -> None:
         """In the thread."""
@@ -155,7 +181,9 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001  # a rank is gone, so there is no agreeing on anything; `finish` raises it
             self.broken = error
 
-    def _attempt(self, step: int, state: dict[str, Any], about: dict[str, Any], texts: dict[str, str]) -> str | None:
+    def _attempt(
+        self, step: int, state: dict[str, Any], about: dict[str, Any], texts: dict[str, str]
+    ) -> str | None:
         """What went wrong, the same on all ranks; then the draft is gone, and all else as it was."""
         draft = self.directory / f".{self.path(step).name}.draft"
         writer = SafetensorsWriter(draft, rank=dist.get_rank())
@@ -167,7 +195,13 @@ class Checkpoints:
             draft.mkdir(parents=True)
 
         def write() -> dict[str, Any]:
-            dcp.save(state, storage_writer=writer, planner=self.planner, process_group=self.group, no_dist=self.group is None)
+            dcp.save(
+                state,
+                storage_writer=writer,
+                planner=self.planner,
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
             own = draft / writer.file
             return {own.name: file_entry(own)} if own.exists() else {}
 
@@ -175,7 +209,11 @@ class Checkpoints:
             for name, text in texts.items():
                 write_durably(draft / name, text)
             entries = files | {name: file_entry(draft / name) for name in (INDEX, *texts)}
-            write_manifest(draft, {"step": step, "saved_at": datetime.now(UTC).isoformat(timespec="seconds"), **about}, entries)
+            write_manifest(
+                draft,
+                {"step": step, "saved_at": datetime.now(UTC).isoformat(timespec="seconds"), **about},
+                entries,
+            )
             make_durable(draft)
             draft.rename(self.path(step))
 
@@ -188,7 +226,9 @@ class Checkpoints:
             problem = problem or self._first(commit)
             after = self._first(tidy if problem is None else lambda: shutil.rmtree(draft, ignore_errors=True))
             if after and dist.get_rank() == 0:  # it is there: a further attempt would only find that
-                log.warning("the checkpoint of step %d was written, but not all after it was done: %s", step, after)
+                log.warning(
+                    "the checkpoint of step %d was written, but not all after it was done: %s", step, after
+                )
         return problem
 
     def _first(self, action: Callable[[], Any]) -> str | None:
@@ -206,7 +246,13 @@ class Checkpoints:
             answers = [own] * dist.get_world_size()
             dist.all_gather_object(answers, own, group=self.group)
         failed = [(rank, said) for rank, (_, said) in enumerate(answers) if said]
-        problem = failed[0][1] if len(failed) == len(answers) else f"rank {failed[0][0]}: {failed[0][1]}" if failed else None
+        problem = (
+            failed[0][1]
+            if len(failed) == len(answers)
+            else f"rank {failed[0][0]}: {failed[0][1]}"
+            if failed
+            else None
+        )
         return {name: entry for result, _ in answers for name, entry in (result or {}).items()}, problem
 
     def _purge(self) -> None:
@@ -221,7 +267,8 @@ class Checkpoints:
     # -- loading --
 
     def newest_good(self) -> Found | None:
-        """The newest checkpoint that verifies; what is wrong with newer ones is said aloud. None: there are none.
+        """The newest checkpoint that verifies; what is wrong with newer ones is said aloud. None: there are
+        none.
 
         Raises: DamagedError if there are some and none is good.
         """
@@ -236,7 +283,8 @@ class Checkpoints:
                 log.warning("the checkpoint of step %d cannot be used, trying an earlier one", step)
         if steps:
             raise DamagedError(
-                f"{self.directory}: none of the checkpoints can be used (steps {', '.join(map(str, steps))}), see the warnings; "
+                f"{self.directory}: none of the checkpoints can be used (steps "
+                f"{', '.join(map(str, steps))}), see the warnings; "
                 "bring one of them back, or choose another name= to start anew"
             )
         return None
@@ -247,7 +295,8 @@ class Checkpoints:
         return sorted({problem for of_rank in gathered(found) for problem in of_rank})
 
     def go_on_from(self, step: int | None) -> None:
-        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside, drafts removed.
+        """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside,
+        drafts removed.
 
         Raises: SaveError, on all ranks, if the directory cannot be written to.
         """
@@ -261,19 +310,26 @@ class Checkpoints:
             if step is not None:
                 self.point_at(step)
 
-        if problem := agreed(attempted(tidy)[1] if dist.get_rank() == 0 and self.directory.is_dir() else None):
+        if problem := agreed(
+            attempted(tidy)[1] if dist.get_rank() == 0 and self.directory.is_dir() else None
+        ):
             raise SaveError(f"{self.directory} cannot be written to: {problem}")
         self.last_saved = step
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        """Fills the tensors of `state` in place, each rank its own part, and returns it. Raises: ValueError, DamagedError."""
+        """Fills the tensors of `state` in place, each rank its own part, and returns it. Raises: ValueError,
+        DamagedError.
+        """
         return load_into(state, directory=self.path(step), index=read_index(self.path(step)))
 
     def shape(self, step: int, name: str) -> tuple[int, ...]:
         """Of a saved tensor."""
         index = read_index(self.path(step))
         if name not in index:
-            raise ValueError(f"{self.path(step)} holds no {name}: another version of Triquetra wrote it; continue with that one")
+            raise ValueError(
+                f"{self.path(step)} holds no {name}: another version of Triquetra wrote it; continue with "
+                "that one"
+            )
         return index[name].shape
 
 

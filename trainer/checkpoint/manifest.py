@@ -39,7 +39,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if INDEX not in sizes:
             raise ValueError(f"it lists no {INDEX}")
     except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing: the checkpoint was not completed, or an older version wrote it") from error
+        raise DamagedError(
+            f"{path} is missing: the checkpoint was not completed, or an older version wrote it"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if text != _text_of(content):
@@ -48,13 +50,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def file_entry(path: Path) -> dict[str, Any]:
-    """{bytes, xxh3}. xxh3 finds every accident at the speed of memory; it does not stop somebody who forges."""
+    """{bytes, xxh3}. xxh3 finds every accident at the speed of memory; it does not stop somebody who
+    forges.
+    """
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "xxh3": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}
 
 
 def problems(directory: Path, *, hashes: bool = True, share: slice = slice(None)) -> list[str]:
-    """What is wrong with a checkpoint, in words; [] if all is well. Without `hashes`: existence and size of its files only.
+    """What is wrong with a checkpoint, in words; [] if all is well. Without `hashes`: existence and size of
+    its files only.
 
     share: of its files, where several ranks verify together.
     """

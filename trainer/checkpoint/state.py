@@ -13,11 +13,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from trainer.optim import Optimizers
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")  # a single rank's saves
+# a single rank's saves
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def training_state(model: nn.Module, optimizer: Optimizers, balancer: nn.Module) -> dict[str, Any]:
-    """Weights and routing biases, optimizer state, the balancing rule's and the guard's memory: tensors in nested dicts.
+    """Weights and routing biases, optimizer state, the balancing rule's and the guard's memory: tensors in
+    nested dicts.
 
     Hyper-parameters are not in it: those of the present configuration count.
     """
@@ -35,12 +37,18 @@ def training_state(model: nn.Module, optimizer: Optimizers, balancer: nn.Module)
     }
 
 
-def set_training_state(state: dict[str, Any], model: nn.Module, optimizer: Optimizers, balancer: nn.Module) -> None:
+def set_training_state(
+    state: dict[str, Any], model: nn.Module, optimizer: Optimizers, balancer: nn.Module
+) -> None:
     """The reverse."""
     set_model_state_dict(model, state["model"])
-    kept = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    kept = [
+        {name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups
+    ]
     groups = get_optimizer_state_dict(model, optimizer.optimizers)["param_groups"]
-    set_optimizer_state_dict(model, optimizer.optimizers, {"state": state["optimizer"], "param_groups": groups})
+    set_optimizer_state_dict(
+        model, optimizer.optimizers, {"state": state["optimizer"], "param_groups": groups}
+    )
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
     balancer.load_state_dict(state["balancer"])

@@ -1,4 +1,5 @@
-"""How do tensors lie on disk? torch's DCP plans who writes and reads what; here are its files, which hold tensors and JSON only.
+"""How do tensors lie on disk? torch's DCP plans who writes and reads what; here are its files, which hold
+tensors and JSON only.
 
     rank-00000.safetensors   the pieces that rank 0 wrote, each under the key <tensor>@<offsets>
     index.json               {tensor: {dtype, shape, pieces: [{file, key, offsets, sizes}]}}
@@ -29,9 +30,21 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 INDEX = "index.json"
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
-    torch.bool)}  # fmt: skip
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
 
 
 class DamagedError(ValueError):
@@ -71,16 +84,24 @@ class SafetensorsWriter(StorageWriter):
         if by_key:  # a rank may hold nothing that another one does not write
             path = self.directory / self.file
             save_file({key: tensor for key, (_, tensor) in by_key.items()}, path)
-            path.chmod(self.directory.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
+            # safetensors makes files that their owner alone can read
+            path.chmod(self.directory.stat().st_mode & 0o666)
             make_durable(path)
         done = Future[list[WriteResult]]()
-        done.set_result([WriteResult(item.index, tensor.nbytes, storage_data=self.file) for item, tensor in by_key.values()])
+        done.set_result(
+            [
+                WriteResult(item.index, tensor.nbytes, storage_data=self.file)
+                for item, tensor in by_key.values()
+            ]
+        )
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         file_of = {_key(written.index): written.storage_data for of_rank in results for written in of_rank}
         index = {name: _stored(name, saved, file_of) for name, saved in metadata.state_dict_metadata.items()}
-        write_durably(self.directory / INDEX, json.dumps({name: _as_json(stored) for name, stored in index.items()}))
+        write_durably(
+            self.directory / INDEX, json.dumps({name: _as_json(stored) for name, stored in index.items()})
+        )
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
 
@@ -102,7 +123,9 @@ class SafetensorsReader(StorageReader):
 
     def __init__(self, directory: Path, index: Index):
         self.directory, self.index = directory, index
-        self.piece_of = {_index(name, piece): piece for name, stored in index.items() for piece in stored.pieces}
+        self.piece_of = {
+            _index(name, piece): piece for name, stored in index.items() for piece in stored.pieces
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata({name: _metadata(stored) for name, stored in self.index.items()})
@@ -122,7 +145,9 @@ class SafetensorsReader(StorageReader):
         done.set_result(None)
         return done
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None: ...
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
 
@@ -182,12 +207,16 @@ def _stored(name: str, saved: Any, file_of: Mapping[str, str]) -> Stored:
     pieces = []
     for chunk in (chunk for chunk in saved.chunks if 0 not in chunk.sizes):
         key = _key(MetadataIndex(name, chunk.offsets))
-        pieces.append(Piece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes)))
+        pieces.append(
+            Piece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes))
+        )
     return Stored(dtype=saved.properties.dtype, shape=tuple(saved.size), pieces=tuple(pieces))
 
 
 def _metadata(stored: Stored) -> TensorStorageMetadata:
-    chunks = [ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in stored.pieces]
+    chunks = [
+        ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in stored.pieces
+    ]
     return TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks)
 
 
@@ -200,5 +229,12 @@ def _from_json(of: Mapping[str, Any]) -> Stored:
     for piece in of["pieces"]:
         if Path(piece["file"]).name != piece["file"]:
             raise ValueError(f"file {piece['file']!r}: must be a plain name in the checkpoint's directory")
-        pieces.append(Piece(file=piece["file"], key=piece["key"], offsets=tuple(piece["offsets"]), sizes=tuple(piece["sizes"])))
+        pieces.append(
+            Piece(
+                file=piece["file"],
+                key=piece["key"],
+                offsets=tuple(piece["offsets"]),
+                sizes=tuple(piece["sizes"]),
+            )
+        )
     return Stored(dtype=DTYPES[of["dtype"]], shape=tuple(of["shape"]), pieces=tuple(pieces))

@@ -18,7 +18,8 @@ from trainer.checkpoint.storage import DamagedError, Index, SafetensorsReader, r
 class StagedPlanner(DefaultSavePlanner):
     """DCP's planner, writing from a copy that `stage` took: training goes on while the copy is written.
 
-    Memory: this rank's part of the state once more, on the host (pinned beside a GPU), kept from save to save.
+    Memory: this rank's part of the state once more, on the host (pinned beside a GPU), kept from save to
+    save.
     """
 
     def __init__(self) -> None:
@@ -46,15 +47,24 @@ class StagedPlanner(DefaultSavePlanner):
 def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[str, Any]:
     """Fills the tensors of `state` in place, each rank its own part, and returns it. Collective.
 
-    Raises: ValueError naming every tensor that is missing, or of another shape or dtype; DamagedError if a file cannot be read.
+    Raises: ValueError naming every tensor that is missing, or of another shape or dtype; DamagedError if a
+    file cannot be read.
     """
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state)
     wanted = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
-    missing = [f"{name}: is not in it, must be {shape}" for name, shape in wanted.items() if name not in index]
+    missing = [
+        f"{name}: is not in it, must be {shape}" for name, shape in wanted.items() if name not in index
+    ]
     both = [(name, index[name].shape, shape) for name, shape in wanted.items() if name in index]
-    wrong = missing + [f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape]
-    pairs = [(name, index[name].dtype, tensor.dtype) for name, tensor in planner.state_dict.items() if name in index]
+    wrong = missing + [
+        f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape
+    ]
+    pairs = [
+        (name, index[name].dtype, tensor.dtype)
+        for name, tensor in planner.state_dict.items()
+        if name in index
+    ]
     wrong += [f"{name}: has {there}, must be {own}" for name, there, own in pairs if not converts(there, own)]
     if wrong:
         raise ValueError("\n".join([f"{directory}: {len(wrong)} tensors do not fit this run:", *wrong]))
@@ -68,7 +78,9 @@ def converts(there: torch.dtype, own: torch.dtype) -> bool:
 
 
 def read_whole(directory: Path, names: list[str] | None = None) -> dict[str, Tensor]:
-    """Tensors of a checkpoint (none named: all), whole, in this process alone. Raises: DamagedError, KeyError."""
+    """Tensors of a checkpoint (none named: all), whole, in this process alone. Raises: DamagedError,
+    KeyError.
+    """
     index = read_index(directory)
     chosen = {name: index[name] for name in (index if names is None else names)}
     whole = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in chosen.items()}
@@ -76,7 +88,13 @@ def read_whole(directory: Path, names: list[str] | None = None) -> dict[str, Ten
     return whole
 
 
-def _load(state: dict[str, Any], reader: SafetensorsReader, *, alone: bool, planner: DefaultLoadPlanner | None = None) -> None:
+def _load(
+    state: dict[str, Any],
+    reader: SafetensorsReader,
+    *,
+    alone: bool,
+    planner: DefaultLoadPlanner | None = None,
+) -> None:
     try:
         dcp.load(state, storage_reader=reader, planner=planner, no_dist=alone)
     except CheckpointException as error:  # a BaseException: nobody else would catch it

@@ -1,8 +1,8 @@
 """What can be set, with which default and limit?
 
-Plain dataclasses (schema); the YAML files under configs/ fill them through Hydra (compose). A key that is not named
-there, a value of the wrong type or out of range (limits) is refused before anything is built: `ConfigError` names the
-key, the value, the limit and what would work.
+Plain dataclasses (schema); the YAML files under configs/ fill them through Hydra (compose). A key that is not
+named there, a value of the wrong type or out of range (limits) is refused before anything is built:
+`ConfigError` names the key, the value, the limit and what would work.
 
 `_target_` nodes (rules, optimizers, sources, trackers) have no dataclass: the constructor they name is their
 schema, and its signature is checked (targets). Imports nothing of ours.

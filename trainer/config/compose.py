@@ -38,7 +38,9 @@ def load(overrides: list[str]) -> Config:
 
 
 def reread(path: Path) -> Config:
-    """The configuration that a run wrote as its config.yaml. Raises: ConfigError if this version has other keys."""
+    """The configuration that a run wrote as its config.yaml. Raises: ConfigError if this version has other
+    keys.
+    """
     config = filled(Config, path)
     config.stage = {name: _span(name, values) for name, values in config.stage.items()}
     return config
@@ -46,18 +48,24 @@ def reread(path: Path) -> Config:
 
 def _span(name: str, values: Any) -> SpanConfig:
     if not isinstance(values, dict):
-        raise ConfigError(f"stage.{name}={values}: must be a span, like {{steps: 100}}; ~stage.{name} leaves it out")
+        raise ConfigError(
+            f"stage.{name}={values}: must be a span, like {{steps: 100}}; ~stage.{name} leaves it out"
+        )
     return filled(SpanConfig, values, where=f"stage.{name}: ")
 
 
 def composed(root: str, overrides: list[str]) -> Any:
-    """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked, limits are not."""
+    """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked,
+    limits are not.
+    """
     try:
         with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
             node = compose(root, _any_key_of_known_spans(root, _any_source(overrides)))
         check_targets(node)
         if missing := sorted(OmegaConf.missing_keys(node)):
-            raise ConfigError(f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them.")
+            raise ConfigError(
+                f"not set: {', '.join(missing)}. Choose an experiment (experiment=demo) or set them."
+            )
         return OmegaConf.to_object(node)
     except ConfigError:
         raise
@@ -66,7 +74,9 @@ def composed(root: str, overrides: list[str]) -> Any:
 
 
 def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
-    """A span of the program may be given keys that its file leaves out (++); a new span must be announced by a +."""
+    """A span of the program may be given keys that its file leaves out (++); a new span must be announced by
+    a +.
+    """
     ours = [override for override in overrides if override.startswith("stage.")]
     if not ours:
         return overrides
@@ -74,12 +84,16 @@ def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
     for override in ours:
         name = override.split("=")[0].split(".")[1]
         if name not in known:
-            raise ConfigError(f"{override!r}: there is no span {name}{nearest(name, known)}; +stage.{name}... adds one")
+            raise ConfigError(
+                f"{override!r}: there is no span {name}{nearest(name, known)}; +stage.{name}... adds one"
+            )
     return [f"++{override}" if override in ours else override for override in overrides]
 
 
 def _any_source(overrides: list[str]) -> list[str]:
-    """Sources have names of the user's own, so they and their weights may be added without a +; what is wrong is found later."""
+    """Sources have names of the user's own, so they and their weights may be added without a +; what is wrong
+    is found later.
+    """
     return [f"++{o}" if o.startswith(("data.sources", "data.mixture")) else o for o in overrides]
 
 
@@ -88,7 +102,9 @@ def resolved_yaml(config: Any) -> str:
 
 
 def looked_up(overrides: list[str], doc: str | None) -> str | None:
-    """What --help or --cfg job asks for, in place of doing anything; None if neither does. Raises: ConfigError."""
+    """What --help or --cfg job asks for, in place of doing anything; None if neither does. Raises:
+    ConfigError.
+    """
     if {"-h", "--help"} & set(overrides):
         return usage(doc)
     if "--cfg" in overrides:
@@ -100,7 +116,9 @@ def usage(doc: str | None) -> str:
     """What `--help` of trainer/train.py prints: its docstring `doc` and the choices of each group."""
     others = {"ablation", "level", "scores"}  # of the other programs
     groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in others)
-    options = "\n".join(f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups)
+    options = "\n".join(
+        f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups
+    )
     return f"""{doc}
     --cfg job    prints the resolved configuration and trains nothing
 

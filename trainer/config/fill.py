@@ -13,7 +13,9 @@ from trainer.config.schema import ConfigError
 
 
 def filled(schema: type, source: Path | DictConfig | dict, *, where: str = "") -> Any:
-    """An instance of a dataclass from YAML or values. Raises: ConfigError with the nearest valid key, after `where`."""
+    """An instance of a dataclass from YAML or values. Raises: ConfigError with the nearest valid key, after
+    `where`.
+    """
     where = f"{source}: " if isinstance(source, Path) else where
     try:
         values = OmegaConf.load(source) if isinstance(source, Path) else source
@@ -25,7 +27,11 @@ def filled(schema: type, source: Path | DictConfig | dict, *, where: str = "") -
         key, owner = str(getattr(error, "full_key", None) or ""), getattr(error, "object_type", None)
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         hint = "" if not known or key.rsplit(".", 1)[-1] in known else nearest(key.rsplit(".", 1)[-1], known)
-        message = " ".join(line.strip() for line in str(error).splitlines() if "_type=" not in line and "full_key" not in line)
+        message = " ".join(
+            line.strip()
+            for line in str(error).splitlines()
+            if "_type=" not in line and "full_key" not in line
+        )
         raise ConfigError(f"{where}{key}{': ' if key else ''}{message}{hint}") from None
 
 

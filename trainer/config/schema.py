@@ -33,24 +33,32 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     expert_dtype: str | None = None  # float32 | bfloat16; null: the run's dtype
-    router_dtype: str = "float32"  # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
+    # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
+    router_dtype: str = "float32"
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     source: Any = None  # _target_: where documents come from (trainer/data/)
     sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
-    mixture: dict[str, float] | None = field(default_factory=dict)  # weights of sources, shares of tokens; none: equal ones
-    buffer: int = 0  # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
-    drain: bool = False  # where the mixture changes, read open documents to their ends first; false: they wait for their source
-    packing: str = "stream"  # stream: documents one after another, cut by rows | fit: cut at seq_len, whole in a row, padded
-    at_end: str = "repeat"  # of a source: another epoch | stop: the others share its weight, the run ends with the last of them
-    tokenizer: str | None = "train"  # "train" | directory | tokenizer.json | hub name; null: the source has tokens
+    # weights of sources, shares of tokens; none: equal ones
+    mixture: dict[str, float] | None = field(default_factory=dict)
+    # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
+    buffer: int = 0
+    # where the mixture changes, read open documents to their ends first; false: they wait for their source
+    drain: bool = False
+    # stream: documents one after another, cut by rows | fit: cut at seq_len, whole in a row, padded
+    packing: str = "stream"
+    # of a source: another epoch | stop: the others share its weight, the run ends with the last of them
+    at_end: str = "repeat"
+    # "train" | directory | tokenizer.json | hub name; null: the source has tokens
+    tokenizer: str | None = "train"
     num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
     shuffle: bool = True
     document_mask: bool = True  # tokens see their own document only; false: whatever precedes them in the row
     on_bad: str = "skip"  # skip (counted and reported) | fatal
-    max_bad: float = 0.01  # share of a rank's documents that may be bad, from the 11th on; empty ones are not counted
+    # share of a rank's documents that may be bad, from the 11th on; empty ones are not counted
+    max_bad: float = 0.01
     max_document_mb: float = 100.0  # [MB] a larger document is a bad document
     cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
     backend: str = "tokenizers"  # tokenizers | fastokens | gigatoken: who turns text into the tokenizer's ids
@@ -69,7 +77,8 @@ class BalanceConfig:
     switch_loss_weight: float = 0.0  # arXiv:2101.03961, eq. 4: the same over a rank's microbatch
     batch_loss_weight: float = 0.0  # arXiv:2501.11873: with the loads of the whole last step
     router_z_loss_weight: float = 0.0  # arXiv:2202.08906, eq. 5: on the router's logits
-    trace: str | None = None  # file for what the router does in each step, in the run's directory (trainer/balance/trace.py)
+    # file for what the router does in each step, in the run's directory (trainer/balance/trace.py)
+    trace: str | None = None
     trace_required: bool = False  # also the histograms that quantile rules need to be replayed; much larger
 
 
@@ -84,7 +93,8 @@ class GuardConfig:
     rising: float = 1.5  # MaxVio over its floor, of the last 20 steps over the last 200
     excess: float = 0.5  # [even shares] and at least this much of it
     logits: float = 1.5  # root mean square of the router's logits, of the last 20 steps over the last 200
-    ladder: list[str] = field(default_factory=list)  # of boost, solve, sequence_loss, stop: one for each alarm
+    # of boost, solve, sequence_loss, stop: one for each alarm
+    ladder: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -101,36 +111,44 @@ class CheckpointConfig:
     interval: int = 200  # [steps]
     keep: int = 2  # the newest ones; the rest is deleted
     keep_every: int | None = None  # [steps] and for good each at a multiple of it
-    background: bool = True  # written while training goes on, from a copy in host memory; false: the step waits
-    retries: int = 4  # of a save that fails, after 1, 2, 4, ... times retry_s; three saves in a row that fail end the run
+    # written while training goes on, from a copy in host memory; false: the step waits
+    background: bool = True
+    # of a save that fails, after 1, 2, 4, ... times retry_s; three saves in a row that fail end the run
+    retries: int = 4
     retry_s: float = 1.0  # [s]
 
 
 @dataclass(kw_only=True)
 class SkipConfig:
-    """Which steps are not applied (trainer/health.py); one whose loss or gradient is not finite never is."""
+    """Which steps are not applied (trainer/run/health.py); one whose loss or gradient is not finite never
+    is.
+    """
 
-    spike: float | None = None  # [deviations] above the median of the last steps that a loss or gradient norm may lie; null: any
+    # [deviations] above the median of the last steps that a loss or gradient norm may lie; null: any
+    spike: float | None = None
     most: int = 5  # in a row; one more ends the run, or
     rollbacks: int = 0  # so many times: back to the newest checkpoint, passing over the data since
 
 
 @dataclass(kw_only=True)
 class LoggingConfig:
-    interval: int = 1  # [steps] between lines on a terminal that is not interactive; metrics.jsonl has every step
+    # [steps] between lines on a terminal that is not interactive; metrics.jsonl has every step
+    interval: int = 1
     tracker: Any = None  # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
 
 
 @dataclass(kw_only=True)
 class SpanConfig:
-    """What changes while the program is in this span (trainer/program.py); null: as in the span before, the first one as in
-    the run's own keys of these names."""
+    """What changes while the program is in this span (trainer/program.py); null: as in the span before, the
+    first one as in the run's own keys of these names."""
 
-    tokens: float | None = None  # its length, one of four ways; one span may have none: what the others leave of `steps`
+    # its length, one of four ways; one span may have none: what the others leave of `steps`
+    tokens: float | None = None
     until: float | None = None  # [tokens] seen where it ends
     steps: int | None = None
     share: float | None = None  # of the run's `steps`
-    lr: Any = None  # factor on the peak rates: a number, or {from, to, shape: linear | cosine, until: a later span}
+    # factor on the peak rates: a number, or {from, to, shape: linear | cosine, until: a later span}
+    lr: Any = None
     bias_rate: Any = None  # factor on the step of the balancing rule, likewise
     global_batch: int | None = None
     micro_batch: int | None = None
@@ -141,7 +159,8 @@ class SpanConfig:
     batch_loss_weight: float | None = None
     router_z_loss_weight: float | None = None
     mixture: dict[str, float] | None = None  # weights of the sources
-    buffer: int | None = None  # [documents] of the random sequential document buffer of each virtual stream; 0: none
+    # [documents] of the random sequential document buffer of each virtual stream; 0: none
+    buffer: int | None = None
     drain: bool | None = None  # read documents that are open when the mixture changes to their ends first
 
 
@@ -150,7 +169,8 @@ class Config:
     name: str = MISSING  # the run's directory is <run_dir>/<name>
     run_dir: str = "runs"
     seed: int = 0
-    steps: int | None = None  # the run ends here; null: at the end of the program, if all its spans have a length
+    # the run ends here; null: at the end of the program, if all its spans have a length
+    steps: int | None = None
     seq_len: int = MISSING  # L [tokens]
     global_batch: int = MISSING  # [sequences] per optimizer step, over all ranks
     micro_batch: int = MISSING  # [sequences] per forward and rank
@@ -160,13 +180,15 @@ class Config:
     activation_checkpoint: str = "none"  # none | selective | full
     compile: bool = False  # torch.compile each block
     timeout_s: float = 600.0  # [s] of a collective, of the first step and of a save
-    heartbeat_s: float = 180.0  # [s] a rank that hangs for so long in a later step writes its stacks and ends the job
+    # [s] a rank that hangs for so long in a later step writes its stacks and ends the job
+    heartbeat_s: float = 180.0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim/)
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
     branch: str | None = None  # a run's directory, or one of its checkpoints, that a new run starts from
-    init_from: str | None = None  # directory or hub name of AfmoeForCausalLM weights that a new run starts from
+    # directory or hub name of AfmoeForCausalLM weights that a new run starts from
+    init_from: str | None = None
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

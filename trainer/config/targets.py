@@ -38,7 +38,9 @@ def _check_target(node: DictConfig, path: str) -> None:
     for key in given:
         if key not in parameters and not takes_any:
             near = difflib.get_close_matches(str(key), list(parameters), n=3, cutoff=0.5) or list(parameters)
-            raise ConfigError(f"{path}.{key}: {node._target_} has no such argument (did you mean {', '.join(near)}?)")
+            raise ConfigError(
+                f"{path}.{key}: {node._target_} has no such argument (did you mean {', '.join(near)}?)"
+            )
         if OmegaConf.is_missing(node, key):
             raise ConfigError(f"{path}.{key} is not set: give it on the command line, {path}.{key}=...")
         value = node[key]

@@ -13,7 +13,15 @@ from trainer.data.sources import (
     TextSource,
     permutation,
 )
-from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamState, TokenStream, check_split, with_slots
+from trainer.data.stream import (
+    COUNTED,
+    Batch,
+    SourcedBatch,
+    StreamState,
+    TokenStream,
+    check_split,
+    with_slots,
+)
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
 
 __all__ = [

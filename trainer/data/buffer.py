@@ -1,13 +1,15 @@
-"""Which open document is read on next? The Random Sequential Document Buffer (arXiv:2602.17004, section 3.2), of one source in
-one stream.
+"""Which open document is read on next? The Random Sequential Document Buffer (arXiv:2602.17004, section 3.2),
+of one source in one stream.
 
-Each open document has a read head. A piece of a row is read from one of them, drawn uniformly, until the document ends or
-the row is full; then another is drawn. When `size` or fewer are open, the buffer is refilled to twice as many. A finished
-document leaves an empty slot, which draws pass over until the slots are closed up: removal costs nothing, and slots stay in
-the order of age. With size 0 the oldest document is read to its end: documents one after another.
+Each open document has a read head. A piece of a row is read from one of them, drawn uniformly, until the
+document ends or the row is full; then another is drawn. When `size` or fewer are open, the buffer is refilled
+to twice as many. A finished document leaves an empty slot, which draws pass over until the slots are closed
+up: removal costs nothing, and slots stay in the order of age. With size 0 the oldest document is read to its
+end: documents one after another.
 
-Draws are counted, and number k is a function of (seed, stream, source, k). A draw counts once it is used: to look where the next
-piece would come from changes nothing. `size` may change between any two pieces: a buffer that is too full drains by itself.
+Draws are counted, and number k is a function of (seed, stream, source, k). A draw counts once it is used: to
+look where the next piece would come from changes nothing. `size` may change between any two pieces: a buffer
+that is too full drains by itself.
 """
 
 from dataclasses import dataclass
@@ -66,7 +68,9 @@ class DocumentBuffer:
         self.slots = [document for document in self.slots if document is not None]
 
     def draw(self, k: int, n: int) -> int:
-        """Number k, uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at most.)"""
+        """Number k, uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at
+        most.)
+        """
         if k // BLOCK != self.block:
             self.block = k // BLOCK
             counter = [self.block * BLOCK // 4, self.source, 0, DRAWS]  # a count is 4 words

@@ -1,6 +1,7 @@
 """How do texts become token ids fast, and who says that the ids are right?
 
-`tokenizers` does. A faster library must give its ids on the hard texts below before the first step, and on a sample ever after.
+`tokenizers` does. A faster library must give its ids on the hard texts below before the first step, and on a
+sample ever after.
 """
 
 import importlib
@@ -19,11 +20,13 @@ REMEDY = "use data.backend=tokenizers"
 class Encoder:
     """Text to token ids, by `tokenizers` or a faster library that was seen to give the same.
 
-    May be used before a fork and in its children, which share what the parent has loaded: the fast ones have no threads here.
-    `check_every`: of so many texts of a process one is encoded by both; 0: none.
+    May be used before a fork and in its children, which share what the parent has loaded: the fast ones have
+    no threads here. `check_every`: of so many texts of a process one is encoded by both; 0: none.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, backend: str = "tokenizers", check_every: int = 1000) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, backend: str = "tokenizers", check_every: int = 1000
+    ) -> None:
         self.tokenizer, self.backend, self.check_every = tokenizer, backend, check_every
         self.num_texts = 0
         self.fast = self.right if backend == "tokenizers" else loaded(backend, tokenizer)
@@ -42,7 +45,10 @@ class Encoder:
         return ids
 
     def reference(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(e.ids, np.uint32) for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            np.array(e.ids, np.uint32)
+            for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def right(self, text: str) -> np.ndarray:
         return self.reference([text])[0]
@@ -50,7 +56,10 @@ class Encoder:
     def encoded(self, text: str) -> np.ndarray:
         try:
             return self.fast(text)
-        except (ValueError, RuntimeError):  # it says so itself, as where a regex runs out of stack: the data stays the same
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # it says so itself, as where a regex runs out of stack: the data stays the same
             return self.right(text)
 
     def check(self, texts: Iterable[str]) -> None:
@@ -59,12 +68,16 @@ class Encoder:
             try:
                 ids = self.fast(text)
             except (ValueError, RuntimeError) as error:
-                raise ValueError(f"data.backend={self.backend} cannot encode {text!r:.200} ({error}); {REMEDY}") from error
+                raise ValueError(
+                    f"data.backend={self.backend} cannot encode {text!r:.200} ({error}); {REMEDY}"
+                ) from error
             if wrong := self.wrong(text, ids):
                 raise ValueError(wrong)
 
     def wrong(self, text: str, ids: np.ndarray) -> str:
-        """How `ids` differ from the reference's, told of the shortest piece found that differs; empty: they do not."""
+        """How `ids` differ from the reference's, told of the shortest piece found that differs; empty: they
+        do not.
+        """
         right = self.right(text)
         if np.array_equal(ids, right):
             return ""
@@ -76,7 +89,8 @@ class Encoder:
         at = int(np.append(ids[:both] != right[:both], True).argmax())
         near = slice(max(at - 3, 0), at + 5)
         return (
-            f"data.backend={self.backend} differs from tokenizers in {text!r:.200}: at id {at} it has {ids[near].tolist()} "
+            f"data.backend={self.backend} differs from tokenizers in {text!r:.200}: at id {at} it "
+            f"has {ids[near].tolist()} "
             f"and not {right[near].tolist()}; {REMEDY}"
         )
 
@@ -96,32 +110,56 @@ def loaded(backend: str, tokenizer: tokenizers.Tokenizer) -> Callable[[str], np.
 
 
 def fastokens(library: ModuleType, tokenizer: tokenizers.Tokenizer) -> Callable[[str], np.ndarray]:
-    os.environ["FASTOKENS_BPE_THREADS"] = "1"  # read at its first text: a fork could leave a lock of its threads shut
-    jit_stack = 1 << 26  # [bytes] with its own, a regex with a look-ahead fails at 15,000 digits in a row (measured)
+    # read at its first text: a fork could leave a lock of its threads shut
+    os.environ["FASTOKENS_BPE_THREADS"] = "1"
+    # [bytes] with its own, a regex with a look-ahead fails at 15,000 digits in a row (measured)
+    jit_stack = 1 << 26
     fast = library.Tokenizer.from_json_str(tokenizer.to_str(), pcre2_max_jit_stack_size=jit_stack)
     return lambda text: np.frombuffer(fast.encode_batch_flat([text], split_special_tokens=True)[0], np.uint32)
 
 
 def gigatoken(library: ModuleType, tokenizer: tokenizers.Tokenizer) -> Callable[[str], np.ndarray]:
     config = json.loads(tokenizer.to_str())
-    config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]  # unknown to it, they are text
-    return library.Tokenizer.from_json(json.dumps(config)).encode  # one text at a time: `encode_batch` hangs after a fork
+    # unknown to it, they are text
+    config["added_tokens"] = [token for token in config["added_tokens"] if not token["special"]]
+    # one text at a time: `encode_batch` hangs after a fork
+    return library.Tokenizer.from_json(json.dumps(config)).encode
 
 
 FAST = {"fastokens": fastokens, "gigatoken": gigatoken}
 
 HARD = (
-    "", " ", "\n", "a", "\x00", "a\x00\x00b \x00", "\ufeffmark", "  two   three    four ", "\ttabs \t\t mixed\t ",
-    "\n\n\nlines\n \n  \n", "dos\r\nline\r\n\r\n  end\r", "\xa0no\u2003em\u3000wide\u2028line\u200bzero \x85\x0b\x0c\x1f",
-    "1 12 123 1234 1234567 12345678901234567890", "3.14 1,234.5 -1e-9 0x1F ١٢٣٤ ४५६७ ²³ Ⅻ ½ 1234½ 6666↉ 4444⅙⅙x",
-    "I'm you're WE'VE they'D he'll it's can’t 'tis 's 't 'ſ '", "!?... --- $%^&*() ([{}]) \"'`~ __a__ // => <=",
-    "<|endoftext|></s> <eos><|eos|> <s><pad>[CLS] <|im_start|>x<|", "Grüße naïve Straße ſßẞ İı Æ ŉ", "Привет Ελληνικά ქართ ʰª ǅ",
-    "e\u0301 a\u0323\u0308 \u0301 x\u0361\u035f\u0489\u0336", "日本語とカタカナ 中文。한국어 \u1112\u1161\u11ab 漢abc字1",
-    "ภาษาไทย हिन्दी தமிழ்", "مرحبا שלום \u202eright\u202c \u200fabc\u200e", "\ue000\uf8ff\U000f0000\U0010fffd \ufffd\uffff 𝔘ﬁ Ａ１",
-    "👍👍🏽 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈🇩🇪🇫 1\ufe0f\u20e3 ☺ \U0001f9ff\U00010348", "CamelCaseXMLRequest snake_case mIxEd",
-    "def f(x):\n    return {\n\t'a': 1,  # x\n    }\n\n\n", "https://a.org/b?c=d&e=%20#f C:\\x",
-)  # fmt: skip
-RUNS = ("a", "xyz", "E", "é", "漢", "0", "=", " ", "\n", " \n", "\r\n", "'s", "🏽", "\u0301")  # very long words and the like
+    "",
+    " ",
+    "\n",
+    "a",
+    "\x00",
+    "a\x00\x00b \x00",
+    "\ufeffmark",
+    "  two   three    four ",
+    "\ttabs \t\t mixed\t ",
+    "\n\n\nlines\n \n  \n",
+    "dos\r\nline\r\n\r\n  end\r",
+    "\xa0no\u2003em\u3000wide\u2028line\u200bzero \x85\x0b\x0c\x1f",
+    "1 12 123 1234 1234567 12345678901234567890",
+    "3.14 1,234.5 -1e-9 0x1F ١٢٣٤ ४५६७ ²³ Ⅻ ½ 1234½ 6666↉ 4444⅙⅙x",
+    "I'm you're WE'VE they'D he'll it's can’t 'tis 's 't 'ſ '",
+    "!?... --- $%^&*() ([{}]) \"'`~ __a__ // => <=",
+    "<|endoftext|></s> <eos><|eos|> <s><pad>[CLS] <|im_start|>x<|",
+    "Grüße naïve Straße ſßẞ İı Æ ŉ",
+    "Привет Ελληνικά ქართ ʰª ǅ",
+    "e\u0301 a\u0323\u0308 \u0301 x\u0361\u035f\u0489\u0336",
+    "日本語とカタカナ 中文。한국어 \u1112\u1161\u11ab 漢abc字1",
+    "ภาษาไทย हिन्दी தமிழ்",
+    "مرحبا שלום \u202eright\u202c \u200fabc\u200e",
+    "\ue000\uf8ff\U000f0000\U0010fffd \ufffd\uffff 𝔘ﬁ Ａ１",
+    "👍👍🏽 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈🇩🇪🇫 1\ufe0f\u20e3 ☺ \U0001f9ff\U00010348",
+    "CamelCaseXMLRequest snake_case mIxEd",
+    "def f(x):\n    return {\n\t'a': 1,  # x\n    }\n\n\n",
+    "https://a.org/b?c=d&e=%20#f C:\\x",
+)
+# very long words and the like
+RUNS = ("a", "xyz", "E", "é", "漢", "0", "=", " ", "\n", " \n", "\r\n", "'s", "🏽", "\u0301")
 
 
 def hard_texts(tokenizer: tokenizers.Tokenizer) -> list[str]:

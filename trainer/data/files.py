@@ -1,7 +1,9 @@
-"""How is document i found in files of many: lines of JSON, plain or compressed, and rows of Parquet and Arrow?
+"""How is document i found in files of many: lines of JSON, plain or compressed, and rows of Parquet and
+Arrow?
 
 What the operating system refuses is an OSError with its number, and may succeed when tried again. What a file
-holds and no library can decode is damage: a ValueError when the file is opened, a BadDocument when it is read.
+holds and no library can decode is damage: a ValueError when the file is opened, a BadDocument when it is
+read.
 """
 
 import io
@@ -19,7 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.sources import BadDocument, Document, cache_path, decoded, find_files, from_field, hashed, hashed_files, locate
+from trainer.data.sources import (
+    BadDocument,
+    Document,
+    cache_path,
+    decoded,
+    find_files,
+    from_field,
+    hashed,
+    hashed_files,
+    locate,
+)
 
 SCAN_BYTES = 1 << 26  # of a file at once, when its lines are indexed
 PIECE_BYTES = 1 << 16  # that are unpacked at once
@@ -34,7 +46,9 @@ class Damage(Exception):
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Raises: Damage; OSErrors of the system pass. pyarrow raises OSErrors too, but only the system's have a number."""
+    """Raises: Damage; OSErrors of the system pass. pyarrow raises OSErrors too, but only the system's have a
+    number.
+    """
     try:
         yield
     except UNDECODABLE as error:
@@ -44,10 +58,11 @@ def decoding() -> Iterator[None]:
 
 
 class JsonlSource:
-    """One line, one JSON object, one document. `path`: a file, a directory (JSONL below it), a glob or a *.manifest.
+    """One line, one JSON object, one document. `path`: a file, a directory (JSONL below it), a glob or a
+    *.manifest.
 
-    Compressed files are unpacked once into `cache_dir` (default: ~/.cache/triquetra), which takes their whole size.
-    Where one is damaged, the lines before are documents, and one more says so: BadDocument("corrupt").
+    Compressed files are unpacked once into `cache_dir` (default: ~/.cache/triquetra), which takes their whole
+    size. Where one is damaged, the lines before are documents, and one more says so: BadDocument("corrupt").
     """
 
     def __init__(self, path: str, field: str = "text", cache_dir: str | None = None) -> None:
@@ -55,8 +70,11 @@ class JsonlSource:
         cache = cache_path(cache_dir)
         packed = [file for file in self.files if file.suffix in CODECS]
         refuse_twins(self.files)
-        # In an own order: the processes of a machine, which all need them, unpack different ones most of the time.
-        plain = {file: unpacked(file, cache) for file in random.Random(os.getpid()).sample(packed, len(packed))}
+        # In an own order: the processes of a machine, which all need them, unpack different ones most of the
+        # time.
+        plain = {
+            file: unpacked(file, cache) for file in random.Random(os.getpid()).sample(packed, len(packed))
+        }
         self.plain = [plain.get(file, (file, False)) for file in self.files]
         self.offsets = [line_offsets(file) for file, _ in self.plain]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
@@ -71,7 +89,8 @@ class JsonlSource:
         where, (start, end) = f"{self.files[part]}:{line + 1}", self.offsets[part][line : line + 2]
         path, is_damaged = self.plain[part]
         try:
-            data = os.pread(self.opened(path).fileno(), end - start, start)  # moves no position: forked readers share the file
+            # moves no position: forked readers share the file
+            data = os.pread(self.opened(path).fileno(), end - start, start)
         except OSError:
             self.opened.cache_clear()  # to be opened anew by the next try
             raise
@@ -93,7 +112,9 @@ def refuse_twins(files: list[Path]) -> None:
     plain = set(files)
     for file in files:
         if file.suffix in CODECS and (twin := file.with_suffix("")) in plain:
-            raise ValueError(f"{file}: {twin.name} lies beside it, each document would come twice; take one of them out")
+            raise ValueError(
+                f"{file}: {twin.name} lies beside it, each document would come twice; take one of them out"
+            )
 
 
 def line_offsets(path: Path) -> np.ndarray:
@@ -108,19 +129,29 @@ def line_offsets(path: Path) -> np.ndarray:
 
 
 def unpacked(path: Path, cache: Path) -> tuple[Path, bool]:
-    """The plain copy of a compressed file, and whether the file is damaged: then the copy's last line says how."""
+    """The plain copy of a compressed file, and whether the file is damaged: then the copy's last line says
+    how.
+    """
     stat = path.stat()
     key = hashed(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    whole, damaged = cache / f"unpacked-{key}.lines", cache / f"unpacked-{key}.damaged"  # no *.jsonl, wherever it lies
+    # no *.jsonl, wherever it lies
+    whole, damaged = cache / f"unpacked-{key}.lines", cache / f"unpacked-{key}.damaged"
     if not whole.exists() and not damaged.exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = cache / f"unpacked-{key}.{uuid.uuid4().hex}"
         try:
             is_damaged = unpack(path, unfinished)
-            os.replace(unfinished, damaged if is_damaged else whole)  # a second process puts the same bytes there
+            # a second process puts the same bytes there
+            os.replace(unfinished, damaged if is_damaged else whole)
         except OSError as error:
-            size, free = unfinished.stat().st_size if unfinished.exists() else 0, shutil.disk_usage(cache).free
-            place = f"{size:,} bytes of it were unpacked to {cache}, where {free:,} are free; cache_dir= names another place"
+            size, free = (
+                unfinished.stat().st_size if unfinished.exists() else 0,
+                shutil.disk_usage(cache).free,
+            )
+            place = (
+                f"{size:,} bytes of it were unpacked to {cache}, where {free:,} are free; cache_dir= "
+                "names another place"
+            )
             raise OSError(error.errno, f"{path}: {error.strerror}; {place}") from error
         finally:
             unfinished.unlink(missing_ok=True)
@@ -128,7 +159,9 @@ def unpacked(path: Path, cache: Path) -> tuple[Path, bool]:
 
 
 def unpack(path: Path, target: Path) -> bool:
-    """Writes the whole lines of a compressed file and, if it is damaged, one with the library's message: then True."""
+    """Writes the whole lines of a compressed file and, if it is damaged, one with the library's message: then
+    True.
+    """
     written = end_of_lines = 0
     with target.open("wb") as file:
         try:
@@ -160,7 +193,8 @@ class Fed(io.FileIO):
 def pieces(path: Path) -> Iterator[bytes]:
     """The contents of a compressed file. Raises: Damage, after everything that comes before it.
 
-    A failing read loses what it has unpacked so far: a second pass goes byte by byte where the first one failed.
+    A failing read loses what it has unpacked so far: a second pass goes byte by byte where the first one
+    failed.
     """
     import pyarrow as pa
 
@@ -170,7 +204,10 @@ def pieces(path: Path) -> Iterator[bytes]:
     while True:
         with Fed(path, fine_from) as packed:
             try:
-                with decoding(), pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), CODECS[path.suffix]) as stream:
+                with (
+                    decoding(),
+                    pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), CODECS[path.suffix]) as stream,
+                ):
                     for skipped in range(0, done, PIECE_BYTES):
                         stream.read(min(PIECE_BYTES, done - skipped))
                     while piece := stream.read(PIECE_BYTES if fine_from == math.inf else 1):
@@ -190,7 +227,8 @@ class ColumnSource:
 
     def __init__(self, path: str, field: str = "text") -> None:
         self.files, self.field = find_files(path, suffixes=(self.suffix,)), field
-        self.places: list[tuple[Path, int, int]] = []  # of each part: file, number in the file, rows of the file before it
+        # of each part: file, number in the file, rows of the file before it
+        self.places: list[tuple[Path, int, int]] = []
         sizes = [0]
         for file in self.files:
             try:
@@ -247,7 +285,9 @@ class ParquetSource(ColumnSource):
             return opened.schema_arrow.names, [opened.metadata.row_group(group).num_rows for group in groups]
 
     def read_column(self, part: int) -> Any:
-        """What is damaged stays so: its message is returned, and cached like a column. Other errors are raised, they may pass."""
+        """What is damaged stays so: its message is returned, and cached like a column. Other errors are
+        raised, they may pass.
+        """
         from pyarrow.parquet import ParquetFile
 
         path, group, _ = self.places[part]
@@ -265,7 +305,9 @@ class ParquetSource(ColumnSource):
 
 
 class ArrowSource(ColumnSource):
-    """Arrow files, streams too, like those of `datasets`' save_to_disk. Memory mapped; compressed ones are held unpacked."""
+    """Arrow files, streams too, like those of `datasets`' save_to_disk. Memory mapped; compressed ones are
+    held unpacked.
+    """
 
     suffix = ".arrow"
 
@@ -275,7 +317,10 @@ class ArrowSource(ColumnSource):
         for file in self.files:
             if file.name.startswith("cache-") and (file.parent / "state.json").exists():
                 remedy = f"take it out or give path='{file.parent}/data-*.arrow'"
-                raise ValueError(f"{file}: what `datasets` once computed from the files beside it, the same documents; {remedy}")
+                raise ValueError(
+                    f"{file}: what `datasets` once computed from the files beside it, the same documents; "
+                    f"{remedy}"
+                )
 
     def opened(self, file: Path) -> tuple[list[str], list[int]]:
         import pyarrow as pa
@@ -290,12 +335,15 @@ class ArrowSource(ColumnSource):
         if self.field not in reader.schema.names:
             return reader.schema.names, []
         columns = [batch.column(self.field) for batch in batches]
-        raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(reader.schema.field(self.field).type)
+        raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(
+            reader.schema.field(self.field).type
+        )
         self.columns += [column.view(raw) if raw else column for column in columns]
         return reader.schema.names, [len(column) for column in columns]
 
     def value(self, part: int, row: int) -> object:
         one = self.columns[part].slice(row, 1)
         with decoding():
-            one.validate(full=True)  # nothing has looked at the offsets yet: broken ones would be read beyond the end
+            # nothing has looked at the offsets yet: broken ones would be read beyond the end
+            one.validate(full=True)
         return one[0].as_py()

@@ -1,4 +1,6 @@
-"""How are the documents of a Hugging Face dataset streamed, forward only, and read on after the network failed?"""
+"""How are the documents of a Hugging Face dataset streamed, forward only, and read on after the network
+failed?
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -17,7 +19,7 @@ class HubSource:
 
     def __init__(
         self, name: str, split: str = "train", field: str = "text", subset: str | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         import datasets
 
         try:
@@ -56,7 +58,9 @@ class HubSource:
             self.rows = self.rows_from(self.position)  # a generator that raised is at its end
             if self.num_rows == 0:
                 raise
-            raise OSError(f"{self.name}: row {self.position + 1} cannot be read ({type(error).__name__}: {error})") from error
+            raise OSError(
+                f"{self.name}: row {self.position + 1} cannot be read ({type(error).__name__}: {error})"
+            ) from error
 
     def __getitem__(self, i: int) -> Document:
         if i < self.position and i not in self.kept:

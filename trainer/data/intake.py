@@ -1,9 +1,10 @@
 """Who asks for documents, and before they are needed? Text to tokens, in batches, ahead of the stream.
 
-    wanted (source, n) -> tasks of about 32k tokens -> workers: read, tokenise -> Pending: one document of a task
+    wanted (source, n) -> tasks of about 32k tokens -> workers: read, tokenise -> Pending: one document of a
+    task
 
-Documents of a forward source are read by one thread of this process, in the order in which they were asked for, and tokenised
-by the workers.
+Documents of a forward source are read by one thread of this process, in the order in which they were asked
+for, and tokenised by the workers.
 """
 
 import contextlib
@@ -21,19 +22,26 @@ from trainer.data.sources import BadDocument, Document
 from trainer.data.workers import CLOSED, Later, Workers
 
 TASK_TOKENS, TASK_DOCUMENTS = 32_768, 256
-AGAIN = 1  # priority of documents that were open before a resume: they may be needed later, those ahead are needed now
+# priority of documents that were open before a resume: they may be needed later, those ahead are needed now
+AGAIN = 1
 
-Tokens = np.ndarray | BadDocument | None  # uint32, the end of text included; None: behind the end of the source
+# uint32, the end of text included; None: behind the end of the source
+Tokens = np.ndarray | BadDocument | None
 Wanted = tuple[int, int]  # source, n
 
 
 class Answer(list[Tokens]):
-    """Tokens of the documents of a task. Goes through a pipe as one array: one by one they cost more than tokenising them."""
+    """Tokens of the documents of a task. Goes through a pipe as one array: one by one they cost more than
+    tokenising them.
+    """
 
     def __reduce__(self) -> tuple:
         arrays = [tokens for tokens in self if isinstance(tokens, np.ndarray)]
         flat = np.concatenate(arrays).tobytes() if arrays else b""
-        return unpacked, (flat, [len(tokens) if isinstance(tokens, np.ndarray) else tokens for tokens in self])
+        return unpacked, (
+            flat,
+            [len(tokens) if isinstance(tokens, np.ndarray) else tokens for tokens in self],
+        )
 
 
 def unpacked(flat: bytes, answers: list[int | BadDocument | None]) -> Answer:
@@ -60,20 +68,28 @@ class Intake:
     """encode: texts to uint32 ids; None: the sources have tokens."""
 
     def __init__(
-        self, readers: Sequence[Reader], *, encode: Callable[[Sequence[str]], list[np.ndarray]] | None, end_of_text: int | None,
-        max_document_mb: float, workers: int,
-    ) -> None:  # fmt: skip
+        self,
+        readers: Sequence[Reader],
+        *,
+        encode: Callable[[Sequence[str]], list[np.ndarray]] | None,
+        end_of_text: int | None,
+        max_document_mb: float,
+        workers: int,
+    ) -> None:
         self.readers, self.encode, self.max_document_mb = readers, encode, max_document_mb
         self.repeats = all(reader.repeat for reader in readers)
         self.end_of_text = np.array([end_of_text or 0], np.uint32)
-        self.seen_S, self.tokens_S = [1] * len(readers), [1000] * len(readers)  # a guess of the mean length before any was read
+        # a guess of the mean length before any was read
+        self.seen_S, self.tokens_S = [1] * len(readers), [1000] * len(readers)
         self.lanes: dict[int, SimpleQueue[Callable[[], None] | None]] = {}
         self.broken: dict[int, BaseException] = {}  # sources that could not begin
         self.workers = Workers(workers, self.answer)
         for s, reader in enumerate(readers):
             if workers and reader.num_documents is None:
                 self.lanes[s] = lane = SimpleQueue()
-                threading.Thread(target=keep_doing, args=(lane,), daemon=True, name=f"reads {reader.key}").start()
+                threading.Thread(
+                    target=keep_doing, args=(lane,), daemon=True, name=f"reads {reader.key}"
+                ).start()
 
     def close(self) -> None:
         self.workers.close()
@@ -94,7 +110,12 @@ class Intake:
         """In the order of `wanted`."""
         found, tasks, size = list[Pending](), list[list[Wanted]](), 0.0
         for s, n in wanted:
-            if not tasks or size >= TASK_TOKENS or len(tasks[-1]) >= TASK_DOCUMENTS or self.is_alone(s, tasks[-1][-1][0]):
+            if (
+                not tasks
+                or size >= TASK_TOKENS
+                or len(tasks[-1]) >= TASK_DOCUMENTS
+                or self.is_alone(s, tasks[-1][-1][0])
+            ):
                 tasks.append([])
                 size = 0.0
             tasks[-1].append((s, n))
@@ -130,7 +151,9 @@ class Intake:
         return future
 
     def again(self, source: int, n: int, *, pending: Pending | None) -> np.ndarray:
-        """A document that was open before a resume: whatever the limits are now, and at once if a worker has not come to it."""
+        """A document that was open before a resume: whatever the limits are now, and at once if a worker has
+        not come to it.
+        """
         reader = self.readers[source]
         if pending is None or not (pending.task.done() or source in self.lanes):
             [tokens] = self.answer((math.inf, [(source, reader.place(n))]))
@@ -173,7 +196,9 @@ class Intake:
         documents = [self.document(*of) if type(of) is tuple else of for of in wanted]
         answers, texts = Answer(), dict[int, str]()
         for i, document in enumerate(documents):
-            answers.append(tokens := checked(document, limit_mb=limit_mb) if isinstance(document, Document) else document)
+            answers.append(
+                tokens := checked(document, limit_mb=limit_mb) if isinstance(document, Document) else document
+            )
             if document is not None and tokens is None:
                 texts[i] = document.text
         if texts:

@@ -2,12 +2,13 @@
 
     a document of length l from source s:  credit += weights * l;  credit[s] -= l
 
-A credit is what a source is owed [tokens]. Its next document, of length l, is due when half of it is owed, that is after
-(l / 2 - credit) / weight more tokens; the one due first is next. So what was delivered lies around the share on both sides,
-whatever the lengths are. (Merely the largest credit favours sources of long documents by half a document in each stream.)
+A credit is what a source is owed [tokens]. Its next document, of length l, is due when half of it is owed,
+that is after (l / 2 - credit) / weight more tokens; the one due first is next. So what was delivered lies
+around the share on both sides, whatever the lengths are. (Merely the largest credit favours sources of long
+documents by half a document in each stream.)
 
-Streams must not take turns in step with each other: a source that is wanted for the first time starts with a random credit of
-half its first document more or less. A source that was never wanted has an infinite credit.
+Streams must not take turns in step with each other: a source that is wanted for the first time starts with a
+random credit of half its first document more or less. A source that was never wanted has an infinite credit.
 """
 
 import math
@@ -36,5 +37,7 @@ class Credits:
         return min(wanted, key=lambda s: (next_length(s) / 2 - self.credit_S[s]) / weights_S[s])
 
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
-        self.credit_S = [credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)]
+        self.credit_S = [
+            credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)
+        ]
         self.credit_S[source] -= length

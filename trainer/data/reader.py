@@ -1,8 +1,8 @@
 """What are the tokens of a source's document n, and which documents are passed over?
 
-A source's documents are numbered 0, 1, 2, ... over the whole run: document n is document n % N of epoch n // N, in that
-epoch's own permutation. What a number stands for needs no state, so any process can read any document. (A stream on the hub
-is read by one thread, forward.)
+A source's documents are numbered 0, 1, 2, ... over the whole run: document n is document n % N of epoch n //
+N, in that epoch's own permutation. What a number stands for needs no state, so any process can read any
+document. (A stream on the hub is read by one thread, forward.)
 """
 
 import math
@@ -22,13 +22,22 @@ class DataError(ValueError):
 class Reader:
     """The documents of one source. `key`: what the source is called in the configuration.
 
-    retries: how often a read that the operating system or the network refuses is tried again, after 1, 2, 4, ... times wait_s.
+    retries: how often a read that the operating system or the network refuses is tried again, after 1, 2, 4,
+    ... times wait_s.
     """
 
     def __init__(
-        self, source: Source, *, key: str, seed: int, shuffle: bool, num_streams: int, repeat: bool = True,
-        retries: int = 4, wait_s: float = 1.0,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        *,
+        key: str,
+        seed: int,
+        shuffle: bool,
+        num_streams: int,
+        repeat: bool = True,
+        retries: int = 4,
+        wait_s: float = 1.0,
+    ) -> None:
         self.num_documents = len(source) if isinstance(source, Sized) else None
         if self.num_documents == 0:
             raise ValueError(f"the corpus holds no document; check {key}")
@@ -75,7 +84,10 @@ class Reader:
             except OSError as error:
                 if attempt == self.retries:
                     waited_s = self.wait_s * (2**attempt - 1)
-                    given = f"{self.key}: document {i} cannot be read, tried {attempt + 1} times in {waited_s:g} s"
+                    given = (
+                        f"{self.key}: document {i} cannot be read, tried {attempt + 1} times in "
+                        f"{waited_s:g} s"
+                    )
                     raise DataError(f"{given}: {type(error).__name__}: {error}") from error
                 time.sleep(self.wait_s * 2**attempt)
         raise AssertionError

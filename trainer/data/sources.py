@@ -2,8 +2,9 @@
 
 A source is a sequence of documents with random access (a stream on the hub: forward only); its constructor
 is its schema, configs/data/*.yaml name it. A user's own source is any class with `source[i]`, `fingerprint`
-and, unless it is endless, `len`. It raises BadDocument where a document is unusable, and OSError where reading
-failed but may succeed when tried again. It is read in forked processes: it must not hold a file's position.
+and, unless it is endless, `len`. It raises BadDocument where a document is unusable, and OSError where
+reading failed but may succeed when tried again. It is read in forked processes: it must not hold a file's
+position.
 """
 
 import glob
@@ -49,19 +50,25 @@ class Source(Protocol):
 
 
 def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files that a file name, a directory or a glob stands for, sorted; those of a manifest in its own order."""
+    """The files that a file name, a directory or a glob stands for, sorted; those of a manifest in its own
+    order.
+    """
     root = Path(path).expanduser()
     if root.suffix == ".manifest" and root.is_file():
         return manifest_files(root)
     if root.is_dir():
         below = os.walk(root, onerror=raised)  # `rglob` passes over what it may not list
-        found = [Path(folder, name) for folder, _, names in below for name in names if name.endswith(suffixes)]
+        found = [
+            Path(folder, name) for folder, _, names in below for name in names if name.endswith(suffixes)
+        ]
     else:
         found = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]
     files = sorted(file for file in found if not file.is_dir())
     if not files:
         wanted = ", ".join(f"*{suffix}" for suffix in suffixes)
-        raise ValueError(f"{path}: no file matches; give a file, a directory with {wanted}, a quoted glob or a *.manifest")
+        raise ValueError(
+            f"{path}: no file matches; give a file, a directory with {wanted}, a quoted glob or a *.manifest"
+        )
     for file in files:
         if not os.access(file, os.R_OK):
             why = "permission denied" if file.exists() else "a link to nothing"
@@ -74,7 +81,9 @@ def raised(error: OSError) -> None:
 
 
 def manifest_files(manifest: Path) -> list[Path]:
-    """The files of a list, one path a line: relative to the list's directory, and inside of it whatever links say."""
+    """The files of a list, one path a line: relative to the list's directory, and inside of it whatever links
+    say.
+    """
     base, line_of, files = manifest.parent.resolve(), dict[Path, int](), list[Path]()
     lines = manifest.read_text("utf-8-sig", errors="surrogateescape").splitlines()
     for i, name in enumerate(map(str.strip, lines), start=1):
@@ -87,7 +96,9 @@ def manifest_files(manifest: Path) -> list[Path]:
         line_of[file.resolve()] = i
         files.append(file)
     if not files:
-        raise ValueError(f"{manifest}: no file is named; give one a line, by its path below {manifest.parent}")
+        raise ValueError(
+            f"{manifest}: no file is named; give one a line, by its path below {manifest.parent}"
+        )
     return files
 
 
@@ -173,7 +184,9 @@ class PythonSource(TextSource):
         found = sorted(file for file in chain.from_iterable(files) if file.is_file())
         self.files = [file for file in found if re.fullmatch(match, file.relative_to(root).as_posix())]
         if not self.files:
-            raise ValueError(f"match={match}: none of the library's {len(found)} files; an example is json/decoder.py")
+            raise ValueError(
+                f"match={match}: none of the library's {len(found)} files; an example is json/decoder.py"
+            )
         self.fingerprint = hashed_files(self.files)
 
 
@@ -187,9 +200,16 @@ class SyntheticSource:
     """
 
     def __init__(
-        self, vocab_size: int, num_topics: int = 32, topic_skew: float = 1.2, mean_length: float = 512.0,
-        length_sigma: float = 1.0, noise: float = 0.1, num_documents: int = 1_000_000, seed: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        vocab_size: int,
+        num_topics: int = 32,
+        topic_skew: float = 1.2,
+        mean_length: float = 512.0,
+        length_sigma: float = 1.0,
+        noise: float = 0.1,
+        num_documents: int = 1_000_000,
+        seed: int = 0,
+    ) -> None:
         self.width = (vocab_size - 1) // num_topics  # tokens of a topic
         if self.width < 2:
             remedy = f"use {2 * num_topics + 1} or more, or fewer topics"

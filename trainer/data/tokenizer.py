@@ -1,4 +1,5 @@
 """How does text become token ids?"""
+
 import os
 import uuid
 from collections.abc import Iterator, Sized
@@ -19,9 +20,15 @@ FORMAT = 1  # of the cached tokenizers: raise it when `train_tokenizer` changes
 
 
 def load_tokenizer(
-    spec: str | None, *, source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None = None
-) -> Tokenizer | None:  # fmt: skip
-    """`spec`: "train" (on the source; of several, equally), a tokenizer.json, its directory, a hub name; None: no text."""
+    spec: str | None,
+    *,
+    source: Source | dict[str, Source],
+    vocab_size: int,
+    cache_dir: str | Path | None = None,
+) -> Tokenizer | None:
+    """`spec`: "train" (on the source; of several, equally), a tokenizer.json, its directory, a hub name;
+    None: no text.
+    """
     if spec is None:
         return None
     path = cached_tokenizer(source, vocab_size, cache_dir) if spec == "train" else Path(spec).expanduser()
@@ -51,14 +58,25 @@ def roles(tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
     """{"eos": (token, id)}, and "bos" and "pad" where a special token has a name that says so."""
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     named = {"bos": START_OF_TEXT, "pad": PAD}
-    found = {role: [(name, special[name]) for name in names if name in special] for role, names in named.items()}
+    found = {
+        role: [(name, special[name]) for name in names if name in special] for role, names in named.items()
+    }
     end = end_of_text_id(tokenizer)
-    return {"eos": (str(tokenizer.id_to_token(end)), end), **{role: tokens[0] for role, tokens in found.items() if tokens}}
+    return {
+        "eos": (str(tokenizer.id_to_token(end)), end),
+        **{role: tokens[0] for role, tokens in found.items() if tokens},
+    }
 
 
-def cached_tokenizer(source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None) -> Path:
+def cached_tokenizer(
+    source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None
+) -> Path:
     """The file of the tokenizer trained on this source or these, trained now if it is the first time."""
-    prints = {name: of.fingerprint for name, of in source.items()} if isinstance(source, dict) else source.fingerprint
+    prints = (
+        {name: of.fingerprint for name, of in source.items()}
+        if isinstance(source, dict)
+        else source.fingerprint
+    )
     key = hashed(prints, vocab_size, tokenizers.__version__, FORMAT)
     path = cache_path(cache_dir) / f"tokenizer-{key}.json"
     if not path.exists():
@@ -76,9 +94,11 @@ def train_tokenizer(source: Source | dict[str, Source], vocab_size: int) -> Toke
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=byte_level.alphabet(),
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT[0]],
+        initial_alphabet=byte_level.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     parts = list(source.values()) if isinstance(source, dict) else [source]
     texts = chain.from_iterable(sample(part, size_mb=SAMPLE_MB / len(parts)) for part in parts)
     tokenizer.train_from_iterator(texts, trainer)

@@ -2,8 +2,9 @@
 
     queues of documents asked for, one a source -> credits choose -> open documents -> pieces -> rows
 
-Virtual stream v of V reads documents v, v + V, v + 2V, ... of each source. What it delivers is a function of the corpus, the
-tokenizer, the seed, the program and its position: it knows of no ranks, of no other stream, and not of who reads ahead.
+Virtual stream v of V reads documents v, v + V, v + 2V, ... of each source. What it delivers is a function of
+the corpus, the tokenizer, the seed, the program and its position: it knows of no ranks, of no other stream,
+and not of who reads ahead.
 
 Letters: T tokens of the stream in one step, L of a row, N planes, S sources, C slots of the buffer.
 """
@@ -42,7 +43,8 @@ class Settings:
     weights_S: list[float]  # they sum to 1
     size_S: list[int]  # of the document buffers
     phase: int = 0  # how often the mixture has changed
-    drain: bool = False  # documents opened in an earlier phase are read to their ends before this one opens any
+    # documents opened in an earlier phase are read to their ends before this one opens any
+    drain: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -59,22 +61,29 @@ class VirtualStream:
     refuse: Callable[[BadDocument], None]
     document_mask: bool = True
     phase: int = 0  # in which documents were opened last
-    again: dict[Wanted, Pending] = field(default_factory=dict)  # documents that were open before a resume, asked for
+    # documents that were open before a resume, asked for
+    again: dict[Wanted, Pending] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_sources = len(self.intake.readers)
         self.next_S = [self.number] * num_sources  # the document of each source that is opened next
         self.queue_S = [deque[Pending]() for _ in range(num_sources)]  # that one, and those behind it
-        self.ahead: dict[int, np.ndarray] = {}  # tokens of the next document of a source, once they were looked at
+        # tokens of the next document of a source, once they were looked at
+        self.ahead: dict[int, np.ndarray] = {}
         self.refused_S = [0] * num_sources  # bad documents in a row
         self.credits = Credits(num_sources, seed=self.seed, stream=self.number)
-        self.buffer_S = [DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)]
-        self.looked: dict[int, tuple[int, int]] = {}  # where the next piece of a source would come from, in this step
+        self.buffer_S = [
+            DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)
+        ]
+        # where the next piece of a source would come from, in this step
+        self.looked: dict[int, tuple[int, int]] = {}
 
     # -- rows --
 
     def fill(self, rows_NT: np.ndarray, now: Settings) -> None:
-        """Tokens, labels, positions and, if there is room for them, sources of the rows of one step, in place."""
+        """Tokens, labels, positions and, if there is room for them, sources of the rows of one step, in
+        place.
+        """
         pieces, positions, ends, targets, sources = [], [], list[int](), list[int](), list[int]()
         filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
         index_L, is_mixed = up_to(seq_len), len(now.weights_S) > 1
@@ -106,11 +115,13 @@ class VirtualStream:
         self.totals["documents"] += targets.count(IGNORED)
         self.totals["tokens"] += filled
         self.totals["open"] -= filled
-        self.write(rows_NT, seq_len, pieces=pieces, positions=positions, ends=ends, targets=targets, sources=sources)
+        self.write(
+            rows_NT, seq_len, pieces=pieces, positions=positions, ends=ends, targets=targets, sources=sources
+        )
 
     def fit(self, rows_NT: np.ndarray, now: Settings) -> None:
-        """Whole documents, cut at the length of a row, each into the fullest row that has room for it; the rest is padding. The
-        step ends with the first document that finds no room."""
+        """Whole documents, cut at the length of a row, each into the fullest row that has room for it; the
+        rest is padding. The step ends with the first document that finds no room."""
         rows = [list[tuple[np.ndarray, int, int]]() for _ in range(now.rows_per_stream)]
         room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
         while (source := self.next_source(now.weights_S, at_most=now.seq_len)) is not None:
@@ -129,15 +140,26 @@ class VirtualStream:
         for r, row in enumerate(rows):
             lengths = [len(tokens) for tokens, _, _ in row]
             self.write(
-                rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len], now.seq_len,
-                pieces=[tokens for tokens, _, _ in row], positions=[index_L[:length] for length in lengths],
-                ends=np.cumsum(lengths).tolist(), targets=[target for _, target, _ in row], sources=[s for _, _, s in row],
-            )  # fmt: skip
+                rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len],
+                now.seq_len,
+                pieces=[tokens for tokens, _, _ in row],
+                positions=[index_L[:length] for length in lengths],
+                ends=np.cumsum(lengths).tolist(),
+                targets=[target for _, target, _ in row],
+                sources=[s for _, _, s in row],
+            )
 
     def write(
-        self, rows_NT: np.ndarray, seq_len: int, *, pieces: list[np.ndarray], positions: list[np.ndarray], ends: list[int],
-        targets: list[int], sources: list[int],
-    ) -> None:  # fmt: skip
+        self,
+        rows_NT: np.ndarray,
+        seq_len: int,
+        *,
+        pieces: list[np.ndarray],
+        positions: list[np.ndarray],
+        ends: list[int],
+        targets: list[int],
+        sources: list[int],
+    ) -> None:
         """Pieces one after another; behind the last one, padding."""
         filled, num_tokens = ends[-1] if ends else 0, rows_NT.shape[1]
         if filled < num_tokens:
@@ -160,12 +182,16 @@ class VirtualStream:
     def has_more(self, now: Settings) -> bool:
         """Looks at no more than `fill` does first, so that asking changes nothing."""
         is_open = any(buffer.num_open for buffer in self.buffer_S)
-        return is_open or any(weight and self.next_length(s) is not None for s, weight in enumerate(now.weights_S))
+        return is_open or any(
+            weight and self.next_length(s) is not None for s, weight in enumerate(now.weights_S)
+        )
 
     # -- which source, which document --
 
     def source_to_read(self, now: Settings, row_rest: int) -> int | None:
-        """The source of the next piece: the one that is due, of those with an open document. None: all is read."""
+        """The source of the next piece: the one that is due, of those with an open document. None: all is
+        read.
+        """
         if self.phase != now.phase:
             fullest = max(range(len(self.buffer_S)), key=lambda s: self.buffer_S[s].num_open)
             if now.drain and self.buffer_S[fullest].num_open:
@@ -183,10 +209,16 @@ class VirtualStream:
             if (source := self.next_source(now.weights_S)) is not None:
                 self.refill(source, now)
             return source
-        open_S = [weight if buffer.num_open else 0.0 for weight, buffer in zip(now.weights_S, self.buffer_S, strict=True)]
+        open_S = [
+            weight if buffer.num_open else 0.0
+            for weight, buffer in zip(now.weights_S, self.buffer_S, strict=True)
+        ]
         if any(open_S):
-            return self.credits.next_source(open_S, next_length=lambda s: min(self.length_left(s, now), row_rest))
-        return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)  # of sources no longer wanted
+            return self.credits.next_source(
+                open_S, next_length=lambda s: min(self.length_left(s, now), row_rest)
+            )
+        # of sources no longer wanted
+        return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)
 
     def look(self, source: int, now: Settings) -> tuple[int, int]:
         if source not in self.looked:
@@ -200,19 +232,26 @@ class VirtualStream:
         return len(self.reread(document) if document.tokens is None else document.tokens) - document.read
 
     def next_source(self, weights_S: list[float], *, at_most: float = math.inf) -> int | None:
-        """The source of the next document; None: all are at their ends. One at its end leaves its share to the others.
-        at_most: [tokens] that a document counts."""
+        """The source of the next document; None: all are at their ends. One at its end leaves its share to
+        the others. at_most: [tokens] that a document counts."""
         if len(weights_S) > 1:
             weights_S = self.left(weights_S)
             due = self.credits.next_source
-            return due(weights_S, next_length=lambda s: min(self.next_length(s) or 0, at_most)) if any(weights_S) else None
+            return (
+                due(weights_S, next_length=lambda s: min(self.next_length(s) or 0, at_most))
+                if any(weights_S)
+                else None
+            )
         return 0 if self.next_length(0) is not None else None
 
     def left(self, weights_S: list[float]) -> list[float]:
         """The weights of the sources that have a document left."""
         if self.intake.repeats:
             return weights_S
-        has_S = [weight > 0 and (self.buffer_S[s].num_open or self.next_length(s)) for s, weight in enumerate(weights_S)]
+        has_S = [
+            weight > 0 and (self.buffer_S[s].num_open or self.next_length(s))
+            for s, weight in enumerate(weights_S)
+        ]
         total = sum(weight for weight, has in zip(weights_S, has_S, strict=True) if has)
         return [weight / total if has else 0.0 for weight, has in zip(weights_S, has_S, strict=True)]
 
@@ -245,7 +284,9 @@ class VirtualStream:
         return tokens
 
     def next_length(self, source: int) -> int | None:
-        """Of the document of `source` that is opened next; None: there is none. Bad documents are passed over."""
+        """Of the document of `source` that is opened next; None: there is none. Bad documents are passed
+        over.
+        """
         if source in self.ahead:
             return len(self.ahead[source])
         reader, queue = self.intake.readers[source], self.queue_S[source]
@@ -262,7 +303,9 @@ class VirtualStream:
             self.advance(source)
             self.refused_S[source] += 1
             if self.refused_S[source] >= reader.patience:
-                raise DataError(f"no usable document in a whole epoch, the last was {tokens}; check {reader.key}")
+                raise DataError(
+                    f"no usable document in a whole epoch, the last was {tokens}; check {reader.key}"
+                )
         return None
 
     def advance(self, source: int) -> None:
@@ -277,7 +320,9 @@ class VirtualStream:
         for s, goal in enumerate(goal_S):
             if goal > (num_ahead := len(self.queue_S[s])):
                 first, is_over = self.next_S[s], self.intake.readers[s].is_over
-                numbers = range(first + num_ahead * self.num_streams, first + goal * self.num_streams, self.num_streams)
+                numbers = range(
+                    first + num_ahead * self.num_streams, first + goal * self.num_streams, self.num_streams
+                )
                 wanted += [(s, n) for n in numbers if not is_over(n)]
         return wanted
 
@@ -292,7 +337,9 @@ class VirtualStream:
         tokens = document.tokens = self.intake.again(document.source, document.n, pending=pending)
         if document.read >= len(tokens):
             reader = self.intake.readers[document.source]
-            raise reader.foreign(f"{reader.where(document.n)}: no token {document.read}, the document has {len(tokens)}")
+            raise reader.foreign(
+                f"{reader.where(document.n)}: no token {document.read}, the document has {len(tokens)}"
+            )
         return tokens
 
     def open(self) -> Iterator[OpenDocument]:
@@ -300,7 +347,9 @@ class VirtualStream:
 
     def slowest(self, source: int) -> int:
         """The oldest document of `source` that is open, or the next one."""
-        return min((document.n for document in self.open() if document.source == source), default=self.next_S[source])
+        return min(
+            (document.n for document in self.open() if document.source == source), default=self.next_S[source]
+        )
 
     # -- state --
 
@@ -309,18 +358,33 @@ class VirtualStream:
         return sum(len(buffer.slots) for buffer in self.buffer_S)
 
     def heads(self, num_slots: int) -> np.ndarray:
-        """(3, C): of each slot the document's index in this stream's share of its source, the tokens read, the source."""
+        """(3, C): of each slot the document's index in this stream's share of its source, the tokens read,
+        the source.
+        """
         slots = [
             (d.n // self.num_streams if d else EMPTY, d.read if d else 0, s)
-            for s, buffer in enumerate(self.buffer_S) for d in buffer.slots
-        ]  # fmt: skip
+            for s, buffer in enumerate(self.buffer_S)
+            for d in buffer.slots
+        ]
         beyond = [(BEYOND, 0, 0)] * (num_slots - len(slots))
         return np.array(slots + beyond, np.int64).reshape(num_slots, 3).T
 
     def restore(
-        self, next_S: list[int], *, credit_S: list[float], draws_S: list[int], phase: int, heads_3C: np.ndarray
-    ) -> None:  # fmt: skip
-        self.next_S, self.credits.credit_S, self.phase, self.ahead, self.again = next_S, credit_S, phase, {}, {}
+        self,
+        next_S: list[int],
+        *,
+        credit_S: list[float],
+        draws_S: list[int],
+        phase: int,
+        heads_3C: np.ndarray,
+    ) -> None:
+        self.next_S, self.credits.credit_S, self.phase, self.ahead, self.again = (
+            next_S,
+            credit_S,
+            phase,
+            {},
+            {},
+        )
         for queue in self.queue_S:
             queue.clear()
         slots_S = [list[OpenDocument | None]() for _ in self.buffer_S]

@@ -2,9 +2,9 @@
 
     submit(request) -> queue -> a thread for each worker <-> pipe <-> worker: work(request) -> future
 
-A worker inherits all that `work` needs, so nothing is pickled but requests and answers, and it keeps no state: any worker may
-take any request. It ends with the process that forked it, however that one ends. If a worker is killed, its thread does the
-work from then on: slower, and nothing is lost.
+A worker inherits all that `work` needs, so nothing is pickled but requests and answers, and it keeps no
+state: any worker may take any request. It ends with the process that forked it, however that one ends. If a
+worker is killed, its thread does the work from then on: slower, and nothing is lost.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from multiprocessing.connection import Connection
 from queue import Empty, PriorityQueue
 from typing import Any
 
-LEFT_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # ends that say nothing against the work
+# ends that say nothing against the work
+LEFT_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ORPHAN_S = 0.25  # [s] between looks at whether the parent is still there
 
 CLOSED = "the stream was closed"
@@ -58,7 +59,9 @@ class Workers:
             pid, pipe = fork(work)
             self.pids.append(pid)
             self.running.add(pid)
-            threading.Thread(target=self.serve, args=(pid, pipe), daemon=True, name=f"data worker {pid}").start()
+            threading.Thread(
+                target=self.serve, args=(pid, pipe), daemon=True, name=f"data worker {pid}"
+            ).start()
 
     def submit(self, request: Any, *, priority: int = 0, future: Future | None = None) -> Future | Later:
         """Lower priorities first. Errors of `work` are raised by the future's `result`."""
@@ -137,7 +140,8 @@ def fork(work: Callable[[Any], Any]) -> tuple[int, Connection]:
         return pid, ours
     try:
         for of in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(of, signal.SIG_IGN)  # sent to a whole group of processes; the parent decides when it is over
+            # sent to a whole group of processes; the parent decides when it is over
+            signal.signal(of, signal.SIG_IGN)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not forked
         close_sockets(keep=theirs.fileno())
         threading.Thread(target=end_with, args=(parent,), daemon=True).start()

@@ -1,4 +1,5 @@
-"""What is an AFMoE? One function from our configuration to torchtitan's modules (arXiv:2602.17004, section 2).
+"""What is an AFMoE? One function from our configuration to torchtitan's modules (arXiv:2602.17004, section
+2).
 
     x = embedding(tokens) sqrt(D)                                                        eq. 39
     each layer:  x += norm2(attention(norm1(x)));  x += norm2(ffn or moe(norm1(x)))      eq. 33-35
@@ -67,16 +68,23 @@ class MaskedSDPA(Module):
         super().__init__()
         self.window = config.window
 
-    def forward(self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool) -> Tensor:
+    def forward(
+        self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool
+    ) -> Tensor:
         k_BNLH, v_BNLH = k_BLNH.transpose(1, 2), v_BLNH.transpose(1, 2)
         length, parts = q_BLNH.shape[1], []
-        for first, block_BlNH in zip(range(0, length, QUERY_BLOCK), q_BLNH.split(QUERY_BLOCK, dim=1), strict=True):
+        for first, block_BlNH in zip(
+            range(0, length, QUERY_BLOCK), q_BLNH.split(QUERY_BLOCK, dim=1), strict=True
+        ):
             last = first + block_BlNH.shape[1]
             keys = slice(max(0, first - self.window + 1) if self.window else 0, last)  # all others are masked
             out_BNlH = F.scaled_dot_product_attention(
-                block_BlNH.transpose(1, 2), k_BNLH[:, :, keys], v_BNLH[:, :, keys],
-                attn_mask=attention_masks[:, :, first:last, keys], enable_gqa=enable_gqa,
-            )  # fmt: skip
+                block_BlNH.transpose(1, 2),
+                k_BNLH[:, :, keys],
+                v_BNLH[:, :, keys],
+                attn_mask=attention_masks[:, :, first:last, keys],
+                enable_gqa=enable_gqa,
+            )
             parts.append(out_BNlH.transpose(1, 2))  # the order in memory, so that cat copies long runs
         return torch.cat(parts, dim=1)
 
@@ -97,7 +105,11 @@ class Attention(Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.qkv_linear, self.gate, self.wo = config.qkv_linear.build(), config.gate.build(), config.wo.build()
+        self.qkv_linear, self.gate, self.wo = (
+            config.qkv_linear.build(),
+            config.gate.build(),
+            config.wo.build(),
+        )
         self.q_norm, self.k_norm = config.q_norm.build(), config.k_norm.build()
         self.inner_attention = config.inner_attention.build()
         self.local, self.enable_gqa = config.local, config.enable_gqa
@@ -108,7 +120,9 @@ class Attention(Module):
         if self.local:
             q_BLNH, k_BLNH = CosSinRoPE.apply_rotary_emb(q_BLNH, k_BLNH, rows.rope)
         mask = rows.local_mask if self.local else rows.global_mask
-        out_BLNH = self.inner_attention(q_BLNH, k_BLNH, v_BLNH, attention_masks=mask, enable_gqa=self.enable_gqa)
+        out_BLNH = self.inner_attention(
+            q_BLNH, k_BLNH, v_BLNH, attention_masks=mask, enable_gqa=self.enable_gqa
+        )
         return self.wo(out_BLNH.flatten(2) * torch.sigmoid(self.gate(x_BLD)))  # eq. 12-14
 
 
@@ -133,7 +147,10 @@ class Block(Module):
             self.moe = config.moe.build()
         else:
             self.feed_forward = config.feed_forward.build()
-        self.attention_norm, self.post_attention_norm = config.attention_norm.build(), config.post_attention_norm.build()
+        self.attention_norm, self.post_attention_norm = (
+            config.attention_norm.build(),
+            config.post_attention_norm.build(),
+        )
         self.ffn_norm, self.post_ffn_norm = config.ffn_norm.build(), config.post_ffn_norm.build()
 
     def forward(self, x_BLD: Tensor, rows: Rows) -> Tensor:
@@ -158,7 +175,9 @@ class Head(Linear):
         if labels_BL is None:
             return F.linear(x_BLD, self.weight)
         x_TD, labels_T = x_BLD.flatten(0, 1), labels_BL.flatten()
-        return linear_cross_entropy(x_TD, self.weight, labels_T, z_loss_weight=self.z_loss_weight, groups=groups)
+        return linear_cross_entropy(
+            x_TD, self.weight, labels_T, z_loss_weight=self.z_loss_weight, groups=groups
+        )
 
 
 class Afmoe(Decoder):
@@ -175,8 +194,12 @@ class Afmoe(Decoder):
             raise NotImplementedError("see flops_per_token")
 
     def forward(
-        self, tokens_BL: Tensor, positions_BL: Tensor | None = None, labels_BL: Tensor | None = None, groups: Groups | None = None
-    ) -> Tensor:  # fmt: skip
+        self,
+        tokens_BL: Tensor,
+        positions_BL: Tensor | None = None,
+        labels_BL: Tensor | None = None,
+        groups: Groups | None = None,
+    ) -> Tensor:
         """Logits (B, L, V), or with labels the cross entropy [nats] summed over all tokens.
 
         positions_BL: of each token in its document: a 0 starts a document, PADDING (-1) marks padding; None:
@@ -196,27 +219,33 @@ class Afmoe(Decoder):
         """Masks and rotary angles of a microbatch, from the positions alone."""
         num_rows, length = positions_BL.shape
         starts_BL = positions_BL.clone()
-        starts_BL[:, 0] = 0  # torchtitan's mask wants each row to start with a document, also a row of padding
+        # torchtitan's mask wants each row to start with a document, also a row of padding
+        starts_BL[:, 0] = 0
         document = get_efficient_causal_mask_mod_for_packed_document(starts_BL)
         global_mod = and_masks(get_causal_mask_mod(), document)
         local_mod = and_masks(global_mod, get_sliding_window_mask_mod(self.config.window))  # eq. 8
         flex = isinstance(self.config.layers[0].attention.inner_attention, FlexAttention.Config)
         make = create_attention_mask if flex else create_mask
         half = torch.arange(0, self.config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
-        angle_BLh = positions_BL.clamp_min(0).unsqueeze(-1) * self.config.rope_theta ** (-half / self.config.head_dim)
+        angle_BLh = positions_BL.clamp_min(0).unsqueeze(-1) * self.config.rope_theta ** (
+            -half / self.config.head_dim
+        )
         angle_BLH = torch.cat([angle_BLh, angle_BLh], dim=-1)
         return Rows(
             local_mask=make(local_mod, num_rows, None, length, length, device=positions_BL.device),
             global_mask=make(global_mod, num_rows, None, length, length, device=positions_BL.device),
             rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
-            valid_BL=positions_BL >= 0 if positions_BL.is_cuda or (positions_BL < 0).any() else None,  # no sync on a GPU
+            # no sync on a GPU
+            valid_BL=positions_BL >= 0 if positions_BL.is_cuda or (positions_BL < 0).any() else None,
         )
 
 
 def afmoe_config(
     model: ModelConfig, *, flex: bool, loss_weights: LossWeights = NO_LOSSES, z_loss_weight: float = 0.0
 ) -> Afmoe.Config:
-    """Translates our configuration to the tree of torchtitan modules. flex: flex attention (GPU) or masked SDPA."""
+    """Translates our configuration to the tree of torchtitan modules. flex: flex attention (GPU) or masked
+    SDPA.
+    """
     m = model
 
     def linear(inputs: int, outputs: int, kind: type = Linear, **extra) -> Linear.Config:
@@ -226,7 +255,9 @@ def afmoe_config(
         return RMSNorm.Config(normalized_shape=dim, eps=m.norm_eps)
 
     def swiglu(hidden: int) -> FeedForward.Config:
-        return FeedForward.Config(w1=linear(m.dim, hidden), w2=linear(hidden, m.dim), w3=linear(m.dim, hidden))
+        return FeedForward.Config(
+            w1=linear(m.dim, hidden), w2=linear(hidden, m.dim), w3=linear(m.dim, hidden)
+        )
 
     def attention(layer: int) -> Attention.Config:
         local = (layer + 1) % m.global_every != 0
@@ -240,7 +271,9 @@ def afmoe_config(
             wo=linear(m.num_heads * m.head_dim, m.dim),
             q_norm=norm(m.head_dim),
             k_norm=norm(m.head_dim),
-            inner_attention=FlexAttention.Config() if flex else MaskedSDPA.Config(window=m.window if local else None),
+            inner_attention=FlexAttention.Config()
+            if flex
+            else MaskedSDPA.Config(window=m.window if local else None),
             local=local,
             enable_gqa=m.num_heads > m.num_kv_heads,
         )
@@ -272,7 +305,9 @@ def afmoe_config(
             attention=attention(layer),
             feed_forward=swiglu(m.ffn_dim) if dense else None,
             moe=None if dense else moe(),
-            **{n: norm(m.dim) for n in ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm")},
+            **{
+                n: norm(m.dim) for n in ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm")
+            },
         )
 
     return Afmoe.Config(
@@ -310,8 +345,8 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 def flops_per_token(model: ModelConfig, *, seq_len: int) -> float:
     """[FLOP] of forward and backward that the model needs per token of a full row; recomputation not counted.
 
-    6 per active weight in a matmul (the input embedding is a look-up; norm gains, 0.03 % of Nano, are counted as if
-    they were) and 12 H N per attended position.
+    6 per active weight in a matmul (the input embedding is a look-up; norm gains, 0.03 % of Nano, are counted
+    as if they were) and 12 H N per attended position.
     """
     embedding = model.vocab_size * model.dim
     window = min(model.window, seq_len)

@@ -52,17 +52,39 @@ EXPERTS = {
 
 # of a configuration: ours -> theirs
 KEYS = {
-    "vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers", "num_dense_layers": "num_dense_layers",
-    "ffn_dim": "intermediate_size", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim", "window": "sliding_window", "global_every": "global_attn_every_n_layers",
-    "num_experts": "num_experts", "top_k": "num_experts_per_tok", "expert_dim": "moe_intermediate_size",
-    "num_shared_experts": "num_shared_experts", "route_scale": "route_scale", "rope_theta": "rope_theta",
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_dense_layers": "num_dense_layers",
+    "ffn_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "window": "sliding_window",
+    "global_every": "global_attn_every_n_layers",
+    "num_experts": "num_experts",
+    "top_k": "num_experts_per_tok",
+    "expert_dim": "moe_intermediate_size",
+    "num_shared_experts": "num_shared_experts",
+    "route_scale": "route_scale",
+    "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
-}  # fmt: skip
+}
 # what others may vary, and we cannot
-FIXED = {"model_type": "afmoe", "hidden_act": "silu", "tie_word_embeddings": False, "mup_enabled": True, "attention_bias": False,
-         "rope_type": "default", "score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}  # fmt: skip
-SAID = ("model_type", "mup_enabled")  # of these: transformers takes another value where a config.json has none
+FIXED = {
+    "model_type": "afmoe",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "mup_enabled": True,
+    "attention_bias": False,
+    "rope_type": "default",
+    "score_func": "sigmoid",
+    "route_norm": True,
+    "n_group": 1,
+    "topk_group": 1,
+}
+# of these: transformers takes another value where a config.json has none
+SAID = ("model_type", "mup_enabled")
 
 
 class Place(NamedTuple):
@@ -76,31 +98,46 @@ class Place(NamedTuple):
 def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of our state dict, from the model built on the meta device."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in afmoe_config(model, flex=False).build().state_dict().items()}
+        return {
+            name: tuple(tensor.shape)
+            for name, tensor in afmoe_config(model, flex=False).build().state_dict().items()
+        }
 
 
 def places(model: ModelConfig) -> dict[str, Place]:
     """{name on disk: its place} of every tensor on disk, layer by layer."""
     ours = our_shapes(model)
     return {
-        theirs: Place(name, expert, ours[name] if expert is None else ours[name][1:]) for name, expert, theirs in _names(ours)
+        theirs: Place(name, expert, ours[name] if expert is None else ours[name][1:])
+        for name, expert, theirs in _names(ours)
     }
 
 
 def refuse_misfits(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """state: {name: what has a shape}. Raises: ValueError naming every tensor that is missing, unknown or mis-shaped."""
+    """state: {name: what has a shape}. Raises: ValueError naming every tensor that is missing, unknown or
+    mis-shaped.
+    """
     _refuse(_misfits(state, expected))
 
 
 def to_hf(state_dict: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Our state dict (whole plain tensors) under the names on disk. dtypes stay: cast afterwards, all but the biases.
+    """Our state dict (whole plain tensors) under the names on disk. dtypes stay: cast afterwards, all but the
+    biases.
 
     Raises: ValueError naming every tensor that is missing, unknown, mis-shaped, or a bias not in float32.
     """
     ours = our_shapes(model)
-    cast = [name for name, tensor in state_dict.items() if name.endswith(BIAS) and tensor.dtype != torch.float32]
-    _refuse(_misfits(state_dict, ours) + [f"{name}: {state_dict[name].dtype}, must be torch.float32" for name in cast])
-    return {theirs: state_dict[name] if expert is None else state_dict[name][expert] for name, expert, theirs in _names(ours)}
+    cast = [
+        name for name, tensor in state_dict.items() if name.endswith(BIAS) and tensor.dtype != torch.float32
+    ]
+    _refuse(
+        _misfits(state_dict, ours)
+        + [f"{name}: {state_dict[name].dtype}, must be torch.float32" for name in cast]
+    )
+    return {
+        theirs: state_dict[name] if expert is None else state_dict[name][expert]
+        for name, expert, theirs in _names(ours)
+    }
 
 
 def from_hf(hf_state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -112,7 +149,9 @@ def from_hf(hf_state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Ten
     refuse_misfits(hf_state, {theirs: place.shape for theirs, place in on_disk.items()})
     parts: dict[str, list[Tensor]] = {}
     for theirs, (name, _, _) in on_disk.items():
-        parts.setdefault(name, []).append(hf_state[theirs].float() if name.endswith(BIAS) else hf_state[theirs])
+        parts.setdefault(name, []).append(
+            hf_state[theirs].float() if name.endswith(BIAS) else hf_state[theirs]
+        )
     stacked = {place.name for place in on_disk.values() if place.expert is not None}
     return {name: torch.stack(tensors) if name in stacked else tensors[0] for name, tensors in parts.items()}
 
@@ -143,29 +182,41 @@ def hf_config(model: ModelConfig, *, max_position_embeddings: int) -> dict:
         "route_scale": m.route_scale,
         "global_attn_every_n_layers": m.global_every,
         "sliding_window": m.window,
-        "layer_types": ["sliding_attention" if (i + 1) % m.global_every else "full_attention" for i in range(m.num_layers)],
+        "layer_types": [
+            "sliding_attention" if (i + 1) % m.global_every else "full_attention" for i in range(m.num_layers)
+        ],
         "mup_enabled": True,  # embedding output times sqrt(D), arXiv:2602.17004, eq. 39
     }
 
 
 def config_misfits(theirs: Mapping[str, Any], model: ModelConfig) -> list[str]:
-    """What a config.json says, or leaves out, that is not this model: "model.dim=128, but hidden_size=256"."""
+    """What a config.json says, or leaves out, that is not this model: "model.dim=128, but
+    hidden_size=256".
+    """
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     said = {**theirs, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    if "rope_theta" in (theirs.get("rope_parameters") or {}):  # since transformers 5; published checkpoints are older
+    # since transformers 5; published checkpoints are older
+    if "rope_theta" in (theirs.get("rope_parameters") or {}):
         said["rope_theta"] = theirs["rope_parameters"]["rope_theta"]
     layers = said.get("layer_types")
     if layers is not None and len(layers) == model.num_layers:  # transformers then looks at nothing else
         same = layers == hf_config(model, max_position_embeddings=0)["layer_types"]
         said[KEYS["global_every"]] = model.global_every if same else f"another, by layer_types={layers}"
-    own = [(f"model.{key}", getattr(model, key), name, said.get(name, "<not there>")) for key, name in KEYS.items()]
-    fixed = [(name, must, said.get(name, "<not there>" if name in SAID else must)) for name, must in FIXED.items()]
+    own = [
+        (f"model.{key}", getattr(model, key), name, said.get(name, "<not there>"))
+        for key, name in KEYS.items()
+    ]
+    fixed = [
+        (name, must, said.get(name, "<not there>" if name in SAID else must)) for name, must in FIXED.items()
+    ]
     wrong = [f"{name}={value}, but an AFMoE here has {must}" for name, must, value in fixed if must != value]
     return [f"{key}={must}, but {name}={value}" for key, must, name, value in own if must != value] + wrong
 
 
 def _names(ours: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | None, str]]:
-    """(our name, expert or None, name on disk) of every tensor on disk; a KeyError is a module without a name there."""
+    """(our name, expert or None, name on disk) of every tensor on disk; a KeyError is a module without a name
+    there.
+    """
     for name, shape in ours.items():
         if name in WHOLE:
             yield name, None, WHOLE[name]
@@ -178,10 +229,20 @@ def _names(ours: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int | Non
 
 
 def _misfits(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    missing = [f"{name}: missing, must be {tuple(shape)}" for name, shape in expected.items() if name not in state]
-    unknown = [f"{name}: unknown, has {tuple(tensor.shape)}" for name, tensor in state.items() if name not in expected]
-    both = [(name, tuple(state[name].shape), tuple(shape)) for name, shape in expected.items() if name in state]
-    return missing + unknown + [f"{name}: has {has}, must be {must}" for name, has, must in both if has != must]
+    missing = [
+        f"{name}: missing, must be {tuple(shape)}" for name, shape in expected.items() if name not in state
+    ]
+    unknown = [
+        f"{name}: unknown, has {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name not in expected
+    ]
+    both = [
+        (name, tuple(state[name].shape), tuple(shape)) for name, shape in expected.items() if name in state
+    ]
+    return (
+        missing + unknown + [f"{name}: has {has}, must be {must}" for name, has, must in both if has != must]
+    )
 
 
 def _refuse(problems: list[str]) -> None:

@@ -36,16 +36,30 @@ def initialize(model: Afmoe, *, device: torch.device, seed: int) -> None:
             local.fill_(num_layers**-0.5 if ".post_" in name else 1.0)
             continue
         shape, offset = local_window(parameter)
-        matrices = zip(local, range(offset[0], offset[0] + shape[0]), strict=True) if parameter.ndim == 3 else [(local, 0)]
+        matrices = (
+            zip(local, range(offset[0], offset[0] + shape[0]), strict=True)
+            if parameter.ndim == 3
+            else [(local, 0)]
+        )
         for matrix, index in matrices:
-            matrix.copy_(draw(f"{seed}/{name}/{index}", std, rows=matrix.shape[0], first=offset[-2], columns=parameter.shape[-1]))
+            matrix.copy_(
+                draw(
+                    f"{seed}/{name}/{index}",
+                    std,
+                    rows=matrix.shape[0],
+                    first=offset[-2],
+                    columns=parameter.shape[-1],
+                )
+            )
 
 
 def local_window(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and offset of this rank's part; parts are cut along experts or rows, never along columns."""
     if not isinstance(parameter, DTensor):
         return tuple(parameter.shape), (0,) * parameter.ndim
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
     assert shape[-1] == parameter.shape[-1]
     return tuple(shape), tuple(offset)
 
@@ -56,7 +70,9 @@ def draw(key: str, std: float, *, rows: int, first: int, columns: int) -> Tensor
     for block in range(first // BLOCK_ROWS, -(-(first + rows) // BLOCK_ROWS)):
         digest = hashlib.blake2b(f"{key}/{block}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        full = nn.init.trunc_normal_(torch.empty(BLOCK_ROWS, columns), std=std, a=-3 * std, b=3 * std, generator=generator)
+        full = nn.init.trunc_normal_(
+            torch.empty(BLOCK_ROWS, columns), std=std, a=-3 * std, b=3 * std, generator=generator
+        )
         start = block * BLOCK_ROWS
         low, high = max(first, start), min(first + rows, start + BLOCK_ROWS)
         out[low - first : high - first] = full[low - start : high - start]

@@ -14,17 +14,23 @@ CHUNK_LOGITS = 2**22  # logits alive at a time: 16 MiB in float32
 
 
 class Groups(NamedTuple):
-    """Which group each token belongs to, and the loss [nats] and the number of targets of each group so far, float64."""
+    """Which group each token belongs to, and the loss [nats] and the number of targets of each group so far,
+    float64.
+    """
 
     of_T: Tensor
     sums_2G: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Both gradients are made in the forward pass, chunk by chunk, so the T x V logits never exist at once."""
+    """Both gradients are made in the forward pass, chunk by chunk, so the T x V logits never exist at
+    once.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss_weight: float, groups: Groups | None) -> Tensor:
+    def forward(
+        ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss_weight: float, groups: Groups | None
+    ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         chunk = max(1, CHUNK_LOGITS // len(weight_VD))
         loss = x_TD.new_zeros((), dtype=torch.float32)
@@ -43,10 +49,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_t = (lse_t - target_logit_t) * counts_t
             loss += loss_t.sum()
             if groups is not None:
-                groups.sums_2G.index_add_(1, groups.of_T[start : start + chunk], torch.stack([loss_t, counts_t.float()]).double())
+                groups.sums_2G.index_add_(
+                    1, groups.of_T[start : start + chunk], torch.stack([loss_t, counts_t.float()]).double()
+                )
             if not needs_grad:
                 continue
-            d_lse_t1 = (counts_t * (1 + 2 * z_loss_weight * lse_t)).unsqueeze(1)  # of lse + z_loss_weight lse^2
+            # of lse + z_loss_weight lse^2
+            d_lse_t1 = (counts_t * (1 + 2 * z_loss_weight * lse_t)).unsqueeze(1)
             grad_tV = exp_tV.mul_(d_lse_t1 / sum_t1)  # the softmax is d lse / d logits
             grad_tV.scatter_add_(1, target_t1, -counts_t.unsqueeze(1).float())
             grad_tV = grad_tV.to(x_TD.dtype)
@@ -67,12 +76,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, z_loss_weight: float = 0.0, groups: Groups | None = None
-) -> Tensor:  # fmt: skip
+    x_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    z_loss_weight: float = 0.0,
+    groups: Groups | None = None,
+) -> Tensor:
     """Cross entropy of the logits x @ weight.T, summed over the tokens whose label is not IGNORE.
 
     The value is the cross entropy alone; the gradient is that of cross entropy + z_loss_weight * lse^2, with
-    lse = logsumexp(logits) (z-loss, arXiv:2602.17004, section 2.2). float32 inside, whatever the inputs are. Losses
-    and targets are added to the sums of their groups.
+    lse = logsumexp(logits) (z-loss, arXiv:2602.17004, section 2.2). float32 inside, whatever the inputs are.
+    Losses and targets are added to the sums of their groups.
     """
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, z_loss_weight, groups)

@@ -1,7 +1,7 @@
 """How do tokens reach their experts, and what do these return?
 
-torchtitan's all-to-all dispatcher and grouped GEMM, with what pretraining needs besides: experts in float32 or
-bfloat16, sums over a token's experts by gathering (deterministic, and no atomics) instead of scattering.
+torchtitan's all-to-all dispatcher and grouped GEMM, with what pretraining needs besides: experts in float32
+or bfloat16, sums over a token's experts by gathering (deterministic, and no atomics) instead of scattering.
 
 Letters: B sequences, L tokens each, T = B L, D model dim, F expert hidden dim, E experts, K per token,
 N = T K routed slots in token order, R routed slots that reach this rank's experts, sorted by expert.
@@ -16,7 +16,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
-from torchtitan.models.common.token_dispatcher import AllToAllDispatchMetadata, AllToAllTokenDispatcher, LocalDispatchMetadata
+from torchtitan.models.common.token_dispatcher import (
+    AllToAllDispatchMetadata,
+    AllToAllTokenDispatcher,
+    LocalDispatchMetadata,
+)
 from torchtitan.protocols.module import Module
 
 from trainer.balance import NO_LOSSES, LossWeights, register_routing_buffers
@@ -37,10 +41,13 @@ class Experts(GroupedExperts):
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         dtype = self.dtype or x_RD.dtype
         w1_EFD, w2_EDF, w3_EFD = (
-            (w.to_local() if isinstance(w, DTensor) else w).to(dtype) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
+            (w.to_local() if isinstance(w, DTensor) else w).to(dtype)
+            for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         )
         if x_RD.device.type == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling():
-            return _SwigluLoop.apply(x_RD.to(dtype), w1_EFD, w2_EDF, w3_EFD, num_tokens_per_expert_E).to(x_RD.dtype)
+            return _SwigluLoop.apply(x_RD.to(dtype), w1_EFD, w2_EDF, w3_EFD, num_tokens_per_expert_E).to(
+                x_RD.dtype
+            )
         ends_E = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
         gate_RF = torch._grouped_mm(x_RD.to(dtype), w1_EFD.mT, offs=ends_E)
         up_RF = torch._grouped_mm(x_RD.to(dtype), w3_EFD.mT, offs=ends_E)
@@ -50,11 +57,14 @@ class Experts(GroupedExperts):
 class _SwigluLoop(torch.autograd.Function):
     """The same on a CPU, expert after expert: what lies between an expert's three matmuls stays in the cache.
 
-    1.07 times the speed of three grouped GEMMs, which are loops over experts there, too (docs/benchmarks/train_step.md).
+    1.07 times the speed of three grouped GEMMs, which are loops over experts there, too
+    (docs/benchmarks/train_step.md).
     """
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+    def forward(
+        ctx, x_RD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, num_tokens_per_expert_E: Tensor
+    ) -> Tensor:
         ctx.sizes = num_tokens_per_expert_E.tolist()
         gate_RF, up_RF = x_RD.new_empty(2, len(x_RD), w1_EFD.shape[1])
         out_RD = torch.empty_like(x_RD)
@@ -73,7 +83,9 @@ class _SwigluLoop(torch.autograd.Function):
         grad_x_RD = torch.empty_like(x_RD)
         grads = tuple(torch.empty_like(w) for w in (w1_EFD, w2_EDF, w3_EFD))
         rows = _parts(ctx.sizes, x_RD, gate_RF, up_RF, grad_out_RD, grad_x_RD)
-        for x, gate, up, grad_out, grad_x, w1, w2, w3, g1, g2, g3 in zip(*rows, w1_EFD, w2_EDF, w3_EFD, *grads, strict=True):
+        for x, gate, up, grad_out, grad_x, w1, w2, w3, g1, g2, g3 in zip(
+            *rows, w1_EFD, w2_EDF, w3_EFD, *grads, strict=True
+        ):
             silu = F.silu(gate)
             grad_hidden = grad_out @ w2
             torch.mm(grad_out.T, silu * up, out=g2)
@@ -121,13 +133,21 @@ class _WeightedSum(torch.autograd.Function):
         grad_ND = grad_TD.index_select(0, order_N // scores_TK.shape[1]).float()
         grad_scores_N = torch.bmm(rows_ND.float().unsqueeze(1), grad_ND.unsqueeze(2)).flatten()
         grad_rows_ND = grad_ND.mul_(scores_TK.flatten().index_select(0, order_N).unsqueeze(1))
-        return grad_rows_ND.to(rows_ND.dtype), grad_scores_N.index_select(0, inverse_N).view_as(scores_TK), None
+        return (
+            grad_rows_ND.to(rows_ND.dtype),
+            grad_scores_N.index_select(0, inverse_N).view_as(scores_TK),
+            None,
+        )
 
 
 def gather_sum(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """out_T = sum over k of weights_Tk rows[index_Tk], in float32; without atomics, so the same bits every time."""
+    """out_T = sum over k of weights_Tk rows[index_Tk], in float32; without atomics, so the same bits every
+    time.
+    """
     if rows_ND.device.type == "cpu":
-        return F.embedding_bag(index_TK, rows_ND.float(), mode="sum", per_sample_weights=weights_TK).to(rows_ND.dtype)
+        return F.embedding_bag(index_TK, rows_ND.float(), mode="sum", per_sample_weights=weights_TK).to(
+            rows_ND.dtype
+        )
     rows_TKD = rows_ND.index_select(0, index_TK.flatten()).unflatten(0, index_TK.shape).float()
     if weights_TK is None:
         return rows_TKD.sum(1).to(rows_ND.dtype)
@@ -149,13 +169,18 @@ class TokenDispatcher(AllToAllTokenDispatcher):
     class Config(AllToAllTokenDispatcher.Config):
         pass
 
-    def _local_reorder(self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _local_reorder(
+        self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         order_N = torch.argsort(topk_expert_ids_TK.flatten(), stable=True)
         inverse_N = invert(order_N)
         return _Spread.apply(x_TD, order_N, inverse_N), inverse_N, topk_scores_TK
 
     def combine(
-        self, routed_output_RD: Tensor, metadata: AllToAllDispatchMetadata | LocalDispatchMetadata, x_TD: Tensor
+        self,
+        routed_output_RD: Tensor,
+        metadata: AllToAllDispatchMetadata | LocalDispatchMetadata,
+        x_TD: Tensor,
     ) -> Tensor:
         if isinstance(metadata, AllToAllDispatchMetadata):
             rows_RD = self._unpermute(routed_output_RD, metadata.input_shape, metadata.permuted_indices)
@@ -170,8 +195,8 @@ class TokenDispatcher(AllToAllTokenDispatcher):
 class MoE(Module):
     """Router, routed experts and shared experts (arXiv:2602.17004, eq. 15-18).
 
-    Its routing buffers are those of `balance.register_routing_buffers`. In training the backward pass counts what
-    was routed (padding is not counted) and adds the gradient of the balance losses.
+    Its routing buffers are those of `balance.register_routing_buffers`. In training the backward pass counts
+    what was routed (padding is not counted) and adds the gradient of the balance losses.
     """
 
     @dataclass(kw_only=True, slots=True)

@@ -23,7 +23,9 @@ class RMSNorm(nn_modules.RMSNorm):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Twice the speed of F.rms_norm on a CPU: its backward is one fused kernel, that of a layer norm whose mean is 0."""
+    """Twice the speed of F.rms_norm on a CPU: its backward is one fused kernel, that of a layer norm whose
+    mean is 0.
+    """
 
     @staticmethod
     def forward(ctx, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -40,5 +42,6 @@ class _RMSNorm(torch.autograd.Function):
         grad_x_D, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
             grad_D, x_D, [dim], torch.zeros_like(scale_1), scale_1, weight_D, None, [True, True, False]
         )
-        through_mean_1 = (grad_D @ weight_D).unsqueeze(-1).mul_(scale_1).div_(dim)  # what a mean that moves with x would take
+        # what a mean that moves with x would take
+        through_mean_1 = (grad_D @ weight_D).unsqueeze(-1).mul_(scale_1).div_(dim)
         return grad_x_D.add_(through_mean_1), grad_weight_D, None

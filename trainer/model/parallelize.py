@@ -13,15 +13,20 @@ from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 
-from trainer.device import use_plain_sum
 from trainer.model.afmoe import Afmoe
+from trainer.ranks.device import use_plain_sum
 
 EXPERT_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
 CHECKPOINTING = {"full": FullAC, "selective": SelectiveAC}
 
 
 def build_parallel(
-    config: Afmoe.Config, dims: ParallelDims, *, dtype: torch.dtype, activation_checkpoint: str = "none", compile: bool = False
+    config: Afmoe.Config,
+    dims: ParallelDims,
+    *,
+    dtype: torch.dtype,
+    activation_checkpoint: str = "none",
+    compile: bool = False,
 ) -> Afmoe:
     """The model on the meta device, spread over the meshes of `dims`.
 
@@ -31,9 +36,12 @@ def build_parallel(
     if dims.ep_enabled:
         for layer in config.layers:
             if layer.moe is not None:
-                set_moe_sharding_config(layer.moe, enable_ep=True, enable_sp=False, expert_param_layout=EXPERT_LAYOUT)
+                set_moe_sharding_config(
+                    layer.moe, enable_ep=True, enable_sp=False, expert_param_layout=EXPERT_LAYOUT
+                )
                 states = layer.moe.sharding_config.state_shardings
-                states |= dict.fromkeys(("routing_sums_S", "load_E"), states["expert_bias_E"])  # whole on every rank
+                # whole on every rank
+                states |= dict.fromkeys(("routing_sums_S", "load_E"), states["expert_bias_E"])
     with torch.device("meta"):
         model = config.build()
     if dims.ep_enabled:
@@ -68,7 +76,9 @@ def squared_gradient_norm(model: nn.Module) -> Tensor:
     """
     total = torch.zeros((), dtype=torch.float64)
     for parameter in model.parameters():
-        total = total.to(parameter.device) + local(parameter.grad).norm().double().square() / num_replicas(parameter)
+        total = total.to(parameter.device) + local(parameter.grad).norm().double().square() / num_replicas(
+            parameter
+        )
     return total
 
 

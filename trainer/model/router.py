@@ -1,6 +1,7 @@
 """Which experts does a token visit? And what of that is counted and penalised in training?
 
-Letters: B sequences, L tokens each, D model dim, E experts, K per token, S sums of a layer (balance/stats.py).
+Letters: B sequences, L tokens each, D model dim, E experts, K per token, S sums of a layer
+(balance/stats.py).
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from trainer.balance import attach_loss, collects_required, count_in_backward, r
 
 
 class Gate(Linear):
-    """The router's weights. They multiply in `dtype`: float32 even in a bfloat16 model, unless told otherwise.
+    """The router's weights. They multiply in `dtype`: float32 even in a bfloat16 model, unless told
+    otherwise.
 
     Explicit, as autocast to float32 is a no-op on CPU. The logits are float32.
     """
@@ -70,7 +72,9 @@ class Router(Module):
 def count_and_balance(layer: Module, routing: Routing, valid_BL: Tensor | None) -> Tensor:
     """The gates; the backward pass through them counts this microbatch and minimizes the balance losses."""
     gates_BLK, ids_BLK, scores_BLE, logits_BLE = routing
-    sums_S = routing_sums(scores_BLE, logits_BLE, ids_BLK, layer.expert_bias_E, valid_BL, required=collects_required(layer))
+    sums_S = routing_sums(
+        scores_BLE, logits_BLE, ids_BLK, layer.expert_bias_E, valid_BL, required=collects_required(layer)
+    )
     gates_BLK = count_in_backward(gates_BLK, sums_S, layer.routing_sums_S)
     loss = router_loss(layer.loss_weights, scores_BLE, logits_BLE, ids_BLK, layer.load_E, valid_BL)
     return gates_BLK if loss is None else attach_loss(gates_BLK, loss)

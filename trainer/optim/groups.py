@@ -15,7 +15,9 @@ class Optimizers:
     """Several torch optimizers as one. The rates that they come with are their peak rates."""
 
     def __init__(self, optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]):
-        self.optimizers = (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
+        self.optimizers = (
+            (optimizers,) if isinstance(optimizers, torch.optim.Optimizer) else tuple(optimizers)
+        )
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
@@ -32,8 +34,8 @@ class Optimizers:
             optimizer.zero_grad()
 
     def set_learning_rate(self, factor: float) -> dict[str, float]:
-        """Every group gets factor times its peak rate. Returns the rates by name: lr of the first optimizer, lr_<name>
-        of each further one."""
+        """Every group gets factor times its peak rate. Returns the rates by name: lr of the first optimizer,
+        lr_<name> of each further one."""
         rates = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -43,7 +45,9 @@ class Optimizers:
         return rates
 
 
-def adamw(model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.Optimizer:
+def adamw(
+    model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
+) -> torch.optim.Optimizer:
     """AdamW on every parameter; weight decay on matrices only, never on norm gains.
 
     lr: peak rate, reached where the program's factor is 1.
@@ -52,10 +56,19 @@ def adamw(model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, we
 
 
 def muon(
-    model: nn.Module, *, lr: float, adamw_lr: float, momentum: float, betas: Sequence[float], eps: float, weight_decay: float,
-    dtype: str | None = None, router: str = "muon",
-) -> Sequence[torch.optim.Optimizer]:  # fmt: skip
-    """Muon on hidden matrices, experts and their router included; AdamW on embedding, output head and norm gains.
+    model: nn.Module,
+    *,
+    lr: float,
+    adamw_lr: float,
+    momentum: float,
+    betas: Sequence[float],
+    eps: float,
+    weight_decay: float,
+    dtype: str | None = None,
+    router: str = "muon",
+) -> Sequence[torch.optim.Optimizer]:
+    """Muon on hidden matrices, experts and their router included; AdamW on embedding, output head and norm
+    gains.
 
     lr, adamw_lr: peak rates. dtype: of the orthogonalisation; null: bfloat16 on a GPU, float32 on a CPU.
     router: muon | adamw.
@@ -74,7 +87,9 @@ def muon(
     return [by_muon, _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)]
 
 
-def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> torch.optim.AdamW:
+def _adamw(
+    parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
     if lr < 0 or eps <= 0 or weight_decay < 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(
             f"optim: lr={lr} and weight_decay={weight_decay} must be 0 or more, eps={eps} above 0, "
@@ -83,4 +98,6 @@ def _adamw(parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: 
     matrices = [p for p in parameters if p.ndim >= 2]
     gains = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True
+    )

@@ -21,15 +21,24 @@ class Muon(torch.optim.Optimizer):
 
         M = momentum M + G;  W = (1 - lr weight_decay) W - lr width_factor orthogonalize(G + momentum M)
 
-    The last two dims of a parameter are a matrix, all dims before them a batch. Each matrix is orthogonalised once: by
-    one of the R x S ranks that hold it. What FSDP cut inside a matrix goes to that rank and comes back; experts that
-    are whole on a rank never leave their replica, and replicas tell each other their results (trainer/optim/plan.py).
+    The last two dims of a parameter are a matrix, all dims before them a batch. Each matrix is orthogonalised
+    once: by one of the R x S ranks that hold it. What FSDP cut inside a matrix goes to that rank and comes
+    back; experts that are whole on a rank never leave their replica, and replicas tell each other their
+    results (trainer/optim/plan.py).
 
-    dtype: of the orthogonalisation, and of what ranks send each other. Groups may differ in lr, momentum, weight_decay.
+    dtype: of the orthogonalisation, and of what ranks send each other. Groups may differ in lr, momentum,
+    weight_decay.
     """
 
-    def __init__(self, params, *, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0,
-                 dtype: torch.dtype = torch.float32):  # fmt: skip
+    def __init__(
+        self,
+        params,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
             if not (group["lr"] >= 0 and group["weight_decay"] >= 0 and 0 <= group["momentum"] < 1):
@@ -56,7 +65,9 @@ class Muon(torch.optim.Optimizer):
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         for p, group in group_of.items():
             if p.grad is None:
-                raise RuntimeError(f"Muon: a parameter of shape {tuple(p.shape)} has no gradient; all ranks need one for it")
+                raise RuntimeError(
+                    f"Muon: a parameter of shape {tuple(p.shape)} has no gradient; all ranks need one for it"
+                )
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             local(self.state[p]["momentum_buffer"]).mul_(group["momentum"]).add_(local(p.grad))

@@ -14,8 +14,8 @@ TINY = 1e-20  # below any gradient's norm; a matrix of zeros stays one
 
 
 def orthogonalize(matrices_bmn: Tensor) -> Tensor:
-    """Each matrix with its singular values brought near 1, by Newton-Schulz: 0.68 to 1.21, less where they are under a hundredth
-    of the largest; zeros stay zeros.
+    """Each matrix with its singular values brought near 1, by Newton-Schulz: 0.68 to 1.21, less where they
+    are under a hundredth of the largest; zeros stay zeros.
 
     matrices_bmn: a batch, m <= n.
     """
@@ -37,7 +37,10 @@ def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
     for batch in batches.values():
         for i, result in zip(batch, orthogonalize(torch.stack([wide[i] for i in batch])), strict=True):
             wide[i] = result
-    return [result if result.shape == matrix.shape else result.mT for result, matrix in zip(wide, matrices, strict=True)]
+    return [
+        result if result.shape == matrix.shape else result.mT
+        for result, matrix in zip(wide, matrices, strict=True)
+    ]
 
 
 def cost(rows: int, columns: int) -> int:

@@ -1,9 +1,11 @@
 """Which rank orthogonalises which matrix, and how do the pieces get there and back?
 
-    pieces of a matrix --all-to-all--> its owner --> orthogonalised --all-to-all--> pieces --all-gather--> replicas
-    (cut by FSDP over S ranks of a replica)                          (of R replicas, each with its share)
+    pieces of a matrix --all-to-all--> its owner --> orthogonalised --all-to-all--> pieces --all-gather-->
+    replicas (cut by FSDP over S ranks of a replica)                          (of R replicas, each with its
+    share)
 
-A matrix that is whole on its rank, as experts are, skips the all-to-alls; a run without replicas the all-gather.
+A matrix that is whole on its rank, as experts are, skips the all-to-alls; a run without replicas the
+all-gather.
 Letters: R replicas (dp_replicate), S ranks of a replica among which a matrix is cut. Sizes in elements.
 """
 
@@ -28,7 +30,9 @@ ROUND_ELEMENTS = 2**26  # of the matrices that a rank orthogonalises at once: bo
 
 @dataclass(frozen=True)
 class Spread:
-    """How a parameter lies on the ranks: cut inside its matrices over one axis of the mesh, alike over another."""
+    """How a parameter lies on the ranks: cut inside its matrices over one axis of the mesh, alike over
+    another.
+    """
 
     mesh: Any = None  # DeviceMesh
     cut_axis: int | None = None
@@ -40,10 +44,14 @@ class Spread:
         if not isinstance(p, DTensor):
             return cls()
         real = [(axis, place) for axis, place in enumerate(p.placements) if p.device_mesh.shape[axis] > 1]
-        cut = [(axis, place.dim - p.ndim) for axis, place in real if place.is_shard() and place.dim >= p.ndim - 2]
+        cut = [
+            (axis, place.dim - p.ndim) for axis, place in real if place.is_shard() and place.dim >= p.ndim - 2
+        ]
         alike = [axis for axis, place in real if place.is_replicate()]
         if len(cut) > 1 or len(alike) > 1 or any(place.is_partial() for _, place in real):
-            raise ValueError(f"Muon: a parameter placed as {p.placements} is cut over several axes; it can be cut over one")
+            raise ValueError(
+                f"Muon: a parameter placed as {p.placements} is cut over several axes; it can be cut over one"
+            )
         cut_axis, cut_dim = cut[0] if cut else (None, -2)
         return cls(p.device_mesh, cut_axis, cut_dim, alike[0] if alike else None)
 
@@ -72,17 +80,22 @@ Apply = Callable[[Item, Tensor], None]  # the result, to this rank's piece of th
 
 
 class Plan:
-    """Rounds of matrices that lie alike; in each, which of the R x S ranks orthogonalises which: the least busy one."""
+    """Rounds of matrices that lie alike; in each, which of the R x S ranks orthogonalises which: the least
+    busy one.
+    """
 
     def __init__(self, spread: Spread, parameters: Sequence[Tensor], *, dtype: torch.dtype):
         self.cut_dim, self.empty = spread.cut_dim, local(parameters[0]).new_empty(0, dtype=dtype)
         self.cut_group, self.num_cuts, self.cut_rank = spread.along(spread.cut_axis)
         self.replica_group, self.num_replicas, self.replica = spread.along(spread.replica_axis)
         num_ranks = self.num_replicas * self.num_cuts
-        items = [Item(p, i, tuple(p.shape[-2:])) for p in parameters for i in range(math.prod(local(p).shape[:-2]))]
+        items = [
+            Item(p, i, tuple(p.shape[-2:])) for p in parameters for i in range(math.prod(local(p).shape[:-2]))
+        ]
         items.sort(key=lambda item: -cost(*item.shape))  # stable: the same order on all ranks
         self.rounds: list[list[list[Item]]] = []  # of a round, by owner: replica S + place in the replica
-        busy = [(0, place, replica) for place in range(self.num_cuts) for replica in range(self.num_replicas)]  # [FLOP] first
+        # [FLOP] first
+        busy = [(0, place, replica) for place in range(self.num_cuts) for replica in range(self.num_replicas)]
         room = 0
         for item in items:
             if room == 0:
@@ -117,7 +130,9 @@ class Plan:
         outgoing = [[direction(item) for item in items] for items in share]
         if self.cut_group is None:
             return outgoing[0]
-        shapes = [[self.piece_shape(item, place) for item in share[self.cut_rank]] for place in range(self.num_cuts)]
+        shapes = [
+            [self.piece_shape(item, place) for item in share[self.cut_rank]] for place in range(self.num_cuts)
+        ]
         incoming = self.all_to_all(outgoing, shapes)
         return [torch.cat(pieces, dim=self.cut_dim) for pieces in zip(*incoming, strict=True)]
 
@@ -126,7 +141,10 @@ class Plan:
         if self.cut_group is None:
             return matrices
         cut = [
-            matrix.split([self.piece_shape(item, place)[self.cut_dim] for place in range(self.num_cuts)], dim=self.cut_dim)
+            matrix.split(
+                [self.piece_shape(item, place)[self.cut_dim] for place in range(self.num_cuts)],
+                dim=self.cut_dim,
+            )
             for item, matrix in zip(share[self.cut_rank], matrices, strict=True)
         ]
         outgoing = [[pieces[place] for pieces in cut] for place in range(self.num_cuts)]
@@ -134,8 +152,13 @@ class Plan:
         return list(chain.from_iterable(self.all_to_all(outgoing, shapes)))
 
     def exchange(self, owned: list[list[Item]], pieces: list[Tensor], apply: Apply) -> Callable[[], None]:
-        """Tells the other replicas this one's results. Returns what waits for theirs and applies all of them."""
-        shares = [list(chain.from_iterable(owned[r * self.num_cuts : (r + 1) * self.num_cuts])) for r in range(self.num_replicas)]
+        """Tells the other replicas this one's results. Returns what waits for theirs and applies all of
+        them.
+        """
+        shares = [
+            list(chain.from_iterable(owned[r * self.num_cuts : (r + 1) * self.num_cuts]))
+            for r in range(self.num_replicas)
+        ]
         if self.replica_group is None:
             return lambda: apply_all(apply, shares[0], pieces)
         shapes = [[self.piece_shape(item, self.cut_rank) for item in share] for share in shares]
@@ -153,12 +176,16 @@ class Plan:
 
         return finish
 
-    def all_to_all(self, outgoing: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]) -> list[list[Tensor]]:
+    def all_to_all(
+        self, outgoing: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]
+    ) -> list[list[Tensor]]:
         """Sends outgoing[place] to each place of this replica; receives tensors of shapes[place] from it."""
         sent = [self.flat(tensors) for tensors in outgoing]
         sizes = [[math.prod(shape) for shape in place] for place in shapes]
         received = self.empty.new_empty(sum(map(sum, sizes)))
-        dist.all_to_all_single(received, torch.cat(sent), [sum(s) for s in sizes], [len(s) for s in sent], group=self.cut_group)
+        dist.all_to_all_single(
+            received, torch.cat(sent), [sum(s) for s in sizes], [len(s) for s in sent], group=self.cut_group
+        )
         parts = iter(received.split(list(chain.from_iterable(sizes))))
         return [[next(parts).view(shape) for shape in place] for place in shapes]
 

@@ -1,0 +1,46 @@
+"""Triquetra: pretrain mixture-of-experts models, and know that no expert dies.
+
+    triquetra train       train a model                       triquetra train experiment=demo
+    triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
+    triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
+    triquetra export      weights that transformers loads     triquetra export runs/demo out --verify
+    triquetra checkpoint  list, verify, rewind                triquetra checkpoint list runs/demo
+    triquetra ablate      a study: arms x seeds               triquetra ablate study=rules
+
+`triquetra COMMAND --help` says more; `triquetra --version` prints the version. Without an installation:
+`python -m trainer COMMAND`. Several processes: `torchrun ... -m trainer.train`, or launch/local.sh.
+"""
+
+import sys
+from importlib import import_module
+
+from trainer import __version__
+
+COMMANDS = {
+    "train": "trainer.train",
+    "simulate": "trainer.lab.simulate.__main__",
+    "preview": "trainer.lab.preview.__main__",
+    "export": "trainer.weights.export",
+    "checkpoint": "trainer.checkpoint.__main__",
+    "ablate": "trainer.lab.ablate.__main__",
+}
+OK, REFUSED = 0, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Hands the arguments to the command that they name, imported only then. Returns its exit code."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__.rstrip())
+        return OK
+    if command == "--version":
+        print(f"triquetra {__version__}")
+        return OK
+    if command not in COMMANDS:
+        print(f"error: {command!r} is no command; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return REFUSED
+    return import_module(COMMANDS[command]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

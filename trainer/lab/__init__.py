@@ -1,0 +1,1 @@
+"""The laboratory: experiments on top of the trainer, which imports nothing from here."""

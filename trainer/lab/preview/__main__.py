@@ -1,0 +1,124 @@
+"""What will a run do, step by step? Draws its program before anything is trained: no data, no process group,
+no model.
+
+    triquetra preview experiment=trinity_large tokens_per_s=6e6
+    triquetra preview experiment=demo steps=5000 ranks=8 out=preview.html
+
+    tokens_per_s  of the whole run; with it spans have days
+    ranks         data-parallel ranks; without it parallel.dp_replicate x parallel.dp_shard
+    out           the page, one file that needs no network; without it <run_dir>/<name>/preview.html
+
+All else is as for trainer.train. Exit codes: 0 done · 2 refused configuration.
+"""
+
+import difflib
+import math
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from trainer.config import Config, ConfigError, load, looked_up
+from trainer.lab.preview.page import write_page
+from trainer.lab.preview.table import Preview, stretches, table, totals
+from trainer.program import program_of
+from trainer.run.directory import run_directory
+from trainer.train import OK, REFUSED
+
+OWN = ("tokens_per_s", "ranks", "out")
+ELSE_WIDTH = 24  # [characters] at least, of the column that wraps
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    own = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in OWN}
+    overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN]
+    try:
+        if (text := looked_up(overrides, __doc__)) is not None:
+            print(text)
+            return OK
+        preview = preview_of(overrides, own)
+        print_table(preview)
+        out = Path(own["out"]) if "out" in own else run_directory(preview.config) / "preview.html"
+        write(preview, out, command=" ".join(["triquetra preview", *arguments]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    print(f"{out}: the page")
+    return OK
+
+
+def preview_of(overrides: list[str], own: dict[str, str]) -> Preview:
+    """Of what trainer.train would be called with, and our own keys. Raises: ConfigError."""
+    known = {"experiment", *(field.name for field in fields(Config))}
+    for key in {override.split("=")[0] for override in overrides} - known:
+        if near := difflib.get_close_matches(key, OWN, n=1, cutoff=0.75):
+            raise ConfigError(f"{key}: there is no such key (did you mean {near[0]}?)")
+    config = load(overrides)
+    default = config.parallel.dp_replicate * (config.parallel.dp_shard or 1)
+    ranks, speed = own.get("ranks", str(default)), own.get("tokens_per_s", "inf")
+    if not (ranks.isdecimal() and int(ranks) >= 1):
+        raise ConfigError(
+            f"ranks={ranks}: must be a whole number, at least 1; without it, parallel= gives {default}"
+        )
+    try:
+        tokens_per_s = float(speed)
+    except ValueError:
+        tokens_per_s = math.nan
+    if "tokens_per_s" in own and not 0 < tokens_per_s < math.inf:
+        raise ConfigError(
+            f"tokens_per_s={speed}: must be a number above 0, like 6e6; without it there are no days"
+        )
+    program = program_of(config)
+    program.check_split(num_ranks=int(ranks), num_streams=config.data.num_streams)
+    return Preview(config, stretches(program), int(ranks), tokens_per_s)
+
+
+def write(preview: Preview, out: Path, *, command: str) -> None:
+    """Raises: ConfigError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(preview, out, command=command)
+    except OSError as error:
+        raise ConfigError(
+            f"out={out}: {error.strerror}; give a file that can be written, like out=preview.html"
+        ) from None
+
+
+def print_table(preview: Preview) -> None:
+    """As many columns side by side as the terminal is wide, the others below; the first one every time."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    head, rows = table(preview)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180, highlight=False)
+
+    def of(columns: list[int], *, widest: int | None = None) -> Table:
+        made = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for i in columns:
+            wraps = head[i] == "Else"
+            made.add_column(
+                head[i],
+                justify="left" if i == 0 or wraps else "right",
+                no_wrap=not wraps,
+                min_width=ELSE_WIDTH if wraps else None,
+                max_width=widest if wraps else None,
+            )
+        for row in rows:
+            made.add_row(*(row[i] for i in columns))
+        return made
+
+    tables = [[0]]
+    for i in range(1, len(head)):
+        least = of([*tables[-1], i], widest=ELSE_WIDTH)
+        if console.measure(least, options=console.options.update(width=1000)).maximum > console.width:
+            tables.append([0])
+        tables[-1].append(i)
+    for columns in tables:
+        console.print(of(columns))
+    console.print("In all: " + " · ".join(f"{name} {value}" for name, value in totals(preview).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Balancing rules on a routed model without experts: `triquetra simulate`."""

@@ -1,0 +1,137 @@
+"""CPU or GPU: which backend, which device, which mesh? And what torchtitan needs to run on a CPU.
+
+Only this file and trainer/model/ import torchtitan (tests/test_architecture.py).
+"""
+
+import ctypes
+import logging
+import os
+import time
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torchtitan.distributed import parallel_dims
+from torchtitan.distributed import utils as titan_utils
+from torchtitan.distributed.parallel_dims import ParallelDims
+
+from trainer.config import ConfigError, ParallelConfig, divisors
+
+DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = {"cuda": "nccl", "cpu": "gloo"}[DEVICE_TYPE]
+parallel_dims.device_type = DEVICE_TYPE  # torchtitan says "cuda" where there is no accelerator at all
+SPMD_BACKEND = "partial_dtensor"  # torchtitan's default, spmd_types, fails in fully_shard on torch 2.13
+titan_utils.set_spmd_backend(SPMD_BACKEND)
+# the router's gate is float32 without it: moe.Float32Linear
+warnings.filterwarnings("ignore", message="In CPU autocast")
+
+
+def start(*, timeout_s: float) -> torch.device:
+    """Joins torchrun's process group, or makes one of a single process. Returns this rank's device."""
+    logging.getLogger("torchtitan").setLevel(logging.WARNING)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device(DEVICE_TYPE, local_rank) if DEVICE_TYPE == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    if not dist.is_initialized():
+        under_torchrun = "RANK" in os.environ
+        dist.init_process_group(
+            BACKEND,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+            **({} if under_torchrun else {"rank": 0, "world_size": 1, "store": dist.HashStore()}),
+        )
+    return device
+
+
+def keep_freed_memory() -> None:
+    """glibc gives each large block back to the kernel when it is freed, and every step pays page faults to
+    get it again (measured: 50,000 to 130,000 a step at model=small; with this, none). Elsewhere than on
+    glibc: nothing to set."""
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # malloc.h
+    set_option(m_mmap_threshold, 2**30)
+    set_option(m_trim_threshold, 2**31 - 1)
+    set_option(m_arena_max, 1)  # the backward pass runs in a thread of its own
+
+
+def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDims:
+    """The meshes of HSDP (dp_replicate x dp_shard) with expert parallelism inside the shards.
+
+    num_experts: of the model, None if it has no MoE layer.
+    Raises: ConfigError naming degrees that would work on this number of ranks.
+    """
+    world = dist.get_world_size()
+    replicate, ep = config.dp_replicate, config.ep
+    if world % replicate:
+        raise ConfigError(
+            f"parallel.dp_replicate={replicate} does not divide {world} ranks; use one of {divisors(world)}"
+        )
+    shard = world // replicate if config.dp_shard is None else config.dp_shard
+    if replicate * shard != world:
+        remedy = "parallel=fsdp, or " if world > 1 and replicate == shard == 1 else ""
+        raise ConfigError(
+            f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} = {replicate * shard} "
+            f"ranks, but there are {world}; "
+            f"use {remedy}parallel.dp_shard={world // replicate} (null: what is left over)"
+        )
+    if ep > 1 and num_experts is None:
+        raise ConfigError(f"parallel.ep={ep}, but the model has no MoE layer; use parallel.ep=1")
+    fitting = [n for n in divisors(shard) if num_experts is None or num_experts % n == 0]
+    if ep not in fitting:
+        raise ConfigError(
+            f"parallel.ep={ep} must divide the {shard} ranks of a replica (dp_shard) and "
+            f"model.num_experts={num_experts}; "
+            f"use one of {fitting}"
+        )
+    dims = ParallelDims(
+        dp_replicate=replicate,
+        dp_shard=shard,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=ep,
+        world_size=world,
+        spmd_backend=SPMD_BACKEND,
+    )
+    dims.build_mesh()
+    return dims
+
+
+def use_plain_sum(model: torch.nn.Module) -> None:
+    """gloo has no PREMUL_SUM, which FSDP takes once its own gradient division is set to 1."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU."""
+    if device.type == "cuda":
+        from torchtitan.tools.utils import get_peak_flops
+
+        return float(get_peak_flops(torch.cuda.get_device_name(device)))
+    n = 1024
+    a = torch.randn(n, n, dtype=dtype)
+    best_s = float("inf")
+    for _ in range(8):
+        start_s = time.perf_counter()
+        torch.mm(a, a)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * n**3 / best_s
+
+
+def memory_gib(device: torch.device) -> float:
+    """[GiB] peak of this process so far: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,206 @@
+"""What lies in a run's directory, and may this run continue what is there?
+
+<run_dir>/<name>/config.yaml          every setting, resolved
+                 data.json            which corpus and which tokenizer
+                 starts.jsonl         one line per start: from which step and checkpoint, under which program
+                 tokenizer.json       as it was used
+                 metrics.jsonl        one line per step
+                 bad_documents.*.txt  documents that were passed over, by data-parallel rank
+                 checkpoints/         trainer/checkpoint/
+                 lock                 held by the process that writes here (trainer/ranks/lock.py)
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, read_manifest
+from trainer.config import Config, ConfigError, resolved_yaml
+from trainer.data import BadDocument
+from trainer.program import Program
+from trainer.ranks.agree import agreed, refuse_disagreement, refusing_on_all
+from trainer.ranks.lock import InUseError, lock
+
+# A run is these: with another value it would not be the same run. All else may change when it is continued.
+FIXED = (
+    "model",
+    "seed",
+    "data.source",
+    "data.sources",
+    "data.tokenizer",
+    "data.num_streams",
+    "data.shuffle",
+    "data.document_mask",
+    "data.packing",
+    "balance.rule._target_",
+    "optim._target_",
+)
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.run_dir) / config.name
+
+
+def checkpoints_of(config: Config) -> Checkpoints:
+    c = config.checkpoint
+    return Checkpoints(
+        run_directory(config) / "checkpoints",
+        keep=c.keep,
+        keep_every=c.keep_every,
+        retries=c.retries,
+        retry_s=c.retry_s,
+    )
+
+
+class Opened(NamedTuple):
+    """A run's directory, this process's to write into."""
+
+    held: TextIO | None  # the lock, on rank 0
+    origin: Found | None  # the checkpoint to go on from
+    changed: dict[str, list[Any]]  # settings that have another value than there: [before, now]; on rank 0
+    about: dict[str, Any]  # for the manifests of this run's checkpoints
+    texts: dict[str, str]  # files that go into each checkpoint
+
+
+def open_directory(
+    config: Config, checkpoints: Checkpoints, *, corpus: str | dict[str, str], tokenizer
+) -> Opened:
+    """Takes the directory, finds where the run goes on, and refuses to continue another run.
+
+    Collective. Raises: ConfigError, on all ranks; then nothing was changed. SaveError, on all ranks.
+    """
+    held = refusing_on_all(lambda: lock(run_directory(config)), refusals=(InUseError, OSError))
+    try:
+        origin = find_checkpoint(config, checkpoints)
+    except DamagedError as error:
+        raise ConfigError(str(error)) from error
+    tokenizer_text = tokenizer.to_str() if tokenizer is not None else None
+    digest = hashlib.sha256(tokenizer_text.encode()).hexdigest()[:16] if tokenizer_text else None
+    data = {"corpus": corpus, "tokenizer": digest}
+    refuse_disagreement(fingerprints(data))
+    changed = refusing_on_all(lambda: changes(config, origin.path, data)) if origin is not None else None
+    checkpoints.go_on_from(
+        origin.step if origin is not None and origin.path.parent == checkpoints.directory else None
+    )
+    texts = {"config.yaml": resolved_yaml(config)} | (
+        {"tokenizer.json": tokenizer_text} if tokenizer_text else {}
+    )
+    about = {
+        "name": config.name,
+        "code": code_version(),
+        "torch": torch.__version__,
+        "ranks": dist.get_world_size(),
+        "parallel": asdict(config.parallel),
+        "data": data,
+    }
+    return Opened(held, origin, changed or {}, about, texts)
+
+
+def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
+    """Where this run goes on: its own newest good checkpoint, else what `branch` names. Collective.
+
+    Raises: ConfigError, DamagedError.
+    """
+    if (found := own.newest_good()) is not None or config.branch is None:
+        return found
+    path = Path(config.branch)
+    # a run may have such a name
+    if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):
+        found = Checkpoints(path / "checkpoints").newest_good()
+    elif (step := path.name.removeprefix("step-")).isdecimal():
+        found = Found(int(step), path) if agreed(path.is_dir()) else None
+        if found is not None and (problems := Checkpoints(path.parent).verify(found.step)):
+            raise ConfigError(f"branch={config.branch}: " + "\n".join(problems))
+    if found is None:
+        example = "<run>/checkpoints/step-00000100"
+        raise ConfigError(f"branch={config.branch}: no checkpoint there; give a run's directory or {example}")
+    return found
+
+
+def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:
+    """Writes what describes the run. Once nothing can be refused any more: else it would describe a run that
+    never was.
+
+    And adds a line to starts.jsonl: a run may continue under other settings, and config.yaml has the latest
+    only.
+    """
+    for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
+        (run_directory(config) / name).write_text(text)
+    spans = [
+        {
+            "start": span.start,
+            "end": span.end,
+            **asdict(span.now),
+            "lr": asdict(span.lr),
+            "bias_rate": asdict(span.bias_rate),
+        }
+        for span in program.spans
+    ]
+    loaded = str(opened.origin.path) if opened.origin else None
+    init_from = config.init_from if opened.origin is None else None
+    how = {"loaded": loaded, "init_from": init_from, "changed": opened.changed, "code": opened.about["code"]}
+    line = {"step": step, "tokens": tokens, **how, "program": spans}
+    with (run_directory(config) / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def record_rollback(config: Config, *, step: int, steps: int) -> None:
+    """Adds a line to starts.jsonl: the run went back to `step` and passed over the data of the next
+    `steps`.
+    """
+    with (run_directory(config) / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "rolled_back": True, "passed_over_steps": steps}) + "\n")
+
+
+def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Settings that differ from the checkpoint's: [before, now]. Raises: ConfigError if the run would not be
+    the same run.
+    """
+    before, now = (
+        flat(OmegaConf.load(checkpoint / "config.yaml")),
+        flat(OmegaConf.create(resolved_yaml(config))),
+    )
+    before |= fingerprints(read_manifest(checkpoint)["data"])
+    now |= fingerprints(data)
+    changed = {
+        key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)
+    }
+    fixed = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in FIXED)]
+    if fixed := fixed or [key for key in fingerprints(data) if key in changed]:
+        old, new = (", ".join(f"{key}={changed[key][i]}" for key in fixed) for i in (0, 1))
+        remedy = "set it back to continue, or choose another name= for a new run"
+        raise ConfigError(f"{checkpoint} is of a run with {old}, now it is {new}; {remedy}")
+    return changed
+
+
+def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"the {name}'s fingerprint": value for name, value in data.items()}
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"model.dim": 64, ...}"""
+    nodes = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
+    if not isinstance(nodes, dict) or not nodes:
+        return {prefix.rstrip("."): nodes}
+    return {
+        key: value for name, node in nodes.items() for key, value in flat(node, f"{prefix}{name}.").items()
+    }
+
+
+class BadDocumentLog:
+    """One line for each document that is passed over: where it lies and what is wrong with it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, bad: BadDocument) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(f"{bad}\n")

@@ -1,1 +1,0 @@
-"""Balancing rules on a routed model without experts: `python -m trainer.simulate`."""

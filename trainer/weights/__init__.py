@@ -1,0 +1,1 @@
+"""Weights in and out: from a published AfmoeForCausalLM (`pretrained`), and as one (`export`)."""

@@ -1,0 +1,183 @@
+"""Weights that others load: a run's checkpoint as an AfmoeForCausalLM of transformers.
+
+    triquetra export runs/demo out                       its newest checkpoint
+    triquetra export runs/demo 200 out                   that of step 200
+    triquetra export runs/demo/checkpoints/step-00000200 out --dtype bfloat16
+    triquetra export runs/demo out --verify --prompt "def main():"
+
+OUT gets safetensors, config.json, generation_config.json and the tokenizer. It must not be there yet; until
+all is written and checked it is called OUT.draft. --verify and --prompt need transformers (pip install
+'triquetra[test]').
+
+Exit codes: 0 done · 1 the checkpoint is damaged, or --verify found a difference · 2 refused, or OUT cannot be
+written.
+"""
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.checkpoint import Checkpoints, DamagedError, make_durable, problems, read_manifest
+from trainer.config import Config, ConfigError, reread
+from trainer.weights.tensors import Weights, plan, write_weights
+from trainer.weights.texts import tokenizer_of, write_texts
+from trainer.weights.verify import VerifyError, compare, continuation, need_transformers
+
+OK, DAMAGED, REFUSED = 0, 1, 2
+OWN_FILES = ("*.safetensors", "*.json")  # all that a draft can hold
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parsed(arguments)
+    try:
+        if given.verify or given.prompt is not None:
+            need_transformers()
+        export(given)
+    except (DamagedError, VerifyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DAMAGED
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return OK
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    as_written = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(prog="triquetra export", description=__doc__, formatter_class=as_written)
+    parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("step", type=int, nargs="?", help="without it: the newest checkpoint")
+    parser.add_argument("out", type=Path, help="the directory to be made")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights; without it: the run's"
+    )
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="[GB] of one file at most; 5 without it")
+    parser.add_argument("--verify", action="store_true", help="compare with transformers: logits and tokens")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="let transformers continue a text with what was written"
+    )
+    # so that options may stand anywhere among RUN, step and OUT
+    given = parser.parse_intermixed_args(arguments)
+    if not given.shard_gb > 0:
+        parser.error(f"--shard-gb={given.shard_gb}: must be above 0")
+    return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint that is exported, verified."""
+
+    path: Path
+    step: int
+    tokens: int  # seen by the run
+    config: Config
+    tokenizer: Any
+
+
+def export(given: argparse.Namespace) -> None:
+    """Raises: DamagedError, VerifyError, ConfigError, ValueError, OSError; then there is no OUT."""
+    draft = given.out.with_name(f"{given.out.name}.draft")
+    refuse_existing(given.out, draft)
+    origin = origin_of(given.run, given.step)
+    if given.prompt is not None and origin.tokenizer is None:
+        raise ConfigError(
+            f"--prompt: {origin.path} has no tokenizer, its run's source gave tokens; leave --prompt out"
+        )
+    dtype = given.dtype or origin.config.dtype
+    shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
+    draft.mkdir(parents=True)
+    try:
+        told = write(origin, draft, dtype=dtype, shard_bytes=given.shard_gb * 1e9)
+        if given.verify:
+            told += "\n" + compare(
+                origin.path, origin.config, draft, dtype=getattr(torch, dtype), tokenizer=origin.tokenizer
+            )
+        make_durable(draft)
+        draft.rename(given.out)
+        make_durable(given.out.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    print(f"{given.out}: step {origin.step} of {origin.config.name}, {told}")
+    if given.prompt is not None:
+        print(f"transformers continues {given.prompt!r}:\n{continuation(given.out, given.prompt)}")
+
+
+def write(origin: Origin, draft: Path, *, dtype: str, shard_bytes: float) -> str:
+    """Everything that OUT holds. Returns what it is, in words."""
+    shards = plan(origin.config.model, dtype=getattr(torch, dtype), shard_bytes=shard_bytes)
+    write_weights(Weights(origin.path, origin.config.model), shards, draft)
+    write_texts(
+        draft,
+        checkpoint=origin.path,
+        config=origin.config,
+        dtype=dtype,
+        tokens=origin.tokens,
+        tokenizer=origin.tokenizer,
+    )
+    num_tensors, num_bytes = (
+        sum(len(shard.kinds) for shard in shards),
+        sum(shard.num_bytes for shard in shards),
+    )
+    files = "1 file" if len(shards) == 1 else f"{len(shards)} files"
+    return f"{num_tensors:,} tensors in {dtype}, {num_bytes / 1e6:,.1f} MB in {files}"
+
+
+def refuse_existing(out: Path, draft: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out} is there already; give another name, or remove it")
+    if foreign := [path for path in draft.glob("*") if not any(path.match(name) for name in OWN_FILES)]:
+        raise ConfigError(
+            f"{draft} is where an export begins, but it holds {foreign[0].name}; move that, or give "
+            "another OUT"
+        )
+
+
+def origin_of(run: Path, step: int | None) -> Origin:
+    """What `run` (a run's directory, or a checkpoint) and `step` name, verified.
+
+    Raises: ConfigError if it is not there, DamagedError naming an older one that is good.
+    """
+    path = run
+    if not run.name.startswith("step-") or (run / "checkpoints").is_dir():
+        checkpoints = Checkpoints(run / "checkpoints")
+        steps = checkpoints.all_steps()
+        if not steps:
+            raise ConfigError(f"{run}: no run's directory with a checkpoint, and no checkpoint")
+        if step is not None and step not in steps:
+            raise ConfigError(f"step {step}: {run} has steps {', '.join(map(str, steps))}")
+        path = checkpoints.path(steps[-1] if step is None else step)
+    elif step is not None:
+        raise ConfigError(
+            f"step {step}: {run} is one checkpoint; leave the step out, or give the run's directory"
+        )
+    elif not run.is_dir():
+        raise ConfigError(f"{run}: there is no such checkpoint")
+    if found := problems(path):
+        raise DamagedError("\n".join([*found, remedy(path)]))
+    manifest, config = read_manifest(path), reread(path / "config.yaml")
+    return Origin(
+        path=path,
+        step=manifest["step"],
+        tokens=manifest.get("tokens", 0),
+        config=config,
+        tokenizer=tokenizer_of(path, config),
+    )
+
+
+def remedy(path: Path) -> str:
+    """The newest good checkpoint before a damaged one."""
+    checkpoints = Checkpoints(path.parent)
+    for step in reversed(checkpoints.all_steps()):
+        if checkpoints.path(step).name < path.name and not problems(checkpoints.path(step)):
+            return f"the checkpoint of step {step} is good: give that step"
+    return "no older checkpoint is good"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

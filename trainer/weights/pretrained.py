@@ -1,0 +1,206 @@
+"""How does a new run start from the weights of a published AfmoeForCausalLM?
+
+    init_from=DIRECTORY    model.safetensors, or model.safetensors.index.json and its files;
+                           config.json; perhaps tokenizer.json
+    init_from=owner/name   the same, from the hub, fetched by one rank of each host
+
+An index says under our names where each expert's matrix lies; torch's DCP then fills the model on any layout,
+each rank its part. Nothing that could run code is read: no pickle, no Python file of the directory.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+from trainer.checkpoint import DamagedError, Kind, Piece, Stored, load_into, read_header
+from trainer.config import Config, ConfigError, ModelConfig
+from trainer.data import load_tokenizer
+from trainer.model.hf import KEYS, config_misfits, our_shapes, places, refuse_misfits
+from trainer.ranks.agree import agreed, gathered, refuse_disagreement, refusing_on_all
+
+SINGLE, SEVERAL = "model.safetensors", "model.safetensors.index.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+FETCHED = ["*.safetensors", "*.json"]
+
+
+def refuse_early(config: Config) -> None:
+    """What can be told before anything is built. Raises: ConfigError."""
+    if config.init_from is None:
+        return
+    directory = Path(config.init_from).expanduser()
+    if config.data.tokenizer == "train" and (directory / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"data.tokenizer=train, but init_from={config.init_from} has a tokenizer that its "
+            "weights belong to; "
+            f"use data.tokenizer={directory / 'tokenizer.json'}"
+        )
+
+
+def start_from(config: Config, model: nn.Module, tokenizer: Any) -> None:
+    """Fills `model`, built and spread over ranks, with the weights of config.init_from. Collective.
+
+    tokenizer: of the run; None if its source has tokens. Raises: ConfigError, on all ranks; before anything
+    is loaded.
+    """
+    where = f"init_from={config.init_from}"
+    directory = fetched(config.init_from)
+    refusals = (ConfigError, DamagedError, OSError, ValueError)
+
+    def found() -> dict[str, Stored]:
+        try:
+            refuse_other_model(directory, config.model)
+            refuse_other_tokenizer(directory, tokenizer, vocab_size=config.model.vocab_size)
+            return index_of(directory, config.model)
+        except refusals as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+    index = agreed(refusing_on_all(found))
+    refuse_disagreement(sizes(directory, index))
+    state = load_into({"model": get_model_state_dict(model)}, directory=directory, index=index)
+    set_model_state_dict(model, state["model"])
+
+
+def fetched(spec: str) -> Path:
+    """The directory, on this host. Collective. Raises: ConfigError, on all ranks."""
+    path, problem = Path(spec).expanduser(), None
+    for turn in (0, 1):  # the first rank of a host fetches from the hub, the others find it in the cache
+        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+            try:
+                path = directory_of(spec)
+            except ConfigError as error:
+                problem = str(error)
+        if refusal := next(filter(None, gathered(problem)), None):
+            raise ConfigError(refusal)
+    return path
+
+
+def directory_of(spec: str) -> Path:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if not HUB_NAME.fullmatch(spec) or path.exists():
+        raise ConfigError(
+            f"init_from={spec}: must be a directory with {SINGLE}, or a hub name like owner/name"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(spec, allow_patterns=FETCHED))
+    except Exception as error:  # a dozen kinds: no network, no such name, no access
+        remedy = "check the name, the network and HF_HUB_OFFLINE, or give a directory"
+        raise ConfigError(
+            f"init_from={spec}: no such directory, and the hub does not give it ({error}); {remedy}"
+        ) from error
+
+
+def refuse_other_model(directory: Path, model: ModelConfig) -> None:
+    """Raises: ConfigError, ValueError if config.json is not of this model."""
+    if (directory / "checkpoints").is_dir() or (directory / "manifest.json").is_file():
+        raise ConfigError(f"{directory} is a run's; use branch={directory}, or export it: triquetra export")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: it must be a directory of AfmoeForCausalLM weights")
+    theirs = read_json(path)
+    if theirs.get("model_type") != "afmoe":
+        raise ConfigError(f"{path}: model_type={theirs.get('model_type')}, must be afmoe")
+    if wrong := config_misfits(theirs, model):
+        said = {key: theirs[name] for key, name in KEYS.items() if name in theirs}
+        fits = " ".join(f"model.{key}={value}" for key, value in said.items() if value != getattr(model, key))
+        raise ConfigError(
+            "\n".join([f"{path} is of another model:", *wrong, *([f"use {fits}"] if fits else [])])
+        )
+
+
+def refuse_other_tokenizer(directory: Path, tokenizer: Any, *, vocab_size: int) -> None:
+    """Raises: ConfigError, ValueError if the directory has a tokenizer and it is not the run's."""
+    path = directory / "tokenizer.json"
+    if tokenizer is None or not path.is_file():
+        return
+    if load_tokenizer(str(path), source={}, vocab_size=vocab_size).to_str() != tokenizer.to_str():
+        raise ConfigError(f"the run's tokenizer is not that of the weights; use data.tokenizer={path}")
+
+
+def index_of(directory: Path, model: ModelConfig) -> dict[str, Stored]:
+    """Where each of our tensors lies, under the names of a run's state. Raises: DamagedError, ConfigError,
+    ValueError.
+    """
+    kinds, file_of = tensors_of(directory)
+    on_disk, shapes = places(model), our_shapes(model)
+    refuse_misfits(kinds, {name: place.shape for name, place in on_disk.items()})
+    pieces: dict[str, list[Piece]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for name, (ours, expert, shape) in on_disk.items():
+        offsets, sizes = ((), ()) if expert is None else ((expert,), (1,))
+        box = {"offsets": (*offsets, *[0] * len(shape)), "sizes": (*sizes, *shape)}
+        pieces.setdefault(ours, []).append(Piece(file=file_of[name], key=name, **box))
+        dtypes[ours] = kinds[name].dtype
+    return {
+        f"model.{ours}": Stored(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(of))
+        for ours, of in pieces.items()
+    }
+
+
+def tensors_of(directory: Path) -> tuple[dict[str, Kind], dict[str, str]]:
+    """{name: kind} and {name: file} of all tensors in the files of a directory. Raises: DamagedError,
+    ConfigError.
+    """
+    said = weight_map(directory)
+    files = sorted(set(said.values())) if said is not None else [SINGLE]
+    if missing := [file for file in files if not (directory / file).is_file()]:
+        raise DamagedError(f"{directory}: {', '.join(missing)} missing; fetch it again")
+    headers = {file: read_header(directory / file) for file in files}
+    held = {(name, file) for file, header in headers.items() for name in header}
+    if said is not None and (wrong := sorted(held ^ set(said.items()))):
+        where = ", ".join(f"{name} in {file}" for name, file in wrong[:8])
+        raise DamagedError(f"{directory / SEVERAL} and the files do not agree on {where}")
+    return {name: headers[file][name] for name, file in held}, dict(held)
+
+
+def weight_map(directory: Path) -> dict[str, str] | None:
+    """{tensor: file}, checked to stay in the directory; None: there is one file. Raises: DamagedError,
+    ConfigError.
+    """
+    path = directory / SEVERAL
+    if not path.is_file():
+        if not (directory / SINGLE).is_file():
+            pickled = sorted(file.name for file in directory.glob("*.bin"))
+            why = (
+                f"only {pickled[0]}, a pickle, which is not read; save it as safetensors"
+                if pickled
+                else "no safetensors"
+            )
+            raise ConfigError(f"{directory} has {why}: it needs {SINGLE} or {SEVERAL}")
+        return None
+    said = read_json(path).get("weight_map")
+    if not isinstance(said, dict) or not all(isinstance(file, str) for file in said.values()):
+        raise DamagedError(f"{path}: it has no weight_map of files")
+    if outside := sorted({file for file in said.values() if Path(file).name != file}):
+        raise DamagedError(f"{path}: {outside[0]!r} must be a plain file name in {directory}")
+    return said
+
+
+def sizes(directory: Path, index: Mapping[str, Stored]) -> dict[str, int]:
+    """{file: bytes, -1 if it is not there}: are they the same on all hosts?"""
+    paths = {
+        file: directory / file
+        for file in sorted({piece.file for stored in index.values() for piece in stored.pieces})
+    }
+    return {f"bytes of {file}": path.stat().st_size if path.is_file() else -1 for file, path in paths.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: must be an object")
+    return content
