@@ -27,7 +27,7 @@ from trainer import train
 from trainer.checkpoint import Checkpoints, problems
 from trainer.checkpoint.checkpoints import Found
 from trainer.config import load
-from trainer.run.build import full_state, resume
+from trainer.run.recover import resume
 
 SETTINGS = [
     "model=small",
@@ -57,8 +57,8 @@ def one_round(
 ) -> None:
     for _ in range(3):
         times["step"].append(timed(one_step, run))
-    state_s = timed(full_state, run)
-    state = full_state(run)
+    state_s = timed(run.state_dict)
+    state = run.state_dict()
     times["sync"].append(state_s + timed(ours.save, 2 * number, state, wait=True))
     times["background waits"].append(state_s + timed(ours.save, 2 * number + 1, state))
     written_s = time.perf_counter()

@@ -20,7 +20,8 @@ from trainer.lab.ablate.programs import PROGRAMS
 from trainer.lab.ablate.study import Job, jobs_of, load_study
 from trainer.lab.ablate.workers import FINISHED, record_of
 from trainer.lab.intervals import estimate
-from trainer.run.build import build, resume
+from trainer.run.build import build
+from trainer.run.recover import resume
 
 ROWS, TOKENS = 16, 65_536
 NAME = "held-out loss"

@@ -34,7 +34,9 @@ LAYERS = [
     "ranks.watchdog",
     "run.health",
     "run.directory",
+    "run.state",
     "run.build",
+    "run.saving",
     "run.step",
     "run.recover",
     "train",
@@ -80,7 +82,7 @@ ONLY = {
 WALLS = {
     "torchtitan": ["ranks.device", "model."],
     "spmd_types": ["ranks.device", "model."],
-    "hydra": ["config.", "run.build", "train", "lab.simulate."],
+    "hydra": ["config.", "run.state", "run.build", "run.saving", "train", "lab.simulate."],
     "wandb": ["metrics"],
     "tensorboard": ["metrics"],
     "torch.utils.tensorboard": ["metrics"],

@@ -15,7 +15,6 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.checkpoint import Found, read_whole, storage
 from trainer.config import load
-from trainer.run.build import full_state
 
 BASE = [
     "model=debug",
@@ -205,7 +204,7 @@ def test_a_checkpoint_of_any_layout_loads_on_any_other_bit_for_bit(tmp_path):
         for name, expected in saved.items():
             path = tmp_path / name / "checkpoints" / "step-00000002"
             train.resume(run, Found(2, path))
-            state = whole_of(full_state(run, num_slots=expected["stream.index_VC"].shape[1]))
+            state = whole_of(run.state_dict(num_slots=expected["stream.index_VC"].shape[1]))
             wrong += [f"{name}: {key}" for key in expected if not torch.equal(state[key], expected[key])]
         return wrong
 

@@ -30,9 +30,11 @@ from trainer.ranks import device
 from trainer.ranks.agree import refusing_on_all
 from trainer.ranks.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
 from trainer.ranks.watchdog import Watchdog
-from trainer.run.build import Run, build, finish_saving, refusing, resume, save, stream_counts, summed
+from trainer.run.build import build, refusing
 from trainer.run.directory import open_directory, record_start
-from trainer.run.recover import leave_unread, roll_back
+from trainer.run.recover import leave_unread, resume, roll_back
+from trainer.run.saving import finish_saving, save
+from trainer.run.state import Run
 from trainer.run.step import next_batches, train_step
 from trainer.weights.pretrained import refuse_early, start_from
 
@@ -46,19 +48,19 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     flop_at = cache(partial(flops_per_token, config.model))
     start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
-        now, heads = run.program.at(run.tokens), run.stream.state_dict()
+        now, before = run.program.at(run.tokens), run.stream.state_dict()
         compiles = shape != (shape := (now.micro_batch, now.seq_len))
         watchdog.beat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
         if (batches := next_batches(run)) is None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
-            run.end_here()
+            run.end_at(run.step)  # there is nothing left to train on
             save(run)
             break
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         if values is None:
             watchdog.beat("saving", limit_s=config.timeout_s)
-            leave_unread(run, heads)
+            leave_unread(run, before)
         tokens_per_s = now.tokens / (time.perf_counter() - start_s)
         mfu = flop_at(seq_len=now.seq_len) * tokens_per_s / peak
         values |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gib": device.memory_gib(run.device)}
@@ -99,7 +101,8 @@ def train(config: Config) -> int:
             resume(run, opened.origin)
     elif config.init_from is not None:
         with refusing():
-            start_from(config, run.model, run.stream.tokenizer)
+            weights = run.state_dict(["model"])
+            run.load_state_dict(start_from(config, weights, run.stream.tokenizer))
     directory, resumed = run.directory, run.step
     metrics = None
     refusing_on_all(
@@ -160,8 +163,8 @@ def conclude(run: Run) -> int:
     """
     done = run.step >= run.last_step
     verdict = run.balancer.verdict()
-    read = stream_counts(run)
-    num_open, tokens_read = summed(run, torch.tensor(run.stream.open_documents)).tolist()
+    read = run.documents_read()
+    num_open, tokens_read = run.over_documents(run.stream.open_documents).tolist()
     if dist.get_rank() == 0:
         print(f"{run.directory}: config.yaml, metrics.jsonl, checkpoints/ (step {run.step})")
         bad = ", ".join(f"{read[kind]} {kind}" for kind in BAD_KINDS if read[kind])

@@ -2,8 +2,7 @@
 
 from trainer.checkpoint.boxes import BoxReader, Kind, read_header, write_file
 from trainer.checkpoint.checkpoints import Checkpoints, Found, SaveError
-from trainer.checkpoint.manifest import code_version, problems, read_manifest
-from trainer.checkpoint.state import set_training_state, training_state
+from trainer.checkpoint.manifest import code_version, manifest_hash, problems, read_manifest
 from trainer.checkpoint.storage import DamagedError, Piece, Stored, make_durable, read_index, write_durably
 from trainer.checkpoint.transfer import load_into, read_whole
 
@@ -19,13 +18,12 @@ __all__ = [
     "code_version",
     "load_into",
     "make_durable",
+    "manifest_hash",
     "problems",
     "read_header",
     "read_index",
     "read_manifest",
     "read_whole",
-    "set_training_state",
-    "training_state",
     "write_durably",
     "write_file",
 ]

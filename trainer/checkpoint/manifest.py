@@ -49,6 +49,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return content
 
 
+def manifest_hash(directory: Path) -> str:
+    """Of a checkpoint's manifest, and with it of all that is in the checkpoint. Raises: OSError."""
+    return file_entry(directory / MANIFEST)["xxh3"]
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """{bytes, xxh3}. xxh3 finds every accident at the speed of memory; it does not stop somebody who
     forges.

@@ -64,9 +64,19 @@ class Health:
                     )
         return None
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"counts_3": self.counts_3}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.counts_3.copy_(state["counts_3"])
+
     @property
     def in_row(self) -> int:
         return int(self.counts_3[0])
+
+    @in_row.setter
+    def in_row(self, number: int) -> None:
+        self.counts_3[0] = number
 
     @property
     def total(self) -> int:

@@ -1,29 +1,55 @@
-"""What does a run do when its data cannot be read, or when too many steps could not be applied?"""
+"""How does a run go on: from a checkpoint, after steps that could not be applied, or not at all, as its data
+cannot be read?
 
+`rolled_back.json` in the run's directory makes a roll-back durable at once: which checkpoint the run went
+back to, which of its data it passes over, how often it may still go back. A run that is killed before its
+next checkpoint finds it there, and goes on as if it had not been killed.
+"""
+
+import json
 import logging
-from typing import NoReturn
+import os
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from trainer.balance.trace import TraceWriter
-from trainer.checkpoint import DamagedError
+from trainer.checkpoint import DamagedError, Found, manifest_hash, write_durably
 from trainer.data import DataError, StreamState
 from trainer.metrics import MetricsLog
-from trainer.run.build import Run, resume, save, summed
+from trainer.ranks.agree import agreed
 from trainer.run.directory import record_rollback
 from trainer.run.health import UnsoundError
+from trainer.run.saving import load_checkpoint, refuse_past_end, save
+from trainer.run.state import Run
 from trainer.run.step import next_batches
 
+RECORD = "rolled_back.json"
 log = logging.getLogger(__name__)
 
 
-def leave_unread(run: Run, heads: StreamState) -> NoReturn:
-    """Some rank has no rows for this step: all save what they had before it, and end. Raises: BadDocument,
-    DataError.
+def resume(run: Run, origin: Found) -> None:
+    """Continues from a checkpoint, of this run or of another one. Collective.
+
+    Raises: ConfigError, ValueError, DamagedError if the checkpoint does not fit.
+    """
+    load_checkpoint(run, origin)
+    refuse_past_end(run, where=origin.path)
+    if record := read_record(run, origin):
+        run.health.load_state_dict({"counts_3": torch.tensor(record["health"])})
+        for steps in record["passed_over_steps"]:
+            pass_over(run, steps=steps)
+
+
+def leave_unread(run: Run, before: StreamState) -> NoReturn:
+    """Some rank has no rows for this step: all save what they had before it, and end.
+
+    Raises: BadDocument, DataError.
     """
     if run.step:
-        save(run, heads=heads)
+        save(run, stream=before)
     run.checkpoints.finish()
     error = run.unread or DataError("another rank could not read its data")
     if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this one could not be written
@@ -32,50 +58,102 @@ def leave_unread(run: Run, heads: StreamState) -> NoReturn:
 
 
 def roll_back(run: Run, metrics: MetricsLog | None) -> None:
-    """Back to the newest checkpoint, passing over the data that was read since. Raises: UnsoundError."""
-    first, now_at = run.step - run.health.in_row + 1, run.step
-    since = f"step {now_at}: {run.health.reason}; no step could be applied from step {first} on"
+    """Back to the newest checkpoint, passing over the data that was read since. Collective.
+
+    Raises: UnsoundError if the run may not go back, or cannot.
+    """
+    failed_at = run.step
     run.checkpoints.finish()
-    try:
-        found = run.checkpoints.newest_good() if run.health.roll_back() else None
-    except DamagedError as error:
-        raise UnsoundError(f"{since}; {error}") from error
-    if found is None:
-        newest = run.checkpoints.last_saved
-        kept = (
-            f"the newest checkpoint is of step {newest}, from before"
-            if newest is not None
-            else "there is no checkpoint"
-        )
-        remedy = (
-            "go on with a lower learning rate, or skip.rollbacks=1: it passes over the data since "
-            "the newest checkpoint"
-        )
-        raise UnsoundError(f"{since}; {kept}. {remedy}")
-    counts = run.health.counts_3.clone()
-    run.checkpoints.go_on_from(found.step)
-    resume(run, found)
-    run.health.counts_3.copy_(counts)
-    run.health.counts_3[0] = 0
-    pass_over(run, steps=now_at - found.step)
+    origin = checkpoint_to_return_to(run)
+    steps = failed_at - origin.step
+    run.health.in_row = 0
+    passed_over = [*read_record(run, origin).get("passed_over_steps", []), steps]
+    run.checkpoints.go_on_from(origin.step)
+    write_record(run, origin, passed_over)
+    load_checkpoint(run, origin, without=("health",))  # what was counted since still counts
+    for number in passed_over:
+        pass_over(run, steps=number)
     if dist.get_rank() == 0:
         log.warning(
-            "back to step %d; the data of steps %d to %d is passed over", found.step, found.step + 1, now_at
+            "back to step %d; the data of steps %d to %d is passed over",
+            origin.step,
+            origin.step + 1,
+            failed_at,
         )
-        record_rollback(run.config, step=found.step, steps=now_at - found.step)
+        record_rollback(run.config, step=origin.step, steps=steps)
     logs = [metrics, *(observer for observer in run.balancer.observers if isinstance(observer, TraceWriter))]
     for written in filter(None, logs):
-        written.rewind(found.step)
+        written.rewind(origin.step)
+
+
+def checkpoint_to_return_to(run: Run) -> Found:
+    """The newest good checkpoint, if the run may go back once more; counts it. Raises: UnsoundError."""
+    first = run.step - run.health.in_row + 1
+    since = f"step {run.step}: {run.health.reason}; no step could be applied from step {first} on"
+    try:
+        origin = run.checkpoints.newest_good() if run.health.roll_back() else None
+    except DamagedError as error:
+        raise UnsoundError(f"{since}; {error}") from error
+    if origin is None:
+        newest = run.checkpoints.last_saved
+        is_there = f"the newest checkpoint is of step {newest}, from before"
+        kept = is_there if newest is not None else "there is no checkpoint"
+        raise UnsoundError(
+            f"{since}; {kept}. go on with a lower learning rate, or skip.rollbacks=1: it passes over the "
+            "data since the newest checkpoint"
+        )
+    return origin
 
 
 def pass_over(run: Run, *, steps: int) -> None:
-    """Reads the rows of so many steps, as long and as many as they were, and drops them. Raises: BadDocument,
-    DataError.
+    """Reads the rows of so many steps, as long and as many as they were, and drops them. Collective.
+
+    Raises: BadDocument, DataError.
     """
     back_at = run.tokens
     for _ in range(steps):
         next_batches(run)
-        if summed(run, torch.tensor(int(run.unread is not None))):
+        if run.over_documents(int(run.unread is not None)):
             raise run.unread or DataError("another rank could not read its data")
         run.tokens += run.program.at(run.tokens).tokens  # the program may have changed them on the way
     run.tokens = back_at
+
+
+def write_record(run: Run, origin: Found, passed_over: list[int]) -> None:
+    """On rank 0. A disk that is full costs only what the record is for."""
+    if dist.get_rank():
+        return
+    record = {
+        "step": origin.step,
+        "checkpoint": manifest_hash(origin.path),
+        "passed_over_steps": passed_over,
+        "health": run.health.counts_3.tolist(),
+    }
+    draft = run.directory / f".{RECORD}.draft"
+    try:
+        write_durably(draft, json.dumps(record) + "\n")
+        os.replace(draft, run.directory / RECORD)
+    except OSError as error:
+        log.warning("%s: %s; the roll-back is not durable before the next checkpoint", draft, error)
+
+
+def read_record(run: Run, origin: Found) -> dict[str, Any]:
+    """What a roll-back to exactly this checkpoint of this run left; {} if there was none. Collective."""
+    path = run.directory / RECORD
+    return agreed(_read_record(path, origin) if dist.get_rank() == 0 else None)
+
+
+def _read_record(path: Path, origin: Found) -> dict[str, Any]:
+    if not path.is_file() or origin.path.parent.parent.resolve() != path.parent.resolve():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        is_of_origin = record["checkpoint"] == manifest_hash(origin.path)
+        counts = [int(count) for count in record["health"]]
+        steps = [int(number) for number in record["passed_over_steps"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); it says which data a roll-back passed "
+            "over. Remove it to train on that data again"
+        ) from error
+    return {"health": counts, "passed_over_steps": steps} if is_of_origin else {}

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from signal import SIGINT
 from typing import TypeVar
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from trainer.data import BAD_KINDS, COUNTED, BadDocument, Batch, DataError, SourcedBatch
 from trainer.metrics import batch_heterogeneity
-from trainer.model.loss import IGNORE, Groups
+from trainer.model.loss import IGNORE
+from trainer.model.loss import Groups as LossGroups
 from trainer.model.parallelize import scale_gradients, squared_gradient_norm
 from trainer.program import Now
 from trainer.ranks.stop import INTERRUPTED, PREEMPTED, UNSOUND
-from trainer.run.build import Run, loss_weights, summed
+from trainer.run.build import loss_weights
+from trainer.run.state import Run
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ def next_batches(run: Run) -> Sequence[Batch | SourcedBatch] | None:
         drain=now.drain,
     )
     has_more = attempt(run, run.stream.has_more, otherwise=True)
-    if run.config.data.at_end == "stop" and not summed(run, torch.tensor(int(has_more))):
+    if run.config.data.at_end == "stop" and not run.over_documents(int(has_more)):
         return None
     blank = run.stream.blank_step(now.micro_batch)
     return attempt(run, partial(run.stream.next_step, now.micro_batch), otherwise=blank)
@@ -58,75 +61,120 @@ def attempt(run: Run, read: Callable[[], T], *, otherwise: T) -> T:
         return otherwise
 
 
+@dataclass(kw_only=True)
+class StepSums:
+    """What all ranks have to know of a step. Summed over them in one all-reduce, in float64.
+
+    Each field holds this rank's share before `all_reduce`, and the sum over ranks with other tokens after it.
+    """
+
+    squared_norm: Tensor  # of the gradient
+    stop: Tensor  # ranks that were told to stop, and by hand (Ctrl-C)
+    unread: Tensor  # ranks that could not read their rows
+    waited_s: Tensor  # [s] for rows
+    counts: Tensor  # what was read since the start of the run, in the order of COUNTED
+    loss_2S: Tensor  # loss [nats] and targets of each source
+    loss_2U: Tensor  # loss [nats] and targets of each microbatch
+
+    def all_reduce(self, group: dist.ProcessGroup | None) -> "StepSums":
+        """The sums over `group` on the host: the step's one wait for a GPU. Collective."""
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        on = parts["loss_2U"].device
+        packed = torch.cat([part.to(on, torch.float64).flatten() for part in parts.values()])
+        if group is not None:
+            dist.all_reduce(packed, group=group)
+        sums = packed.cpu().split([part.numel() for part in parts.values()])
+        shapes = [part.shape for part in parts.values()]
+        return StepSums(**{name: x.view(s) for name, x, s in zip(parts, sums, shapes, strict=True)})
+
+    @property
+    def num_targets(self) -> float:
+        return max(self.loss_2U[1].sum().item(), 1)
+
+    @property
+    def loss_mean(self) -> float:
+        """[nats] per target."""
+        return self.loss_2U[0].sum().item() / self.num_targets
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the mean loss."""
+        return math.sqrt(self.squared_norm.item()) / self.num_targets
+
+
 def train_step(
     run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: float = 0.0
 ) -> dict[str, float] | None:
     """One optimizer step on this rank's microbatches of the global batch.
 
     Every loss is a sum over tokens [nats]; the gradient is divided once, by the global number of targets.
-    One all-reduce agrees on loss and targets of the U microbatches of all ranks and of the sources, the
-    gradient norm, what was read and waited for, and whether some rank was told to stop or has no rows.
-    Returns the metrics; None if a rank had no rows: then nothing has changed.
+    One all-reduce (`StepSums`) tells all ranks what they decide from. Returns the metrics; None if a rank
+    had no rows: then nothing has changed.
     """
     now = run.program.at(run.tokens)
-    rates = follow(run, now)
+    rates = apply_settings(run, now)
     torch.manual_seed(random_seed(run))
-    first, num_micro = dist.get_rank(run.group) * len(batches), dist.get_world_size(run.group) * len(batches)
-    loss_2U, loss_2S = (
-        torch.zeros(2, n, dtype=torch.float64, device=run.device) for n in (num_micro, len(run.stream.names))
-    )
-    for m, batch in enumerate(batches, first):
-        tokens_BL, labels_BL, positions_BL, *sources = (t.to(run.device, non_blocking=True) for t in batch)
-        loss = run.model(
-            tokens_BL, positions_BL, labels_BL, Groups(sources[0].flatten(), loss_2S) if sources else None
-        )
-        loss.backward()
-        loss_2U[0, m] = loss.detach()
-        loss_2U[1, m] = (labels_BL != IGNORE).sum()
-    signal = (run.stop.signalled is not None, run.stop.signalled == SIGINT)
-    told = torch.tensor(
-        [*signal, run.unread is not None, waited_s, *run.stream.state_counts], dtype=torch.float64
-    ).to(run.device)
-    parts = [squared_gradient_norm(run.model).double().view(1), told, loss_2S.flatten(), loss_2U.flatten()]
-    sums = torch.cat(parts)
-    if run.group is not None:
-        dist.all_reduce(sums, group=run.group)
-    # The step's one wait for a GPU:
-    (squared_norm,), (stop, by_hand, unread, all_waited_s, *counts), loss_2S, loss_2U = sums.cpu().split(
-        list(map(len, parts))
-    )
-    (loss_U, targets_U), loss_2S = loss_2U.view(2, -1), loss_2S.view(2, -1)
-    num_targets = max(targets_U.sum().item(), 1)
-    if stop > 0:
-        run.stop.agreed = INTERRUPTED if by_hand > 0 else PREEMPTED
-    loss_mean, grad_norm = loss_U.sum().item() / num_targets, math.sqrt(squared_norm.item()) / num_targets
-    if unread > 0:
+    sums = backward(run, batches, waited_s=waited_s).all_reduce(run.groups.tokens)
+    if (by_signal := exit_code(sums)) is not None:
+        run.stop.agreed = by_signal
+    if sums.unread > 0:
         discard(run)
         return None
     run.step, run.tokens = run.step + 1, run.tokens + now.tokens
-    spread, balance = {"batch_het": batch_heterogeneity(loss_U, targets_U)}, dict[str, float]()
-    if run.health.skips(loss=loss_mean, grad_norm=grad_norm, applied_2W=run.window.applied_2W):
+    loss, grad_norm = sums.loss_mean, sums.grad_norm
+    values: dict[str, float] = {"step": run.step, "tokens": run.tokens, "loss": loss, "grad_norm": grad_norm}
+    values |= rates
+    values["batch_het"] = batch_heterogeneity(*sums.loss_2U)
+    balance = dict[str, float]()
+    if run.health.skips(loss=loss, grad_norm=grad_norm, applied_2W=run.window.applied_2W):
         discard(run)
-        warn_of_skipped(run, loss_U)
+        warn_of_skipped(run, sums.loss_2U[0])
     else:
-        scale_gradients(run.model, min(1.0, run.config.max_grad_norm / max(grad_norm, 1e-12)) / num_targets)
+        clip = min(1.0, run.config.max_grad_norm / max(grad_norm, 1e-12))
+        scale_gradients(run.model, clip / sums.num_targets)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        spread |= run.window.add(loss=loss_mean, grad_norm=grad_norm)
-        # weights first, then biases: counts -> all ranks -> rule -> bias
+        values |= run.window.add(loss=loss, grad_norm=grad_norm)
+        # Weights first, then biases: counts -> all ranks -> rule -> bias.
         balance = run.balancer.step(run.step)
         if run.balancer.guard.wants_stop:
             run.stop.agreed = UNSOUND
-    read = data_metrics(counts, loss_2S, run.stream.names)
-    read["data/wait_s"] = all_waited_s.item() / dist.get_world_size(run.group)
-    values: dict[str, float] = {
-        "step": run.step,
-        "tokens": run.tokens,
-        "loss": loss_mean,
-        "grad_norm": grad_norm,
-    }
-    values |= {**rates, **spread, "skipped_steps": run.health.total, **read, **balance}
+    values["skipped_steps"] = run.health.total
+    values |= data_metrics(sums, run.stream.names)
+    values["data/wait_s"] = sums.waited_s.item() / run.groups.num_readers
+    values |= balance
     return {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
+
+
+def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: float) -> StepSums:
+    """Forward and backward of this rank's microbatches; what it has to tell the other ranks."""
+    on, groups = run.device, run.groups
+    loss_2S = torch.zeros(2, len(run.stream.names), dtype=torch.float64, device=on)
+    loss_2U = torch.zeros(2, groups.num_readers * len(batches), dtype=torch.float64, device=on)
+    for m, batch in enumerate(batches, start=groups.reader * len(batches)):
+        tokens_BL, labels_BL, positions_BL, *sources = (plane.to(on, non_blocking=True) for plane in batch)
+        by_source = LossGroups(sources[0].flatten(), loss_2S) if sources else None
+        loss = run.model(tokens_BL, positions_BL, labels_BL, by_source)
+        loss.backward()
+        loss_2U[0, m] = loss.detach()
+        loss_2U[1, m] = (labels_BL != IGNORE).sum()
+    signal = run.stop.signalled
+    once = float(groups.is_first_of_row)  # what the ranks of a row have in common is counted once
+    return StepSums(
+        squared_norm=squared_gradient_norm(run.model).double(),
+        stop=torch.tensor([signal is not None, signal == SIGINT]),
+        unread=torch.tensor(run.unread is not None),
+        waited_s=torch.tensor(waited_s * once, dtype=torch.float64),
+        counts=torch.tensor(run.stream.state_counts, dtype=torch.float64) * once,
+        loss_2S=loss_2S,
+        loss_2U=loss_2U,
+    )
+
+
+def exit_code(sums: StepSums) -> int | None:
+    """With which the run ends after this step, if some rank was told to stop."""
+    is_told, by_hand = (sums.stop > 0).tolist()
+    return None if not is_told else INTERRUPTED if by_hand else PREEMPTED
 
 
 def discard(run: Run) -> None:
@@ -137,23 +185,24 @@ def discard(run: Run) -> None:
 
 def warn_of_skipped(run: Run, loss_U: Tensor) -> None:
     if dist.get_rank() == 0:
-        per_rank = len(loss_U) // dist.get_world_size(run.group)
-        ranks = sorted({m // per_rank for m in (~loss_U.isfinite()).nonzero().flatten().tolist()})
+        per_reader = len(loss_U) // run.groups.num_readers
+        ranks = sorted({m // per_reader for m in (~loss_U.isfinite()).nonzero().flatten().tolist()})
         where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
         times = f"skipped in a row: {run.health.in_row}, at most {run.health.most}"
         log.warning("step %d was not applied: %s%s (%s)", run.step, run.health.reason, where, times)
 
 
-def data_metrics(counts: Sequence[Tensor], loss_2S: Tensor, names: Sequence[str]) -> dict[str, float]:
+def data_metrics(sums: StepSums, names: Sequence[str]) -> dict[str, float]:
     """What all ranks have read since the start of the run, and the mean loss [nats] of each source that had
     targets.
     """
-    by_name: dict[str, float] = {name: int(count) for name, count in zip(COUNTED, counts, strict=True)}
-    skipped = {"skipped": sum(by_name.pop(kind) for kind in BAD_KINDS)}
-    loss_S = {f"loss/{name}": (loss / n).item() for name, loss, n in zip(names, *loss_2S, strict=True) if n}
-    return loss_S | {
-        f"data/{name}": count for name, count in {**by_name, **skipped}.items() if name != "tokens"
-    }
+    counts: dict[str, float] = {name: int(n) for name, n in zip(COUNTED, sums.counts, strict=True)}
+    skipped = sum(counts.pop(kind) for kind in BAD_KINDS)
+    del counts["tokens"]
+    loss_S, targets_S = sums.loss_2S
+    losses = {name: x for name, x, n in zip(names, loss_S / targets_S, targets_S, strict=True) if n}
+    metrics = {f"loss/{name}": loss.item() for name, loss in losses.items()}
+    return metrics | {f"data/{name}": count for name, count in counts.items()} | {"data/skipped": skipped}
 
 
 def random_seed(run: Run) -> int:
@@ -164,7 +213,7 @@ def random_seed(run: Run) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def follow(run: Run, now: Now) -> dict[str, float]:
+def apply_settings(run: Run, now: Now) -> dict[str, float]:
     """Everything that the program changes, set for this step. Returns the learning rates."""
     run.model.lm_head.z_loss_weight = now.z_loss_weight
     run.balancer.set(rate=now.bias_rate, loss_weights=loss_weights(now))

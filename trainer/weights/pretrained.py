@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from trainer.checkpoint import DamagedError, Kind, Piece, Stored, load_into, read_header
 from trainer.config import Config, ConfigError, ModelConfig
@@ -44,8 +42,8 @@ def refuse_early(config: Config) -> None:
         )
 
 
-def start_from(config: Config, model: nn.Module, tokenizer: Any) -> None:
-    """Fills `model`, built and spread over ranks, with the weights of config.init_from. Collective.
+def start_from(config: Config, state: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Fills the model's part of a run's state with the weights of config.init_from. Collective.
 
     tokenizer: of the run; None if its source has tokens. Raises: ConfigError, on all ranks; before anything
     is loaded.
@@ -64,8 +62,7 @@ def start_from(config: Config, model: nn.Module, tokenizer: Any) -> None:
 
     index = agreed(refusing_on_all(found))
     refuse_disagreement(sizes(directory, index))
-    state = load_into({"model": get_model_state_dict(model)}, directory=directory, index=index)
-    set_model_state_dict(model, state["model"])
+    return load_into(state, directory=directory, index=index)
 
 
 def fetched(spec: str) -> Path:
