@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.config.bounds import ConfigError
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import check
-from trainer.config.schema import Config, ConfigError, SpanConfig
+from trainer.config.schema import Config, SpanConfig
 from trainer.config.targets import check_targets
 
 CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.config.schema import ConfigError
+from trainer.config.bounds import ConfigError
 
 
 def filled(schema: type, source: Path | DictConfig | dict, *, where: str = "") -> Any:

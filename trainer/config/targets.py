@@ -10,7 +10,7 @@ from typing import Any
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config.schema import ConfigError
+from trainer.config.bounds import ConfigError
 
 
 def check_targets(node: Any, path: str = "") -> None:

@@ -30,7 +30,7 @@ from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel, local
 from trainer.optim import Optimizers
-from trainer.program import Now, Program, check_sources, program_of
+from trainer.program import LOSSES, Now, Program, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, refuse_disagreement
 from trainer.ranks.device import ParallelDims
@@ -187,12 +187,9 @@ def sources_of(d: DataConfig) -> Source | dict[str, Source]:
 
 
 def loss_weights(of: BalanceConfig | Now) -> LossWeights:
-    return LossWeights(
-        sequence=of.sequence_loss_weight,
-        switch=of.switch_loss_weight,
-        batch=of.batch_loss_weight,
-        z=of.router_z_loss_weight,
-    )
+    """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
+    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
+    return LossWeights(**{name: getattr(of, key) for key, name in names.items()})
 
 
 @contextmanager
