@@ -34,6 +34,7 @@ LAYERS = [
     "ranks.watchdog",
     "run.health",
     "run.directory",
+    "run.memory",
     "run.build",
     "run.step",
     "run.recover",

@@ -12,6 +12,7 @@ from trainer.config.bounds import ConfigError, Number, check_numbers, check_valu
 from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import divisors
+from trainer.config.plain import read_plain
 from trainer.config.schema import (
     BalanceConfig,
     Config,
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "looked_up",
     "nearest",
+    "read_plain",
     "reread",
     "resolved_yaml",
 ]

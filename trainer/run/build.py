@@ -37,6 +37,7 @@ from trainer.ranks.device import ParallelDims
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
 from trainer.run.health import Health
+from trainer.run.memory import refuse_too_large
 
 
 @dataclass(kw_only=True)
@@ -82,6 +83,7 @@ def build(config: Config) -> Run:
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
     program = program_of(config)
     check_sources(config, program)
+    refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
     first = program.spans[0].now
     with refusing():
         stream = build_stream(config, program, dims)
@@ -182,7 +184,9 @@ def sources_of(d: DataConfig) -> Source | dict[str, Source]:
         try:
             found[key.removeprefix("data.sources.")] = instantiate(node)
         except Exception as error:  # of a user's own class, too
-            raise ConfigError(f"{key}: {error.__cause__ or error}") from error
+            raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
+        if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
+            raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
     return found if d.sources else found["data.source"]
 
 
