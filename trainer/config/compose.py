@@ -159,7 +159,7 @@ def _nearest(key: str, root: str, groups: list[str]) -> str:
     """groups: overrides that choose what the keys are, like optim=muon."""
     try:
         valid = list(_all_keys(root, groups))
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         valid = list(_all_keys(root, []))
     if key in valid:
         return ""

@@ -14,6 +14,7 @@ from trainer.config.bounds import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 32
+AT_ROOT = 2  # the event after the stream's and the document's start
 TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq"))
 
 
@@ -33,18 +34,18 @@ def read_plain(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not YAML of settings ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of settings, is {type(values).__name__}")
     return values
 
 
 def _check_events(path: Path, text: str) -> None:
     """Before anything is built of them: depth, aliases (which multiply), tags and interpolations."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         line = f"{path}, line {event.start_mark.line + 1}"
         tag = getattr(event, "tag", None)
+        if number == AT_ROOT and not isinstance(event, yaml.MappingStartEvent):
+            raise ConfigError(f"{line}: is no mapping of settings")
         if depth > MAX_DEPTH:
             raise ConfigError(f"{line}: is nested more than {MAX_DEPTH} deep; settings are not")
         if isinstance(event, yaml.AliasEvent):

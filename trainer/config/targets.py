@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import math
 import types
 import typing
@@ -12,6 +13,8 @@ from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config.bounds import ConfigError
+
+logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it logs, it raises too
 
 
 def check_targets(node: Any, path: str = "") -> None:

@@ -249,7 +249,7 @@ class SyntheticSource:
         if self.width < 2:
             remedy = f"use {2 * num_topics + 1} or more, or fewer topics"
             raise ValueError(f"vocab_size={vocab_size} holds no {num_topics} topics of 2 tokens; {remedy}")
-        self.num_documents, self.noise, self.seed = num_documents, noise, seed
+        self.vocab_size, self.num_documents, self.noise, self.seed = vocab_size, num_documents, noise, seed
         self.log_mean, self.log_sigma = math.log(mean_length) - length_sigma**2 / 2, length_sigma
         if (longest := math.exp(self.log_mean + RAREST * length_sigma)) > MAX_LENGTH:
             lengths = f"mean_length={mean_length:g} with length_sigma={length_sigma:g}"

@@ -141,7 +141,7 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
     # the first rank of a host unpacks files and trains the tokenizer, the others find them
     for turn in (0, 1):
         if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
-            source = sources_of(d)
+            source = sources_of(d, vocab_size=config.model.vocab_size)
             tokenizer = load_tokenizer(
                 d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir
             )
@@ -174,7 +174,7 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
     )
 
 
-def sources_of(d: DataConfig) -> Source | dict[str, Source]:
+def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
     """Raises: ConfigError that names the source."""
     nodes = {f"data.sources.{name}": d.sources[name] for name in sorted(d.sources)} or {
         "data.source": d.source
@@ -187,6 +187,8 @@ def sources_of(d: DataConfig) -> Source | dict[str, Source]:
             raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
         if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
             raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
+        if getattr(found[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
+            raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
     return found if d.sources else found["data.source"]
 
 

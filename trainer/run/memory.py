@@ -14,19 +14,20 @@ from typing import NamedTuple
 import torch
 
 from trainer.config import Config, ConfigError, ModelConfig
-from trainer.program import Program
+from trainer.program import Now, Program, named
 
 GIB = 2**30
 WEIGHT, GRADIENT = 4, 4  # [bytes] of a parameter
 STATE = {"trainer.optim.adamw": 8, "trainer.optim.muon": 4}  # [bytes] at least; of a user's own, none
 NO_LIMIT = 2**60  # [bytes] what a cgroup without a limit has, and more than any machine
-PLANES = 3  # of a row: tokens, labels, positions
+PLANES = 3 * 8  # [bytes] of a token in a row: itself, its label and position
+MASKS = 2  # local and global, a byte for each pair of a row's tokens
 
 
 class Part(NamedTuple):
     """What some keys of the configuration ask for on one rank."""
 
-    keys: tuple[str, ...]
+    keys: str  # with their values
     what: str
     num_bytes: int
 
@@ -40,67 +41,69 @@ class Room(NamedTuple):
 
 def refuse_too_large(config: Config, program: Program, *, on: torch.device, num_shards: int) -> None:
     """num_shards: ranks that share the parameters. Raises: ConfigError that names the largest part."""
-    parts = parts_of(config, program, num_shards=num_shards, masks=on.type == "cpu")
+    parts = parts_of(config, program, num_shards=num_shards, on_cpu=on.type == "cpu")
     needed, room = sum(part.num_bytes for part in parts), room_on(on)
     if needed <= room.num_bytes:
         return
     largest = max(parts, key=lambda part: part.num_bytes)
-    values = " x ".join(f"{key}={value_of(config, key)}" for key in largest.keys)
     raise ConfigError(
-        f"{values}: {largest.what} would take {largest.num_bytes / GIB:,.1f} GiB of the "
+        f"{largest.keys}: {largest.what} would take {largest.num_bytes / GIB:,.1f} GiB of the "
         f"{needed / GIB:,.1f} GiB that the run needs at least on each rank, but {room.where} "
         f"{room.num_bytes / GIB:,.1f} GiB; use a smaller one, or more ranks"
     )
 
 
-def value_of(config: Config, key: str) -> object:
-    group, _, name = key.rpartition(".")
-    return getattr(getattr(config, group) if group else config, name)
-
-
-def parts_of(config: Config, program: Program, *, num_shards: int, masks: bool) -> list[Part]:
-    """Of one rank, at least."""
+def parts_of(config: Config, program: Program, *, num_shards: int, on_cpu: bool) -> list[Part]:
+    """Of one rank, at least: the parameters, and the most that a span needs beside them."""
     each = WEIGHT + GRADIENT + STATE.get(config.optim["_target_"], 0)
     what = "weights, gradients and optimizer state"
-    parts = [
-        Part(keys, what, each * size // num_shards) for keys, size in parameters_of(config.model).items()
+    sizes = parameters_of(config.model).items()
+    parts = [Part(keys, what, each * size // num_shards) for keys, size in sizes]
+    of_spans = [
+        parts_of_step(config, span.now, num_shards=num_shards, on_cpu=on_cpu) for span in program.spans
     ]
-    nows, model = [span.now for span in program.spans], config.model
-    num_bytes = getattr(torch, config.dtype).itemsize * model.dim * model.num_layers
-    tokens = max(now.micro_batch * now.seq_len for now in nows)
-    parts.append(
-        Part(("micro_batch", "seq_len"), "what layers keep for the backward pass", tokens * num_bytes)
-    )
-    if masks:
-        squares = max(now.micro_batch * now.seq_len**2 for now in nows)
-        parts.append(Part(("seq_len", "micro_batch"), "masks of attention", 2 * squares))
-    ranks = max(1, config.parallel.dp_replicate * num_shards)
-    rows = max(now.tokens for now in nows) // ranks * PLANES * 8
-    return [*parts, Part(("global_batch", "seq_len"), "the rows of a step", rows)]
+    return parts + max(of_spans, key=lambda of_span: sum(part.num_bytes for part in of_span))
 
 
-def parameters_of(m: ModelConfig) -> dict[tuple[str, ...], int]:
+def parts_of_step(config: Config, now: Now, *, num_shards: int, on_cpu: bool) -> list[Part]:
+    m, tokens = config.model, now.micro_batch * now.seq_len
+    inputs = tokens * m.dim * m.num_layers * getattr(torch, config.dtype).itemsize
+    parts = [
+        Part(written(config, now, "micro_batch", "seq_len"), "what layers keep for their gradients", inputs)
+    ]
+    if on_cpu:  # a GPU makes no masks, and the rows of a step wait in the host's memory
+        masks, rows = (
+            MASKS * tokens * now.seq_len,
+            PLANES * now.tokens // (config.parallel.dp_replicate * num_shards),
+        )
+        parts.append(Part(written(config, now, "seq_len", "micro_batch"), "masks of attention", masks))
+        parts.append(Part(written(config, now, "global_batch", "seq_len"), "the rows of a step", rows))
+    return parts
+
+
+def written(config: Config, now: Now, *keys: str) -> str:
+    """The keys with the values that a span has, which is named where these are its own."""
+    where = "" if all(getattr(now, key) == getattr(config, key) for key in keys) else named(now.span)
+    return where + " x ".join(f"{key}={getattr(now, key)}" for key in keys)
+
+
+def parameters_of(m: ModelConfig) -> dict[str, int]:
     """How many there are, by the keys that say so; norm gains left out. (Built, they are counted by
     afmoe.count_parameters; a shape of 10^12 is not for building.)"""
-    num_dense, num_moe = min(m.num_dense_layers, m.num_layers), max(0, m.num_layers - m.num_dense_layers)
+    num_moe, expert = max(0, m.num_layers - m.num_dense_layers), 3 * m.expert_dim * m.dim
     heads = 3 * m.num_heads + 2 * m.num_kv_heads  # query, gate and output; keys and values
     sizes = {
         ("vocab_size", "dim"): 2 * m.vocab_size * m.dim,
         ("num_heads", "head_dim", "dim", "num_layers"): heads * m.head_dim * m.dim * m.num_layers,
-        ("ffn_dim", "dim", "num_dense_layers"): 3 * m.ffn_dim * m.dim * num_dense,
-        ("num_experts", "expert_dim", "dim", "num_layers"): 3
-        * m.num_experts
-        * m.expert_dim
-        * m.dim
-        * num_moe,
-        ("num_shared_experts", "expert_dim", "dim"): 3
-        * m.num_shared_experts
-        * m.expert_dim
-        * m.dim
-        * num_moe,
-        ("num_experts", "dim"): m.num_experts * m.dim * num_moe,
+        ("ffn_dim", "dim", "num_dense_layers"): 3 * m.ffn_dim * m.dim * m.num_dense_layers,
+        ("num_experts", "expert_dim", "dim", "num_layers"): m.num_experts * expert * num_moe,
+        ("num_shared_experts", "expert_dim", "dim", "num_layers"): m.num_shared_experts * expert * num_moe,
+        ("num_experts", "dim", "num_layers"): m.num_experts * m.dim * num_moe,
     }
-    return {tuple(f"model.{name}" for name in names): size for names, size in sizes.items()}
+    return {
+        " x ".join(f"model.{name}={getattr(m, name)}" for name in names): size
+        for names, size in sizes.items()
+    }
 
 
 def room_on(on: torch.device) -> Room:
