@@ -35,6 +35,7 @@ LAYERS = [
     "run.health",
     "run.directory",
     "run.state",
+    "run.memory",
     "run.build",
     "run.saving",
     "run.step",

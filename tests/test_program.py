@@ -354,9 +354,9 @@ REFUSED = [  # program, steps, message
     ),
     ({"a": ONE, "b": {"share": 0.5}}, None, "not set: steps. stage.b: "),
     ({}, None, "not set: steps. "),
-    ({"a": {"share": 1.1}, "b": {}}, 9, "stage.a: share=1.1: a share of the steps, between 0 and 1"),
-    ({"a": {"share": -0.1}, "b": {}}, 9, "stage.a: share=-0.1: a share of the steps, between 0 and 1"),
-    ({"a": {"share": math.nan}}, 9, "stage.a: share=nan: a share of the steps, between 0 and 1"),
+    ({"a": {"share": 1.1}, "b": {}}, 9, "stage.a: share=1.1: must be at most 1 (a share of the run's steps)"),
+    ({"a": {"share": -0.1}, "b": {}}, 9, "stage.a: share=-0.1: must be 0 or more"),
+    ({"a": {"share": math.nan}}, 9, "stage.a: share=nan: must be 0 or more, and finite"),
     (
         {"a": {"share": 0.7}, "b": {"share": 0.7}},
         9,
@@ -367,14 +367,14 @@ REFUSED = [  # program, steps, message
         5,
         "steps=5: the spans with a length take 7; use steps=7 or more, or shorter spans",
     ),
-    ({"a": {"tokens": 0}}, None, "stage.a: tokens=0: must be above 0, and finite"),
+    ({"a": {"tokens": 0}}, None, "stage.a: tokens=0: must be above 0"),
     ({"a": {"tokens": -64}}, None, "stage.a: tokens=-64: must be above 0"),
     ({"a": {"tokens": math.nan}}, None, "stage.a: tokens=nan: must be above 0"),
     ({"a": {"tokens": math.inf}}, None, "stage.a: tokens=inf: must be above 0, and finite"),
     ({"a": {"until": math.nan}}, None, "stage.a: until=nan: must be above 0"),
     ({"a": {"until": math.inf}}, None, "stage.a: until=inf: must be above 0"),
-    ({"a": {"steps": 0}}, None, "stage.a: steps=0: must be above 0"),
-    ({"a": {"steps": -2}, "b": {}}, 9, "stage.a: steps=-2: must be above 0"),
+    ({"a": {"steps": 0}}, None, "stage.a: steps=0: must be at least 1"),
+    ({"a": {"steps": -2}, "b": {}}, 9, "stage.a: steps=-2: must be at least 1"),
     ({"a": {"tokens": 0.4}}, None, "stage.a: too short for one step; give it more tokens, or leave it out"),
     ({"a": {"tokens": 33}, "b": {"tokens": 31}, "c": ONE}, None, "stage.b: too short for one step"),
     ({"a": {"tokens": 33}, "b": {"until": 64}, "c": ONE}, None, "stage.b: too short for one step"),
@@ -395,7 +395,7 @@ REFUSED = [  # program, steps, message
     ({"a": {**ONE, "seq_len": 1}}, None, "stage.a: seq_len=1: must be at least 2"),
     ({"a": {**ONE, "buffer": -1}}, None, "stage.a: buffer=-1: must be at least 0"),
     *(
-        ({"a": {**ONE, key: value}}, None, f"stage.a: {key}={value}: must be at least 0, and finite")
+        ({"a": {**ONE, key: value}}, None, f"stage.a: {key}={value}: must be 0 or more")
         for key in ("z_loss_weight", "sequence_loss_weight", "router_z_loss_weight")
         for value in (-1.0, math.nan, math.inf)
     ),

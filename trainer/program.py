@@ -10,15 +10,24 @@ Units: positions and lengths in tokens since the start of the run.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import Any, NamedTuple
 
-from trainer.config import Config, ConfigError, SpanConfig, divisors, nearest
+from trainer.config import (
+    Config,
+    ConfigError,
+    RouterLossWeights,
+    SpanConfig,
+    check_values,
+    divisors,
+    nearest,
+)
 
 LENGTHS = ("tokens", "until", "steps", "share")
 CURVES = ("lr", "bias_rate")
 SHAPES = ("linear", "cosine")
-LOSSES = ("sequence_loss_weight", "switch_loss_weight", "batch_loss_weight", "router_z_loss_weight")
+MAX_FACTOR = 1_000_000  # of a curve: on the peak rates
+LOSSES = tuple(of.name for of in fields(RouterLossWeights))
 STREAM = ("mixture", "buffer", "drain")
 # until a span says otherwise
 KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, *STREAM)
@@ -43,9 +52,12 @@ class Curve:
         return self.first + (self.last - self.first) * done
 
 
+_Losses = make_dataclass("_Losses", [(key, float) for key in LOSSES], frozen=True, kw_only=True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Now:
-    """What holds in one step."""
+class Now(_Losses):
+    """What holds in one step, the weights of the router's losses among it."""
 
     span: str
     lr: float  # on every peak rate
@@ -54,10 +66,6 @@ class Now:
     micro_batch: int
     seq_len: int
     z_loss_weight: float
-    sequence_loss_weight: float
-    switch_loss_weight: float
-    batch_loss_weight: float
-    router_z_loss_weight: float
     mixture: dict[str, float] | None = None
     buffer: int = 0
     drain: bool = False
@@ -197,16 +205,11 @@ def program_of(config: Config) -> Program:
 
 def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
     """What each span keeps and what it changes, curves aside."""
-    at_least = {"global_batch": 1, "micro_batch": 1, "seq_len": 2, "buffer": 0}
     for name, span in stage.items():
+        check_values(span, where=named(name))
         given = {key: value for key in KEPT if (value := getattr(span, key)) is not None}
-        for key, value in given.items():
-            if key == "mixture":
-                check_mixture(named(name), value)
-            elif not at_least.get(key, 0) <= value < math.inf:
-                raise ConfigError(
-                    f"{named(name)}{key}={value}: must be at least {at_least.get(key, 0)}, and finite"
-                )
+        if "mixture" in given:
+            check_mixture(named(name), given["mixture"])
         changed = "mixture" in given and dict(given["mixture"]) != now.mixture
         now = replace(now, span=name, phase=now.phase + (changed and bool(now.span)), **given)
         yield now
@@ -276,11 +279,6 @@ def check_length(name: str, given: dict[str, float]) -> None:
             "give its length; "
             f"keep one, for example {' '.join(f'stage.{name}.{key}=null' for key in others)} to keep {one}"
         )
-    for key, value in given.items():
-        if key == "share" and not 0 <= value <= 1:
-            raise ConfigError(f"{named(name)}share={value:g}: a share of the steps, between 0 and 1")
-        if key != "share" and not 0 < value < math.inf:
-            raise ConfigError(f"{named(name)}{key}={value:g}: must be above 0, and finite")
 
 
 def lay_out(
@@ -374,8 +372,10 @@ def new_curve(
     first, last = given.get("from", before), given.get("to", before)
     shape, until = given.get("shape", "linear"), given.get("until", names[0])
     for what, value in (("from", first), ("to", last)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ConfigError(f"{where}.{what}={value}: must be a number, 0 or more")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_FACTOR:
+            raise ConfigError(
+                f"{where}.{what}={value}: must be a number, 0 or more and at most {MAX_FACTOR} times the peak"
+            )
     if shape not in SHAPES:
         raise ConfigError(f"{where}.shape={shape}: must be one of {', '.join(SHAPES)}")
     if until not in names:

@@ -10,43 +10,13 @@ the literature's alpha. f_i is the load of expert i, 1 = even share; P_i the mea
     z          (logsumexp of the logits)^2                 arXiv:2202.08906, eq. 5
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import make_dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossWeights:
-    sequence: float = 0.0
-    switch: float = 0.0
-    batch: float = 0.0
-    z: float = 0.0
-
-
-NO_LOSSES = LossWeights()
-
-
-def router_loss(
-    weights: LossWeights,
-    scores_BLE: Tensor,
-    logits_BLE: Tensor,
-    ids_BLK: Tensor,
-    load_E: Tensor,
-    valid_BL: Tensor | None,
-) -> Tensor | None:
-    """The weighted sum; None if all weights are 0. load_E: of the last optimizer step."""
-    terms = []
-    if weights.sequence:
-        terms.append(weights.sequence * sequence_balance_loss(scores_BLE, ids_BLK, valid_BL))
-    if weights.switch:
-        terms.append(weights.switch * switch_balance_loss(scores_BLE, ids_BLK, valid_BL))
-    if weights.batch:
-        terms.append(weights.batch * batch_balance_loss(scores_BLE, load_E, valid_BL))
-    if weights.z:
-        terms.append(weights.z * router_z_loss(logits_BLE, valid_BL))
-    return sum(terms[1:], terms[0]) if terms else None
 
 
 def sequence_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None) -> Tensor:
@@ -98,6 +68,47 @@ def router_z_loss(logits_BLE: Tensor, valid_BL: Tensor | None = None) -> Tensor:
     """logsumexp over experts, squared, summed over tokens."""
     loss_BL = logits_BLE.logsumexp(-1).square()
     return (loss_BL if valid_BL is None else loss_BL * valid_BL).sum()
+
+
+class Routed(NamedTuple):
+    """A microbatch as its router saw it. load_E: of the last optimizer step."""
+
+    scores_BLE: Tensor
+    logits_BLE: Tensor
+    ids_BLK: Tensor
+    load_E: Tensor
+    valid_BL: Tensor | None
+
+
+# A further loss is a line here, and a field of the same name in RouterLossWeights (trainer/config/schema.py).
+LOSSES: dict[str, Callable[[Routed], Tensor]] = {
+    "sequence": lambda r: sequence_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL),
+    "switch": lambda r: switch_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL),
+    "batch": lambda r: batch_balance_loss(r.scores_BLE, r.load_E, r.valid_BL),
+    "z": lambda r: router_z_loss(r.logits_BLE, r.valid_BL),
+}
+_Weights = make_dataclass("_Weights", [(name, float, 0.0) for name in LOSSES], frozen=True, kw_only=True)
+
+
+class LossWeights(_Weights):
+    """The weight of each loss by its name in LOSSES; 0: it is off."""
+
+
+NO_LOSSES = LossWeights()
+
+
+def router_loss(
+    weights: LossWeights,
+    scores_BLE: Tensor,
+    logits_BLE: Tensor,
+    ids_BLK: Tensor,
+    load_E: Tensor,
+    valid_BL: Tensor | None,
+) -> Tensor | None:
+    """The weighted sum; None if all weights are 0. load_E: of the last optimizer step."""
+    routed = Routed(scores_BLE, logits_BLE, ids_BLK, load_E, valid_BL)
+    terms = [weight * LOSSES[name](routed) for name, weight in vars(weights).items() if weight]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 class _AttachLoss(torch.autograd.Function):

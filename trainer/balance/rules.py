@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from trainer.balance.stats import RoutingStats, centered
 
+SMALLEST, LARGEST = 1e-12, 1e6  # of a rate: beyond them float32 gives 0, or what is not a number
+
 
 def _above_zero(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}: must be above 0 and finite")
+        if not SMALLEST <= value <= LARGEST:
+            raise ValueError(f"{name}={value}: must lie in [{SMALLEST:g}, {LARGEST:g}], float32 ends beyond")
 
 
 def _below_one(**values: float) -> None:
@@ -88,8 +92,8 @@ class PidRule(nn.Module):
     def __init__(self, shape_ME: tuple[int, int], kp: float, ki: float, kd: float):
         super().__init__()
         _above_zero(ki=ki)
-        if not (0 <= kp < math.inf and 0 <= kd < math.inf):
-            raise ValueError(f"kp={kp}, kd={kd}: must be 0 or more and finite")
+        if not (0 <= kp <= LARGEST and 0 <= kd <= LARGEST):
+            raise ValueError(f"kp={kp}, kd={kd}: must be 0 or more and at most {LARGEST:g}")
         self.kp, self.ki, self.kd = kp, ki, kd
         self.register_buffer("before_ME", torch.zeros(shape_ME, dtype=torch.float32))
         self.register_buffer("before_that_ME", torch.zeros(shape_ME, dtype=torch.float32))

@@ -12,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from trainer.config.bounds import ConfigError, check_values
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import check
-from trainer.config.schema import Config, ConfigError, SpanConfig
+from trainer.config.plain import read_plain
+from trainer.config.schema import Config, SpanConfig
 from trainer.config.targets import check_targets
 
 CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
@@ -38,10 +40,11 @@ def load(overrides: list[str]) -> Config:
 
 
 def reread(path: Path) -> Config:
-    """The configuration that a run wrote as its config.yaml. Raises: ConfigError if this version has other
-    keys.
+    """The configuration that a run wrote as its config.yaml, perhaps elsewhere: nothing in it is resolved.
+    Raises: ConfigError if it has other keys than this version, or a shape that no model has.
     """
-    config = filled(Config, path)
+    config = filled(Config, read_plain(path), where=f"{path}: ")
+    check_values(config.model, where=f"{path}: model.")
     config.stage = {name: _span(name, values) for name, values in config.stage.items()}
     return config
 
@@ -58,6 +61,7 @@ def composed(root: str, overrides: list[str]) -> Any:
     """configs/<root>.yaml with Hydra overrides as the dataclass of its schema; keys and types are checked,
     limits are not.
     """
+    _check_text(overrides)
     try:
         with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
             node = compose(root, _any_key_of_known_spans(root, _any_source(overrides)))
@@ -71,6 +75,13 @@ def composed(root: str, overrides: list[str]) -> Any:
         raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_explain(error, overrides, root)) from None
+
+
+def _check_text(overrides: list[str]) -> None:
+    """What no file name and no file in UTF-8 can hold."""
+    for override in overrides:
+        if "\0" in override or any("\ud800" <= letter <= "\udfff" for letter in override):
+            raise ConfigError(f"{override!a}: must be text in UTF-8, without a zero byte")
 
 
 def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
@@ -148,7 +159,7 @@ def _nearest(key: str, root: str, groups: list[str]) -> str:
     """groups: overrides that choose what the keys are, like optim=muon."""
     try:
         valid = list(_all_keys(root, groups))
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError):
         valid = list(_all_keys(root, []))
     if key in valid:
         return ""

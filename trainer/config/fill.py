@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.config.schema import ConfigError
+from trainer.config.bounds import ConfigError
 
 
 def filled(schema: type, source: Path | DictConfig | dict, *, where: str = "") -> Any:
@@ -23,7 +23,9 @@ def filled(schema: type, source: Path | DictConfig | dict, *, where: str = "") -
         if missing := sorted(OmegaConf.missing_keys(node)):
             raise ConfigError(f"{where}not set: {', '.join(missing)}")
         return OmegaConf.to_object(node)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         key, owner = str(getattr(error, "full_key", None) or ""), getattr(error, "object_type", None)
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         hint = "" if not known or key.rsplit(".", 1)[-1] in known else nearest(key.rsplit(".", 1)[-1], known)

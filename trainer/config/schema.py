@@ -1,84 +1,133 @@
-"""Which settings are there, of which type and with which default?"""
+"""Which settings are there, of which type, with which default and between which limits?"""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
+from math import inf
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from trainer.config.bounds import choice, number, path, target
 
-class ConfigError(ValueError):
-    """The configuration cannot be run as written; the message says what would work."""
+DTYPES = ("float32", "bfloat16")
+# Limits that several keys share.
+ROWS = {"at_least": 1, "at_most": 2**20, "why": "64 times the largest published batch"}
+ROW = {"at_least": 2, "at_most": 2**24, "why": "no published context is as long"}
+STEPS = {"at_least": 1, "at_most": 10**9, "why": "30 years at a step a second"}
+LAYERS = {"at_most": 4096, "why": "30 times the deepest published model"}
+HEADS = {"at_least": 1, "at_most": 4096, "why": "30 times the most of a published model"}
+EXPERTS = {"at_least": 1, "at_most": 65_536, "why": "each step reads the counts of every expert"}
+RANKS = {"at_least": 1, "at_most": 2**20, "why": "no machine has as many ranks"}
+WEIGHT = {"at_least": 0.0, "at_most": 1e6, "why": "nothing else would be learned"}
+BUFFER = {"at_least": 0, "at_most": 10**6, "why": "each stream keeps as many documents open"}
+RETRIES = {"at_least": 0, "at_most": 20, "why": "the pauses double: the last would be six days at retry_s=1"}
+RETRY_S = {"at_least": 0.0, "at_most": 3600.0, "why": "the pauses double from this one on"}
+SECONDS = {"at_most": 2e6, "why": "23 days; 2^31 milliseconds is what timers hold"}
+TOKENS = {"above": 0.0, "at_most": 1e17, "why": "positions are counted in 64 bits"}
+COUNT = {"at_least": 0, "at_most": 10**6, "why": "no run has as many"}
+SOURCE = "{_target_: trainer.data.PythonSource}"
+OPTIM = "{_target_: torch.optim.SGD, _partial_: true, lr: 0.1}"
+TRACKER = "{_target_: trainer.metrics.TensorboardTracker, _partial_: true}"
+RULE = "{_target_: trainer.balance.SignRule, _partial_: true, lr: 1e-3}"
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """The shape of an AFMoE (arXiv:2602.17004, section 2 and table 1)."""
 
-    vocab_size: int = MISSING  # V, entries of embedding and head; the tokenizer may have fewer
-    dim: int = MISSING  # D
-    num_layers: int = MISSING
-    num_dense_layers: int = MISSING  # the first layers have a dense FFN instead of experts
-    ffn_dim: int = MISSING  # hidden size of the dense FFN
-    num_heads: int = MISSING  # N
-    num_kv_heads: int = MISSING
-    head_dim: int = MISSING  # H; num_heads * head_dim need not be dim
-    window: int = MISSING  # [tokens] a local layer sees itself and the window - 1 tokens before
-    global_every: int = 4  # every 4th layer is global: full causal attention, no positional embedding
-    num_experts: int = MISSING  # E, routed experts per MoE layer
-    top_k: int = MISSING  # K, routed experts per token
-    expert_dim: int = MISSING  # F
-    num_shared_experts: int = 1
-    route_scale: float = MISSING
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    expert_dtype: str | None = None  # float32 | bfloat16; null: the run's dtype
+    # V, entries of embedding and head; the tokenizer may have fewer
+    vocab_size: int = number(MISSING, at_least=1, at_most=2**24, why="no tokenizer has as many entries")
+    # D
+    dim: int = number(MISSING, at_least=1, at_most=2**17, why="8 times the widest published model")
+    num_layers: int = number(MISSING, at_least=1, **LAYERS)
+    # the first layers have a dense FFN instead of experts
+    num_dense_layers: int = number(MISSING, at_least=0, **LAYERS)
+    # hidden size of the dense FFN
+    ffn_dim: int = number(MISSING, at_least=1, at_most=2**20, why="16 times the widest published one")
+    num_heads: int = number(MISSING, **HEADS)  # N
+    num_kv_heads: int = number(MISSING, **HEADS)
+    # H; num_heads * head_dim need not be dim
+    head_dim: int = number(MISSING, at_least=1, at_most=1024, why="attention kernels end at 256 or 512")
+    # [tokens] a local layer sees itself and the window - 1 tokens before
+    window: int = number(MISSING, at_least=1, at_most=2**24, why="no row is longer, see seq_len")
+    # every 4th layer is global: full causal attention, no positional embedding
+    global_every: int = number(4, at_least=1, at_most=4097, why="no layer is global then, see num_layers")
+    num_experts: int = number(MISSING, **EXPERTS)  # E, routed experts per MoE layer
+    top_k: int = number(MISSING, **EXPERTS)  # K, routed experts per token
+    # F
+    expert_dim: int = number(MISSING, at_least=1, at_most=2**20, why="16 times the widest published FFN")
+    num_shared_experts: int = number(1, at_least=0, at_most=1024, why="they are one wide FFN")
+    route_scale: float = number(MISSING, above=0.0, at_most=1e6, why="gates are below 1 before it")
+    rope_theta: float = number(10_000.0, above=0.0, at_most=1e15, why="no wave is as long")
+    norm_eps: float = number(
+        1e-5,
+        at_least=1e-30,
+        at_most=1.0,
+        why="beside it the mean square is nothing",
+        least_why="float32 holds hardly less",
+    )
+    # float32 | bfloat16; null: the run's dtype
+    expert_dtype: str | None = choice(None, None, *DTYPES)
     # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
-    router_dtype: str = "float32"
+    router_dtype: str = choice("float32", *DTYPES)
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    source: Any = None  # _target_: where documents come from (trainer/data/)
+    # _target_: where documents come from (trainer/data/)
+    source: Any = field(default=None, metadata=target(partial=False, example=SOURCE))
     sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
     # weights of sources, shares of tokens; none: equal ones
     mixture: dict[str, float] | None = field(default_factory=dict)
     # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
-    buffer: int = 0
+    buffer: int = number(0, **BUFFER)
     # where the mixture changes, read open documents to their ends first; false: they wait for their source
     drain: bool = False
     # stream: documents one after another, cut by rows | fit: cut at seq_len, whole in a row, padded
-    packing: str = "stream"
+    packing: str = choice("stream", "stream", "fit")
     # of a source: another epoch | stop: the others share its weight, the run ends with the last of them
-    at_end: str = "repeat"
+    at_end: str = choice("repeat", "repeat", "stop")
     # "train" | directory | tokenizer.json | hub name; null: the source has tokens
-    tokenizer: str | None = "train"
-    num_streams: int | None = None  # virtual streams; null: one for each sequence of the global batch
+    tokenizer: str | None = path("train")
+    # virtual streams; null: one for each sequence of the global batch
+    num_streams: int | None = number(None, **ROWS)
     shuffle: bool = True
     document_mask: bool = True  # tokens see their own document only; false: whatever precedes them in the row
-    on_bad: str = "skip"  # skip (counted and reported) | fatal
+    on_bad: str = choice("skip", "skip", "fatal")  # skip: counted and reported
     # share of a rank's documents that may be bad, from the 11th on; empty ones are not counted
-    max_bad: float = 0.01
-    max_document_mb: float = 100.0  # [MB] a larger document is a bad document
-    cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
-    backend: str = "tokenizers"  # tokenizers | fastokens | gigatoken: who turns text into the tokenizer's ids
-    workers: int = 1  # processes of each rank that read and tokenise ahead; 0: in the step
-    prefetch: int = 4  # [steps] how far ahead
-    retries: int = 4  # of a read that fails, after 1, 2, 4, ... times retry_s; then the run ends
-    retry_s: float = 1.0  # [s]
+    max_bad: float = number(0.01, at_least=0.0, at_most=1.0, why="a share of the documents")
+    # [MB] a larger document is a bad document; inf: none is
+    max_document_mb: float = number(100.0, above=0.0, at_most=inf, why="inf: of any size")
+    cache_dir: str | None = path(None)  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
+    # who turns text into the tokenizer's ids
+    backend: str = choice("tokenizers", "tokenizers", "fastokens", "gigatoken")
+    # processes of each rank that read and tokenise ahead; 0: in the step
+    workers: int = number(1, at_least=0, at_most=256, why="a few of them keep up with a GPU")
+    # [steps] how far ahead
+    prefetch: int = number(4, at_least=1, at_most=10_000, why="their documents are kept in memory")
+    retries: int = number(4, **RETRIES)  # of a read that fails, after 1, 2, 4, ... times retry_s
+    retry_s: float = number(1.0, **RETRY_S)  # [s]
     source_loss: bool = False  # also log the loss of each source
 
 
 @dataclass(kw_only=True)
-class BalanceConfig:
+class RouterLossWeights:
+    """Weights of the losses that push the router: each names one of trainer/balance/losses.py. A span may
+    have its own (SpanConfig), a step has those that hold in it (trainer/program.py)."""
+
+    sequence_loss_weight: float = number(0.0, **WEIGHT)  # alpha of arXiv:2602.17004, eq. 29
+    switch_loss_weight: float = number(0.0, **WEIGHT)  # arXiv:2101.03961, eq. 4: over a rank's microbatch
+    batch_loss_weight: float = number(0.0, **WEIGHT)  # arXiv:2501.11873: with the loads of the last step
+    router_z_loss_weight: float = number(0.0, **WEIGHT)  # arXiv:2202.08906, eq. 5: on the router's logits
+
+
+@dataclass(kw_only=True)
+class BalanceConfig(RouterLossWeights):
     name: str = "custom"  # of the arm: configs/balance/*.yaml
-    rule: Any = None  # _target_: how counts move the biases (trainer/balance.py); null: not at all
-    sequence_loss_weight: float = 0.0  # alpha of arXiv:2602.17004, eq. 29; losses: trainer/balance/losses.py
-    switch_loss_weight: float = 0.0  # arXiv:2101.03961, eq. 4: the same over a rank's microbatch
-    batch_loss_weight: float = 0.0  # arXiv:2501.11873: with the loads of the whole last step
-    router_z_loss_weight: float = 0.0  # arXiv:2202.08906, eq. 5: on the router's logits
+    # _target_: how counts move the biases (trainer/balance/rules.py); null: not at all
+    rule: Any = field(default=None, metadata=target(partial=True, example=RULE))
     # file for what the router does in each step, in the run's directory (trainer/balance/trace.py)
-    trace: str | None = None
+    trace: str | None = path(None)
     trace_required: bool = False  # also the histograms that quantile rules need to be replayed; much larger
 
 
@@ -87,12 +136,16 @@ class GuardConfig:
     """What counts as an expert about to be lost, and what is done (trainer/balance/guard.py)."""
 
     enabled: bool = False
-    grace: int = 200  # [steps] not judged, from the start of the run
-    patience: int = 50  # [steps] from one alarm to the next
-    starving: float = 0.3  # [even shares] of an expert that had more
-    rising: float = 1.5  # MaxVio over its floor, of the last 20 steps over the last 200
-    excess: float = 0.5  # [even shares] and at least this much of it
-    logits: float = 1.5  # root mean square of the router's logits, of the last 20 steps over the last 200
+    grace: int = number(200, **STEPS)  # [steps] not judged, from the start of the run
+    patience: int = number(50, **STEPS)  # [steps] from one alarm to the next
+    # [even shares] of an expert that had more
+    starving: float = number(0.3, above=0.0, at_most=1.0, why="1 is the even share")
+    # MaxVio over its floor, of the last 20 steps over the last 200
+    rising: float = number(1.5, above=1.0, at_most=1e6, why="it would never alarm")
+    # [even shares] and at least this much of it
+    excess: float = number(0.5, above=0.0, at_most=1e6, why="it would never alarm")
+    # root mean square of the router's logits, of the last 20 steps over the last 200
+    logits: float = number(1.5, above=1.0, at_most=1e6, why="it would never alarm")
     # of boost, solve, sequence_loss, stop: one for each alarm
     ladder: list[str] = field(default_factory=list)
 
@@ -101,21 +154,22 @@ class GuardConfig:
 class ParallelConfig:
     """ranks = dp_replicate * dp_shard; experts are spread over ep of the dp_shard ranks of a replica."""
 
-    dp_replicate: int = 1
-    dp_shard: int | None = 1  # null: what the other degrees leave over
-    ep: int = 1
+    dp_replicate: int = number(1, **RANKS)
+    dp_shard: int | None = number(1, **RANKS)  # null: what the other degrees leave over
+    ep: int = number(1, **RANKS)
 
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    interval: int = 200  # [steps]
-    keep: int = 2  # the newest ones; the rest is deleted
-    keep_every: int | None = None  # [steps] and for good each at a multiple of it
+    interval: int = number(200, **STEPS)  # [steps]
+    # the newest ones; the rest is deleted
+    keep: int = number(2, at_least=1, at_most=10**6, why="a directory each")
+    keep_every: int | None = number(None, **STEPS)  # [steps] and for good each at a multiple of it
     # written while training goes on, from a copy in host memory; false: the step waits
     background: bool = True
     # of a save that fails, after 1, 2, 4, ... times retry_s; three saves in a row that fail end the run
-    retries: int = 4
-    retry_s: float = 1.0  # [s]
+    retries: int = number(4, **RETRIES)
+    retry_s: float = number(1.0, **RETRY_S)  # [s]
 
 
 @dataclass(kw_only=True)
@@ -125,70 +179,84 @@ class SkipConfig:
     """
 
     # [deviations] above the median of the last steps that a loss or gradient norm may lie; null: any
-    spike: float | None = None
-    most: int = 5  # in a row; one more ends the run, or
-    rollbacks: int = 0  # so many times: back to the newest checkpoint, passing over the data since
+    spike: float | None = number(None, above=0.0, at_most=1e6, why="null: none is a spike")
+    most: int = number(5, **COUNT)  # in a row; one more ends the run, or
+    rollbacks: int = number(
+        0, **COUNT
+    )  # so many times: back to the newest checkpoint, passing over the data since
 
 
 @dataclass(kw_only=True)
 class LoggingConfig:
     # [steps] between lines on a terminal that is not interactive; metrics.jsonl has every step
-    interval: int = 1
-    tracker: Any = None  # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
+    interval: int = number(1, **STEPS)
+    # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
+    tracker: Any = field(default=None, metadata=target(partial=True, example=TRACKER))
+
+
+_SpanWeights = make_dataclass(
+    "_SpanWeights",
+    [(of.name, float | None, number(None, **WEIGHT)) for of in fields(RouterLossWeights)],
+    kw_only=True,
+)
 
 
 @dataclass(kw_only=True)
-class SpanConfig:
+class SpanConfig(_SpanWeights):
     """What changes while the program is in this span (trainer/program.py); null: as in the span before, the
     first one as in the run's own keys of these names."""
 
     # its length, one of four ways; one span may have none: what the others leave of `steps`
-    tokens: float | None = None
-    until: float | None = None  # [tokens] seen where it ends
-    steps: int | None = None
-    share: float | None = None  # of the run's `steps`
+    tokens: float | None = number(None, **TOKENS)
+    until: float | None = number(None, **TOKENS)  # [tokens] seen where it ends
+    steps: int | None = number(None, **STEPS)
+    share: float | None = number(None, at_least=0.0, at_most=1.0, why="a share of the run's steps")
     # factor on the peak rates: a number, or {from, to, shape: linear | cosine, until: a later span}
     lr: Any = None
     bias_rate: Any = None  # factor on the step of the balancing rule, likewise
-    global_batch: int | None = None
-    micro_batch: int | None = None
-    seq_len: int | None = None
-    z_loss_weight: float | None = None
-    sequence_loss_weight: float | None = None
-    switch_loss_weight: float | None = None
-    batch_loss_weight: float | None = None
-    router_z_loss_weight: float | None = None
+    global_batch: int | None = number(None, **ROWS)
+    micro_batch: int | None = number(None, **ROWS)
+    seq_len: int | None = number(None, **ROW)
+    z_loss_weight: float | None = number(None, **WEIGHT)
     mixture: dict[str, float] | None = None  # weights of the sources
     # [documents] of the random sequential document buffer of each virtual stream; 0: none
-    buffer: int | None = None
+    buffer: int | None = number(None, **BUFFER)
     drain: bool | None = None  # read documents that are open when the mixture changes to their ends first
 
 
 @dataclass(kw_only=True)
 class Config:
     name: str = MISSING  # the run's directory is <run_dir>/<name>
-    run_dir: str = "runs"
-    seed: int = 0
+    run_dir: str = path("runs")
+    seed: int = number(0, at_least=0, at_most=2**63 - 1, why="generators take 63 bits")
     # the run ends here; null: at the end of the program, if all its spans have a length
-    steps: int | None = None
-    seq_len: int = MISSING  # L [tokens]
-    global_batch: int = MISSING  # [sequences] per optimizer step, over all ranks
-    micro_batch: int = MISSING  # [sequences] per forward and rank
-    dtype: str = "float32"  # of weights in forward and backward; the optimizer keeps float32
-    z_loss_weight: float = 0.0  # on the LM logits (arXiv:2602.17004, section 2.2)
-    max_grad_norm: float = 1.0
-    activation_checkpoint: str = "none"  # none | selective | full
+    steps: int | None = number(None, **STEPS)
+    seq_len: int = number(MISSING, **ROW)  # L [tokens]
+    global_batch: int = number(MISSING, **ROWS)  # [sequences] per optimizer step, over all ranks
+    micro_batch: int = number(MISSING, **ROWS)  # [sequences] per forward and rank
+    # of weights in forward and backward; the optimizer keeps float32
+    dtype: str = choice("float32", *DTYPES)
+    z_loss_weight: float = number(0.0, **WEIGHT)  # on the LM logits (arXiv:2602.17004, section 2.2)
+    # inf: gradients are never clipped
+    max_grad_norm: float = number(1.0, above=0.0, at_most=inf, why="inf: no clipping")
+    activation_checkpoint: str = choice("none", "none", "selective", "full")
     compile: bool = False  # torch.compile each block
-    timeout_s: float = 600.0  # [s] of a collective, of the first step and of a save
+    # [s] of a collective, of the first step and of a save
+    timeout_s: float = number(600.0, at_least=1.0, least_why="ranks must find each other in it", **SECONDS)
     # [s] a rank that hangs for so long in a later step writes its stacks and ends the job
-    heartbeat_s: float = 180.0
+    heartbeat_s: float = number(
+        180.0, at_least=1.0, least_why="a rank that waits for a core would be ended", **SECONDS
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: Any = MISSING  # _target_: model -> optimizer (trainer/optim/)
+    # _target_: model -> optimizer (trainer/optim/)
+    optim: Any = field(default=MISSING, metadata=target(partial=True, example=OPTIM))
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
-    branch: str | None = None  # a run's directory, or one of its checkpoints, that a new run starts from
+    branch: str | None = path(
+        None
+    )  # a run's directory, or one of its checkpoints, that a new run starts from
     # directory or hub name of AfmoeForCausalLM weights that a new run starts from
-    init_from: str | None = None
+    init_from: str | None = path(None)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

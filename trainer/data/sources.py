@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from trainer.config import Number, check_numbers
+
 BAD_KINDS = ("empty", "not_utf8", "huge", "missing_field", "broken_json", "corrupt")
 
 
@@ -53,6 +55,10 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
     """The files that a file name, a directory or a glob stands for, sorted; those of a manifest in its own
     order.
     """
+    if not path.strip():
+        raise ValueError(
+            "path is empty (an unset shell variable?); give a file, a directory or a quoted glob"
+        )
     root = Path(path).expanduser()
     if root.suffix == ".manifest" and root.is_file():
         return manifest_files(root)
@@ -180,14 +186,32 @@ class PythonSource(TextSource):
         root = Path(sysconfig.get_path("stdlib"))
         installed = (root / "site-packages", root / "dist-packages")
         packages = [path for path in root.iterdir() if path.is_dir() and path not in installed]
+        try:
+            wanted = re.compile(match)
+        except re.error as error:
+            raise ValueError(f"match={match}: is no regular expression ({error})") from None
         files = [root.glob("*.py"), *(package.rglob("*.py") for package in packages)]
         found = sorted(file for file in chain.from_iterable(files) if file.is_file())
-        self.files = [file for file in found if re.fullmatch(match, file.relative_to(root).as_posix())]
+        self.files = [file for file in found if wanted.fullmatch(file.relative_to(root).as_posix())]
         if not self.files:
             raise ValueError(
                 f"match={match}: none of the library's {len(found)} files; an example is json/decoder.py"
             )
         self.fingerprint = hashed_files(self.files)
+
+
+RAREST = 6  # [deviations] that one document in a billion exceeds
+MAX_LENGTH = 10**8  # [tokens] of a document, made at once
+SYNTHETIC = {
+    "vocab_size": Number(at_least=1, at_most=2**32, why="tokens are numbers of 32 bits"),
+    "num_topics": Number(at_least=1, at_most=10**6, why="each has a number in memory"),
+    "topic_skew": Number(at_least=0.0, at_most=100.0, why="one topic has all documents long before"),
+    "mean_length": Number(at_least=1.0, at_most=1e8, why="a document is made at once"),
+    "length_sigma": Number(at_least=0.0, at_most=10.0, why="of the logarithm of the length"),
+    "noise": Number(at_least=0.0, at_most=1.0, why="a share of the tokens"),
+    "num_documents": Number(at_least=1, at_most=10**8, why="the order of an epoch takes 16 bytes a document"),
+    "seed": Number(at_least=0, at_most=2**63 - 1, why="generators take 63 bits"),
+}
 
 
 class SyntheticSource:
@@ -210,12 +234,26 @@ class SyntheticSource:
         num_documents: int = 1_000_000,
         seed: int = 0,
     ) -> None:
+        check_numbers(
+            SYNTHETIC,
+            vocab_size=vocab_size,
+            num_topics=num_topics,
+            topic_skew=topic_skew,
+            mean_length=mean_length,
+            length_sigma=length_sigma,
+            noise=noise,
+            num_documents=num_documents,
+            seed=seed,
+        )
         self.width = (vocab_size - 1) // num_topics  # tokens of a topic
         if self.width < 2:
             remedy = f"use {2 * num_topics + 1} or more, or fewer topics"
             raise ValueError(f"vocab_size={vocab_size} holds no {num_topics} topics of 2 tokens; {remedy}")
-        self.num_documents, self.noise, self.seed = num_documents, noise, seed
+        self.vocab_size, self.num_documents, self.noise, self.seed = vocab_size, num_documents, noise, seed
         self.log_mean, self.log_sigma = math.log(mean_length) - length_sigma**2 / 2, length_sigma
+        if (longest := math.exp(self.log_mean + RAREST * length_sigma)) > MAX_LENGTH:
+            lengths = f"mean_length={mean_length:g} with length_sigma={length_sigma:g}"
+            raise ValueError(f"{lengths}: a document could have {longest:.1e} tokens; use less of either")
         self.topic_cdf = (np.arange(1, num_topics + 1) ** -float(topic_skew)).cumsum()
         self.topic_cdf /= self.topic_cdf[-1]
         shape = (vocab_size, num_topics, topic_skew, mean_length, length_sigma, noise)

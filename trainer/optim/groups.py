@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.model.afmoe import Head
 from trainer.model.router import Gate
-from trainer.optim.momentum import Muon
+from trainer.optim.momentum import MAX_RATE, Muon
 
 
 class Optimizers:
@@ -90,10 +90,11 @@ def muon(
 def _adamw(
     parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    if lr < 0 or eps <= 0 or weight_decay < 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+    sound = 0 <= lr <= MAX_RATE and 1e-30 <= eps <= 1 and 0 <= weight_decay <= MAX_RATE
+    if not sound or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(
-            f"optim: lr={lr} and weight_decay={weight_decay} must be 0 or more, eps={eps} above 0, "
-            f"betas={list(betas)} two numbers in [0, 1)"
+            f"optim: lr={lr} and weight_decay={weight_decay} must be 0 or more and at most {MAX_RATE:g}, "
+            f"eps={eps} at least 1e-30 and at most 1, betas={list(betas)} two numbers in [0, 1)"
         )
     matrices = [p for p in parameters if p.ndim >= 2]
     gains = [p for p in parameters if p.ndim < 2]

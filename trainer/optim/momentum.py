@@ -10,6 +10,8 @@ from torch import Tensor
 from trainer.model.parallelize import local
 from trainer.optim.plan import Item, Plan, Spread
 
+MAX_RATE = 1e6  # of learning and of weight decay: from there on float32 soon ends
+
 
 def width_factor(rows: int, columns: int) -> float:
     """On the learning rate of a matrix: sqrt(max(1, fan_out / fan_in)) (arXiv:2602.17004, eq. 41)."""
@@ -41,10 +43,11 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         for group in self.param_groups:
-            if not (group["lr"] >= 0 and group["weight_decay"] >= 0 and 0 <= group["momentum"] < 1):
+            rates = (group["lr"], group["weight_decay"])
+            if not all(0 <= rate <= MAX_RATE for rate in rates) or not 0 <= group["momentum"] < 1:
                 raise ValueError(
-                    f"optim: lr={group['lr']} and weight_decay={group['weight_decay']} must be 0 or more, "
-                    f"momentum={group['momentum']} in [0, 1)"
+                    f"optim: lr={group['lr']} and weight_decay={group['weight_decay']} must be 0 or more and "
+                    f"at most {MAX_RATE:g}, momentum={group['momentum']} in [0, 1)"
                 )
             if flat := [tuple(p.shape) for p in group["params"] if p.ndim < 2]:
                 raise ValueError(f"Muon takes matrices, this is none: shape {flat[0]}; give it to AdamW")

@@ -17,13 +17,14 @@ from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import Now, Program, check_sources, program_of
+from trainer.program import LOSSES, Now, Program, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, refuse_disagreement
 from trainer.ranks.device import ParallelDims
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
 from trainer.run.health import Health
+from trainer.run.memory import refuse_too_large
 from trainer.run.state import Groups, Run
 
 
@@ -36,6 +37,7 @@ def build(config: Config) -> Run:
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
     program = program_of(config)
     check_sources(config, program)
+    refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
     first = program.spans[0].now
     with refusing():
         stream = build_stream(config, program, dims)
@@ -97,7 +99,7 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
     # the first rank of a host unpacks files and trains the tokenizer, the others find them
     for turn in (0, 1):
         if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
-            source = sources_of(d)
+            source = sources_of(d, vocab_size=config.model.vocab_size)
             tokenizer = load_tokenizer(
                 d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir
             )
@@ -130,7 +132,7 @@ def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenS
     )
 
 
-def sources_of(d: DataConfig) -> Source | dict[str, Source]:
+def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
     """Raises: ConfigError that names the source."""
     nodes = {f"data.sources.{name}": d.sources[name] for name in sorted(d.sources)} or {
         "data.source": d.source
@@ -140,17 +142,18 @@ def sources_of(d: DataConfig) -> Source | dict[str, Source]:
         try:
             found[key.removeprefix("data.sources.")] = instantiate(node)
         except Exception as error:  # of a user's own class, too
-            raise ConfigError(f"{key}: {error.__cause__ or error}") from error
+            raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
+        if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
+            raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
+        if getattr(found[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
+            raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
     return found if d.sources else found["data.source"]
 
 
 def loss_weights(of: BalanceConfig | Now) -> LossWeights:
-    return LossWeights(
-        sequence=of.sequence_loss_weight,
-        switch=of.switch_loss_weight,
-        batch=of.batch_loss_weight,
-        z=of.router_z_loss_weight,
-    )
+    """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
+    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
+    return LossWeights(**{name: getattr(of, key) for key, name in names.items()})
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, read_manifest
-from trainer.config import Config, ConfigError, resolved_yaml
+from trainer.config import Config, ConfigError, read_plain, resolved_yaml
 from trainer.data import BadDocument
 from trainer.program import Program
 from trainer.ranks.agree import agreed, refuse_disagreement, refusing_on_all
@@ -76,7 +76,7 @@ def open_directory(
 
     Collective. Raises: ConfigError, on all ranks; then nothing was changed. SaveError, on all ranks.
     """
-    held = refusing_on_all(lambda: lock(run_directory(config)), refusals=(InUseError, OSError))
+    held = refusing_on_all(lambda: take(config), refusals=(ConfigError, InUseError))
     try:
         origin = find_checkpoint(config, checkpoints)
     except DamagedError as error:
@@ -101,6 +101,15 @@ def open_directory(
         "data": data,
     }
     return Opened(held, origin, changed or {}, about, texts)
+
+
+def take(config: Config) -> TextIO:
+    """Raises: ConfigError, InUseError."""
+    try:
+        return lock(run_directory(config))
+    except OSError as error:
+        refusal = f"run_dir={config.run_dir}, name={config.name}: cannot be written to ({error.strerror}"
+        raise ConfigError(f"{refusal}: {error.filename}); choose another directory with run_dir=") from None
 
 
 def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
@@ -164,7 +173,7 @@ def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[s
     the same run.
     """
     before, now = (
-        flat(OmegaConf.load(checkpoint / "config.yaml")),
+        flat(read_plain(checkpoint / "config.yaml")),
         flat(OmegaConf.create(resolved_yaml(config))),
     )
     before |= fingerprints(read_manifest(checkpoint)["data"])

@@ -1,0 +1,156 @@
+"""Does a run fit into this machine? Reckoned from the configuration, before anything is asked for.
+
+What is reckoned is a lower bound, so nothing that fits is refused: weights, gradients and the optimizer's
+state in float32, the input of each layer, on a CPU the masks of attention, and the rows of a step.
+"""
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from trainer.config import Config, ConfigError, ModelConfig
+from trainer.program import Now, Program, named
+
+GIB = 2**30
+WEIGHT, GRADIENT = 4, 4  # [bytes] of a parameter
+STATE = {"trainer.optim.adamw": 8, "trainer.optim.muon": 4}  # [bytes] at least; of a user's own, none
+NO_LIMIT = 2**60  # [bytes] what a cgroup without a limit has, and more than any machine
+PLANES = 3 * 8  # [bytes] of a token in a row: itself, its label and position
+MASKS = 2  # local and global, a byte for each pair of a row's tokens
+
+
+class Part(NamedTuple):
+    """What some keys of the configuration ask for on one rank."""
+
+    keys: str  # with their values
+    what: str
+    num_bytes: int
+
+
+class Room(NamedTuple):
+    """What there is for one rank."""
+
+    where: str
+    num_bytes: int
+
+
+def refuse_too_large(config: Config, program: Program, *, on: torch.device, num_shards: int) -> None:
+    """num_shards: ranks that share the parameters. Raises: ConfigError that names the largest part."""
+    parts = parts_of(config, program, num_shards=num_shards, on_cpu=on.type == "cpu")
+    needed, room = sum(part.num_bytes for part in parts), room_on(on)
+    if needed <= room.num_bytes:
+        return
+    largest = max(parts, key=lambda part: part.num_bytes)
+    raise ConfigError(
+        f"{largest.keys}: {largest.what} would take {largest.num_bytes / GIB:,.1f} GiB of the "
+        f"{needed / GIB:,.1f} GiB that the run needs at least on each rank, but {room.where} "
+        f"{room.num_bytes / GIB:,.1f} GiB; use a smaller one, or more ranks"
+    )
+
+
+def parts_of(config: Config, program: Program, *, num_shards: int, on_cpu: bool) -> list[Part]:
+    """Of one rank, at least: the parameters, and the most that a span needs beside them."""
+    each = WEIGHT + GRADIENT + STATE.get(config.optim["_target_"], 0)
+    what = "weights, gradients and optimizer state"
+    sizes = parameters_of(config.model).items()
+    parts = [Part(keys, what, each * size // num_shards) for keys, size in sizes]
+    of_spans = [
+        parts_of_step(config, span.now, num_shards=num_shards, on_cpu=on_cpu) for span in program.spans
+    ]
+    return parts + max(of_spans, key=lambda of_span: sum(part.num_bytes for part in of_span))
+
+
+def parts_of_step(config: Config, now: Now, *, num_shards: int, on_cpu: bool) -> list[Part]:
+    m, tokens = config.model, now.micro_batch * now.seq_len
+    inputs = tokens * m.dim * m.num_layers * getattr(torch, config.dtype).itemsize
+    parts = [
+        Part(written(config, now, "micro_batch", "seq_len"), "what layers keep for their gradients", inputs)
+    ]
+    if on_cpu:  # a GPU makes no masks, and the rows of a step wait in the host's memory
+        masks, rows = (
+            MASKS * tokens * now.seq_len,
+            PLANES * now.tokens // (config.parallel.dp_replicate * num_shards),
+        )
+        parts.append(Part(written(config, now, "seq_len", "micro_batch"), "masks of attention", masks))
+        parts.append(Part(written(config, now, "global_batch", "seq_len"), "the rows of a step", rows))
+    return parts
+
+
+def written(config: Config, now: Now, *keys: str) -> str:
+    """The keys with the values that a span has, which is named where these are its own."""
+    where = "" if all(getattr(now, key) == getattr(config, key) for key in keys) else named(now.span)
+    return where + " x ".join(f"{key}={getattr(now, key)}" for key in keys)
+
+
+def parameters_of(m: ModelConfig) -> dict[str, int]:
+    """How many there are, by the keys that say so; norm gains left out. (Built, they are counted by
+    afmoe.count_parameters; a shape of 10^12 is not for building.)"""
+    num_moe, expert = max(0, m.num_layers - m.num_dense_layers), 3 * m.expert_dim * m.dim
+    heads = 3 * m.num_heads + 2 * m.num_kv_heads  # query, gate and output; keys and values
+    sizes = {
+        ("vocab_size", "dim"): 2 * m.vocab_size * m.dim,
+        ("num_heads", "head_dim", "dim", "num_layers"): heads * m.head_dim * m.dim * m.num_layers,
+        ("ffn_dim", "dim", "num_dense_layers"): 3 * m.ffn_dim * m.dim * m.num_dense_layers,
+        ("num_experts", "expert_dim", "dim", "num_layers"): m.num_experts * expert * num_moe,
+        ("num_shared_experts", "expert_dim", "dim", "num_layers"): m.num_shared_experts * expert * num_moe,
+        ("num_experts", "dim", "num_layers"): m.num_experts * m.dim * num_moe,
+    }
+    return {
+        " x ".join(f"model.{name}={getattr(m, name)}" for name in names): size
+        for names, size in sizes.items()
+    }
+
+
+def room_on(on: torch.device) -> Room:
+    """The least of what the hardware, the cgroup and ulimit leave to a rank."""
+    if on.type == "cuda":
+        total = torch.cuda.get_device_properties(on).total_memory
+        return Room(f"{torch.cuda.get_device_name(on)} has", total)
+    ranks_here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    shared = [Room("this machine has", machine_bytes())]
+    shared += [Room("this machine's cgroup allows", size) for size in cgroup_bytes()]
+    rooms = [Room(room.where, room.num_bytes // ranks_here) for room in shared]
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        rooms.append(Room("ulimit -v allows", soft))
+    return min(rooms, key=lambda room: room.num_bytes)
+
+
+def machine_bytes() -> int:
+    """Memory and swap."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cgroup_bytes() -> Iterator[int]:
+    """Limits of this process's cgroup and those around it (versions 1 and 2)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    root = Path("/sys/fs/cgroup")
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        base, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+        own = base / path.lstrip("/")
+        for directory in (own, *own.parents):
+            if directory.is_relative_to(base):
+                size = read_bytes(directory / name)
+                if size < NO_LIMIT:
+                    yield size
+
+
+def read_bytes(file: Path) -> float:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # none there; "max"
+        return math.inf
