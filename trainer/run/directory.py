@@ -76,7 +76,7 @@ def open_directory(
 
     Collective. Raises: ConfigError, on all ranks; then nothing was changed. SaveError, on all ranks.
     """
-    held = refusing_on_all(lambda: lock(run_directory(config)), refusals=(InUseError, OSError))
+    held = refusing_on_all(lambda: locked(config), refusals=(ConfigError, InUseError))
     try:
         origin = find_checkpoint(config, checkpoints)
     except DamagedError as error:
@@ -101,6 +101,15 @@ def open_directory(
         "data": data,
     }
     return Opened(held, origin, changed or {}, about, texts)
+
+
+def locked(config: Config) -> TextIO:
+    """Raises: InUseError; ConfigError if nobody can write there."""
+    try:
+        return lock(run_directory(config))
+    except OSError as error:
+        remedy = "choose another run_dir= or name=, or make it writable"
+        raise ConfigError(f"run_dir={config.run_dir} name={config.name}: {error}; {remedy}") from error
 
 
 def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
@@ -167,7 +176,7 @@ def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[s
         flat(OmegaConf.load(checkpoint / "config.yaml")),
         flat(OmegaConf.create(resolved_yaml(config))),
     )
-    before |= fingerprints(read_manifest(checkpoint)["data"])
+    before |= fingerprints(read_manifest(checkpoint).get("data", {}))
     now |= fingerprints(data)
     changed = {
         key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)
