@@ -341,8 +341,8 @@ class Checkpoints:
         needed = sum(tensor.numel() * tensor.element_size() for tensor in weights)
         if free < needed:
             log.warning(
-                "%s has %.1f GB free; the weights alone of a checkpoint take %.1f GB; %s",
-                *(self.directory, free / 1e9, needed / 1e9, REMEDY),
+                "%s has %.1f MB free; the weights alone of a checkpoint take %.1f MB; %s",
+                *(self.directory, free / 1e6, needed / 1e6, REMEDY),
             )
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:

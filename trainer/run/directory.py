@@ -76,7 +76,7 @@ def open_directory(
 
     Collective. Raises: ConfigError, on all ranks; then nothing was changed. SaveError, on all ranks.
     """
-    held = refusing_on_all(lambda: locked(config), refusals=(ConfigError, InUseError))
+    held = refusing_on_all(lambda: take(config), refusals=(ConfigError, InUseError))
     try:
         origin = find_checkpoint(config, checkpoints)
     except DamagedError as error:
@@ -103,13 +103,13 @@ def open_directory(
     return Opened(held, origin, changed or {}, about, texts)
 
 
-def locked(config: Config) -> TextIO:
-    """Raises: InUseError; ConfigError if nobody can write there."""
+def take(config: Config) -> TextIO:
+    """Raises: ConfigError, InUseError."""
     try:
         return lock(run_directory(config))
     except OSError as error:
-        remedy = "choose another run_dir= or name=, or make it writable"
-        raise ConfigError(f"run_dir={config.run_dir} name={config.name}: {error}; {remedy}") from error
+        refusal = f"run_dir={config.run_dir}, name={config.name}: cannot be written to ({error.strerror}"
+        raise ConfigError(f"{refusal}: {error.filename}); choose another directory with run_dir=") from None
 
 
 def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:

@@ -1,0 +1,1 @@
+"""What happens to settings that nobody would write? Cases are drawn from a seed and can be drawn again."""
