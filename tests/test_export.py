@@ -395,11 +395,13 @@ def change_index(checkpoint: Path, change) -> None:
 
 OURS = "model.layers.1.moe.routed_experts.inner_experts.w3_EFD"
 CHANGES = {
-    "missing, must be (8, 32, 64)": lambda index: index.pop(OURS),
-    "has (8, 32, 65), must be (8, 32, 64)": lambda index: index[OURS].update(shape=[8, 32, 65]),
-    "unknown, has (8, 32, 64)": lambda index: index.update({f"{OURS}_more": index[OURS]}),
-    "must be float32": lambda index: index["model.layers.2.moe.expert_bias_E"].update(dtype="bfloat16"),
-    "of the 2048 values at": lambda index: index[OURS]["pieces"].pop(),
+    "w3_EFD@0,0,0, which index.json does not name": lambda index: index.pop(OURS),
+    "hold 16384 of the 16640 values": lambda index: index[OURS].update(shape=[8, 32, 65]),
+    "w3_EFD_more@0,0,0 must be": lambda index: index.update({f"{OURS}_more": index[OURS]}),
+    "must be ('BF16', (8,))": lambda index: index["model.layers.2.moe.expert_bias_E"].update(
+        dtype="bfloat16"
+    ),
+    "of the 16384 values": lambda index: index[OURS]["pieces"].pop(),
 }
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
 from trainer import train
-from trainer.checkpoint import Found, read_whole, storage
+from trainer.checkpoint import Found, checkpoints, read_whole, storage
 from trainer.config import load
 
 BASE = [
@@ -574,3 +575,64 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         file.write('{"step": 4, "lo')  # a line cut by the kill
     run_ranks(train_worker, 1, where, None)
     assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 7))
+
+
+UNWRITABLE = {
+    "a file": lambda path: path.touch(),
+    "a link to where nothing can be written": lambda path: path.symlink_to("/proc/self"),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere/at/all"),
+}
+
+
+@pytest.mark.parametrize("place", UNWRITABLE)
+def test_checkpoints_that_cannot_be_written_end_a_run_before_its_first_step(tmp_path, capfd, place):
+    """Eight steps were trained before the first save told."""
+    (tmp_path / "a").mkdir()
+    UNWRITABLE[place](tmp_path / "a" / "checkpoints")
+
+    def worker() -> int:
+        return train.main([*BASE, f"run_dir={tmp_path}", "name=a", "parallel=fsdp"])
+
+    (code, other) = run_ranks(worker, 2)
+    assert code == other and code in (train.CANNOT_SAVE, train.REFUSED)
+    captured = capfd.readouterr()
+    (error,) = {line for line in captured.err.splitlines() if line.startswith("error: ")}
+    assert f"{tmp_path}/a/checkpoints cannot be" in error and "run_dir= or name=" in error
+    assert "step 1/" not in captured.out
+    assert not (tmp_path / "a" / "metrics.jsonl").exists()
+
+
+def test_one_rank_that_cannot_write_ends_all_before_the_first_step(tmp_path, capfd, monkeypatch):
+    """As on a host whose file system is mounted for reading only."""
+
+    def worker() -> int:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
+            durable = checkpoints.write_durably
+
+            def refusing(path: Path, text: str) -> None:
+                if path.name.startswith(".probe"):
+                    raise OSError(30, "Read-only file system", str(path))
+                durable(path, text)
+
+            monkeypatch.setattr(checkpoints, "write_durably", refusing)
+        return train.main([*BASE, f"run_dir={tmp_path}", "name=a", "parallel=fsdp"])
+
+    assert run_ranks(worker, 2) == [train.CANNOT_SAVE] * 2
+    captured = capfd.readouterr()
+    message = "checkpoints cannot be written to: rank 1: OSError: [Errno 30] Read-only file system"
+    assert message in captured.err and "step 1/" not in captured.out
+    assert list((tmp_path / "a" / "checkpoints").iterdir()) == []
+
+
+def test_too_little_room_for_one_checkpoint_is_said_at_the_start(tmp_path, monkeypatch):
+    def worker(free: int) -> list[str]:
+        said: list[str] = []
+        monkeypatch.setattr(checkpoints.log, "warning", lambda text, *values: said.append(text % values))
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+        train.main([*BASE, f"run_dir={tmp_path}", f"name=free{free}", "steps=1"])
+        return said
+
+    ((warning,),) = run_ranks(worker, 1, 100_000)
+    assert "has 0.1 MB free; the weights alone of a checkpoint take 2." in warning
+    assert run_ranks(worker, 1, 10**9) == [[]]

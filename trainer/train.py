@@ -110,6 +110,7 @@ def train(config: Config) -> int:
     )
     if is_first:
         announce(run, opened.origin.path if opened.origin else None)
+        run.checkpoints.warn_if_short(run.model.parameters())
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
         tracker = instantiate(config.logging.tracker)

@@ -2,8 +2,16 @@
 
 from trainer.checkpoint.boxes import BoxReader, Kind, read_header, write_file
 from trainer.checkpoint.checkpoints import Checkpoints, Found, SaveError
+from trainer.checkpoint.foreign import DamagedError, plain_name, read_json, reading
 from trainer.checkpoint.manifest import code_version, manifest_hash, problems, read_manifest
-from trainer.checkpoint.storage import DamagedError, Piece, Stored, make_durable, read_index, write_durably
+from trainer.checkpoint.storage import (
+    Piece,
+    Stored,
+    make_durable,
+    read_index,
+    refuse_uncovered,
+    write_durably,
+)
 from trainer.checkpoint.transfer import load_into, read_whole
 
 __all__ = [
@@ -19,11 +27,15 @@ __all__ = [
     "load_into",
     "make_durable",
     "manifest_hash",
+    "plain_name",
     "problems",
     "read_header",
     "read_index",
+    "read_json",
     "read_manifest",
     "read_whole",
+    "reading",
+    "refuse_uncovered",
     "write_durably",
     "write_file",
 ]

@@ -9,14 +9,17 @@ Exit codes: 0 all is well · 1 something is damaged · 2 not a run, no such step
 
 import argparse
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from trainer.checkpoint.checkpoints import LATEST, Checkpoints
+from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.manifest import problems, read_manifest
-from trainer.checkpoint.storage import DamagedError
 from trainer.ranks.lock import InUseError, lock
 
 OK, DAMAGED, REFUSED = 0, 1, 2
@@ -30,20 +33,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("action", choices=("list", "verify", "rewind"))
     parser.add_argument("run", type=Path, help="a run's directory")
     parser.add_argument("step", type=int, nargs="?")
-    given = parser.parse_args(arguments)
-    checkpoints = Checkpoints(given.run / "checkpoints")
-    steps = checkpoints.all_steps()
+    flags = parser.parse_args(arguments)
+    checkpoints = Checkpoints(flags.run / "checkpoints")
     if not checkpoints.directory.is_dir():
-        return refused(f"{given.run}: no run's directory, it has no checkpoints/")
-    if given.step is not None and given.step not in steps:
-        return refused(f"step {given.step}: {given.run} has steps {', '.join(map(str, steps)) or 'none'}")
-    if given.action == "list":
+        return refused(f"{flags.run}: no run's directory, it has no checkpoints/")
+    try:
+        return acted(checkpoints, flags)
+    except OSError as error:
+        return refused(f"{flags.run}: {error}")
+
+
+def acted(checkpoints: Checkpoints, flags: argparse.Namespace) -> int:
+    steps = checkpoints.all_steps()
+    known = ", ".join(map(str, steps)) or "none"
+    if flags.step is not None and flags.step not in steps:
+        return refused(f"step {flags.step}: {flags.run} has steps {known}")
+    if flags.action == "list":
         return listed(checkpoints)
-    if given.action == "verify":
-        return verified(checkpoints, steps if given.step is None else [given.step])
-    if given.step is None:
-        return refused(f"rewind: which step? {given.run} has {', '.join(map(str, steps)) or 'none'}")
-    return rewound(checkpoints, given.run, given.step)
+    if flags.action == "verify":
+        return verified(checkpoints, steps if flags.step is None else [flags.step])
+    if flags.step is None:
+        return refused(f"rewind: which step? {flags.run} has {known}")
+    return rewound(checkpoints, flags.run, flags.step)
 
 
 def listed(checkpoints: Checkpoints) -> int:
@@ -51,39 +62,33 @@ def listed(checkpoints: Checkpoints) -> int:
     for name in ("Step", "Tokens", "Saved at", "Size", "Ranks", "Code", "State"):
         table.add_column(name, justify="right" if name in ("Step", "Tokens", "Size", "Ranks") else "left")
     latest = checkpoints.directory / LATEST
-    newest = latest.read_text().strip() if latest.is_file() else None
+    newest = latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else None
     for path in sorted(checkpoints.directory.glob("step-*")):
-        try:
-            manifest = read_manifest(path)
-            size = sum(entry["bytes"] for entry in manifest["files"].values())
-            columns = [
-                f"{manifest.get('tokens', 0):,}",
-                manifest.get("saved_at", ""),
-                f"{size / 1e6:,.1f} MB",
-                str(manifest.get("ranks", "")),
-                manifest.get("code", ""),
-            ]
-        except DamagedError:
-            columns = [""] * 5
-        found = problems(path, hashes=False)
-        state = (
-            "DAMAGED"
-            if found
-            else path.suffix.removeprefix(".") or ("latest" if path.name == newest else "complete")
-        )
-        table.add_row(path.name.removeprefix("step-").split(".")[0].lstrip("0") or "0", *columns, state)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        number = path.name.removeprefix("step-").split(".")[0].lstrip("0") or "0"
+        columns, state = [""] * 5, "DAMAGED"
+        with suppress(DamagedError):
+            columns = columns_of(read_manifest(path))
+        if not problems(path, hashes=False):
+            state = path.suffix.removeprefix(".") or ("latest" if path.name == newest else "complete")
+        table.add_row(*map(shown, (number, *columns, state)))
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(table)
     return OK
+
+
+def columns_of(manifest: Mapping[str, Any]) -> list[str]:
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    told = [str(manifest.get(key, "")) for key in ("saved_at", "ranks", "code")]
+    return [f"{manifest.get('tokens', 0):,}", told[0], f"{size / 1e6:,.1f} MB", *told[1:]]
 
 
 def verified(checkpoints: Checkpoints, steps: list[int]) -> int:
     damaged = False
     for step in steps:
-        found = problems(checkpoints.path(step))
-        damaged |= bool(found)
-        print(f"step {step}: {'DAMAGED' if found else 'good'}")
-        for problem in found:
-            print(f"    {problem}")
+        wrong = problems(checkpoints.path(step))
+        damaged |= bool(wrong)
+        print(f"step {step}: {'DAMAGED' if wrong else 'good'}")
+        for line in wrong:
+            print(f"    {line}")
     if not steps:
         print("no checkpoints")
     return DAMAGED if damaged else OK

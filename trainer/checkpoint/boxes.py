@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from trainer.checkpoint.storage import DamagedError, Index, Piece, read_box
+from trainer.checkpoint.foreign import CODES, DamagedError, read_shapes, shown
+from trainer.checkpoint.storage import Index, Piece, read_box
 
 MAX_OPEN = 64  # files at a time
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPES = {CODES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}  # of weights
 
 
 class Kind(NamedTuple):
@@ -82,15 +82,13 @@ def read_header(path: Path) -> dict[str, Kind]:
     other dtypes.
     """
     try:
-        with safe_open(path, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
-            kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{path}: cannot be read as safetensors: {error}; fetch it again") from error
-    if other := {code for code, _ in kinds.values() if code not in DTYPES}:
-        name = next(name for name, (code, _) in kinds.items() if code in other)
-        raise DamagedError(f"{path}: {name} is {kinds[name][0]}; weights must be one of {', '.join(DTYPES)}")
-    return {name: Kind(DTYPES[code], shape) for name, (code, shape) in kinds.items()}
+        shapes = read_shapes(path)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; fetch it again") from error
+    if other := [name for name, (code, _) in shapes.items() if code not in DTYPES]:
+        code = shapes[other[0]][0]
+        raise DamagedError(f"{path}: {shown(other[0])} is {code}; weights must be one of {', '.join(DTYPES)}")
+    return {name: Kind(DTYPES[code], shape) for name, (code, shape) in shapes.items()}
 
 
 def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tensor]) -> None:

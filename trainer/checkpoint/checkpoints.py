@@ -19,19 +19,20 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.manifest import MANIFEST, file_entry, problems, write_manifest
 from trainer.checkpoint.storage import (
     INDEX,
-    DamagedError,
     SafetensorsWriter,
     make_durable,
     read_index,
@@ -42,6 +43,7 @@ from trainer.ranks.agree import agreed, gathered
 
 LATEST = "latest"
 MAX_MISSES = 3  # checkpoints in a row that could not be written; then the run ends
+REMEDY = "run_dir= or name= chooses another directory"
 NAME = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
 
@@ -86,9 +88,10 @@ class Checkpoints:
         return self.directory / f"step-{step:08d}"
 
     def all_steps(self) -> list[int]:
-        """Of every directory that is named like a checkpoint, oldest first."""
-        found = (NAME.fullmatch(path.name) for path in self.directory.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        """Of everything that is named like a checkpoint, oldest first. Raises: OSError if nobody may look."""
+        names = os.listdir(self.directory) if os.path.lexists(self.directory) else []
+        steps = {int(match[1]) for name in names if (match := NAME.fullmatch(name))}
+        return sorted(step for step in steps if self.path(step).name in names)
 
     def steps(self) -> list[int]:
         """Of the checkpoints that were completed, oldest first. They may have been damaged since."""
@@ -97,7 +100,7 @@ class Checkpoints:
     def set_aside(self, step: int, why: str) -> Path:
         """Renames a checkpoint to one that no run goes on from; its content stays."""
         name, number = f"{self.path(step).name}.{why}", 1
-        while (self.directory / name).exists():
+        while os.path.lexists(self.directory / name):
             number += 1
             name = f"{self.path(step).name}.{why}-{number}"
         return self.path(step).rename(self.directory / name)
@@ -109,8 +112,8 @@ class Checkpoints:
         Raises: DamagedError if the checkpoint of this step is not there or not good; then nothing has
         changed.
         """
-        if found := problems(self.path(step)):
-            raise DamagedError("\n".join(found))
+        if wrong := problems(self.path(step)):
+            raise DamagedError("\n".join(wrong))
         moved = [self.set_aside(newer, "abandoned") for newer in reversed(self.all_steps()) if newer > step]
         self.point_at(step)
         return moved
@@ -189,9 +192,9 @@ class Checkpoints:
         writer = SafetensorsWriter(draft, rank=dist.get_rank())
 
         def prepare() -> None:
-            if self.path(step).exists():
+            if os.path.lexists(self.path(step)):
                 raise FileExistsError(f"{self.path(step)} is there already")
-            shutil.rmtree(draft, ignore_errors=True)
+            remove(draft)
             draft.mkdir(parents=True)
 
         def write() -> dict[str, Any]:
@@ -224,7 +227,7 @@ class Checkpoints:
         if (problem := self._first(prepare)) is None:
             files, problem = self._each(write)
             problem = problem or self._first(commit)
-            after = self._first(tidy if problem is None else lambda: shutil.rmtree(draft, ignore_errors=True))
+            after = self._first(tidy if problem is None else lambda: remove(draft))
             if after and dist.get_rank() == 0:  # it is there: a further attempt would only find that
                 log.warning(
                     "the checkpoint of step %d was written, but not all after it was done: %s", step, after
@@ -261,8 +264,8 @@ class Checkpoints:
         for step in whole[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
                 gone = self.directory / f".{self.path(step).name}.deleted"
-                shutil.rmtree(gone, ignore_errors=True)  # what an earlier one left, which would be in the way
-                shutil.rmtree(self.path(step).rename(gone))  # renamed at once: nobody finds half
+                remove(gone)  # what an earlier one left, which would be in the way
+                remove(self.path(step).rename(gone))  # renamed at once: nobody finds half
 
     # -- loading --
 
@@ -272,14 +275,16 @@ class Checkpoints:
 
         Raises: DamagedError if there are some and none is good.
         """
-        steps = agreed(self.all_steps())
+        steps, problem = agreed(attempted(self.all_steps) if dist.get_rank() == 0 else None)
+        if problem:
+            raise DamagedError(f"{self.directory} cannot be read: {problem}; {REMEDY}")
         for step in reversed(steps):
-            found = self.verify(step)
-            if not found:
+            wrong = self.verify(step)
+            if not wrong:
                 return Found(step, self.path(step))
             if dist.get_rank() == 0:
-                for problem in found:
-                    log.warning("DAMAGED: %s", problem)
+                for line in wrong:
+                    log.warning("DAMAGED: %s", line)
                 log.warning("the checkpoint of step %d cannot be used, trying an earlier one", step)
         if steps:
             raise DamagedError(
@@ -291,30 +296,54 @@ class Checkpoints:
 
     def verify(self, step: int) -> list[str]:
         """What is wrong with a checkpoint: each rank reads a share of its files, all hear of everything."""
-        found = problems(self.path(step), share=slice(dist.get_rank(), None, dist.get_world_size()))
-        return sorted({problem for of_rank in gathered(found) for problem in of_rank})
+        own = problems(self.path(step), share=slice(dist.get_rank(), None, dist.get_world_size()))
+        return sorted({problem for of_rank in gathered(own) for problem in of_rank})
 
     def go_on_from(self, step: int | None) -> None:
         """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside,
-        drafts removed.
+        drafts removed. Every rank tries whether it can write here.
 
-        Raises: SaveError, on all ranks, if the directory cannot be written to.
+        Raises: SaveError, on all ranks, if one of them cannot.
         """
 
         def tidy() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob(".step-*"):
-                shutil.rmtree(path)
+                remove(path)
             for newer in reversed(self.all_steps()):
                 if step is not None and newer > step:
                     log.warning("set aside: %s", self.set_aside(newer, "damaged"))
             if step is not None:
                 self.point_at(step)
 
-        if problem := agreed(
-            attempted(tidy)[1] if dist.get_rank() == 0 and self.directory.is_dir() else None
-        ):
-            raise SaveError(f"{self.directory} cannot be written to: {problem}")
+        problem = agreed(attempted(tidy)[1] if dist.get_rank() == 0 else None)
+        probed = gathered(attempted(self._probe)[1] if problem is None else None)
+        refusals = [f"rank {rank}: {refusal}" for rank, refusal in enumerate(probed) if refusal]
+        if problem := problem or next(iter(refusals), None):
+            raise SaveError(f"{self.directory} cannot be written to: {problem}; {REMEDY}")
         self.last_saved = step
+
+    def _probe(self) -> None:
+        """What a save does, with a few bytes."""
+        draft = self.directory / f".probe-{dist.get_rank():05d}.draft"
+        written = draft.with_suffix("")
+        try:
+            write_durably(draft, "Can a checkpoint be written here?\n")
+            draft.rename(written)
+            make_durable(self.directory)
+        finally:
+            for path in (draft, written):
+                path.unlink(missing_ok=True)
+
+    def warn_if_short(self, weights: Iterable[Tensor]) -> None:
+        """On rank 0: is there room for one checkpoint, which holds these and more?"""
+        free = shutil.disk_usage(self.directory).free
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in weights)
+        if free < needed:
+            log.warning(
+                "%s has %.1f MB free; the weights alone of a checkpoint take %.1f MB; %s",
+                *(self.directory, free / 1e6, needed / 1e6, REMEDY),
+            )
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
         """Fills the tensors of `state` in place, each rank its own part, and returns it. Raises: ValueError,
@@ -333,6 +362,14 @@ class Checkpoints:
         return index[name].shape
 
 
+def remove(path: Path) -> None:
+    """Whatever it is; of a link itself, never what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def attempted(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """(its result, None) or (None, what it raised)."""
     try:
@@ -340,4 +377,4 @@ def attempted(action: Callable[[], Any]) -> tuple[Any, str | None]:
     except CheckpointException as error:
         return None, first_failure(error)
     except Exception as error:  # noqa: BLE001  # a full disk has many names
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {shown(error)}"

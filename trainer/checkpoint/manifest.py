@@ -7,16 +7,28 @@ It is written last, so a directory without one is not a checkpoint.
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 import trainer
-from trainer.checkpoint.storage import INDEX, DamagedError, write_durably
+from trainer.checkpoint.foreign import (
+    DamagedError,
+    check_yaml,
+    json_of,
+    natural,
+    plain_name,
+    read_json,
+    reading,
+    shown,
+    size_of,
+)
+from trainer.checkpoint.storage import INDEX, check_shard, read_index, write_durably
 
 MANIFEST = "manifest.json"
 
@@ -29,23 +41,27 @@ def write_manifest(directory: Path, about: Mapping[str, Any], files: Mapping[str
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises: DamagedError if there is none, or one that was changed after it was written."""
     path = directory / MANIFEST
-    try:
-        text = path.read_bytes().decode()
-        content = json.loads(text)
-        content.pop("xxh3")
-        sizes = {name: (int(of["bytes"]), str(of["xxh3"])) for name, of in content["files"].items()}
-        if type(content["step"]) is not int or any(Path(name).name != name for name in sizes):
-            raise ValueError("step must be a number, files plain names")
-        if INDEX not in sizes:
-            raise ValueError(f"it lists no {INDEX}")
-    except FileNotFoundError as error:
+    if not os.path.lexists(path):
         raise DamagedError(
             f"{path} is missing: the checkpoint was not completed, or an older version wrote it"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if text != _text_of(content):
-        raise DamagedError(f"{path} was changed after it was written")
+        )
+    with reading(path):
+        size_of(path)
+        text = path.read_bytes().decode()
+        content = json_of(text)
+        content.pop("xxh3")
+        natural(content["step"])
+        natural(content.get("tokens", 0))
+        for name, entry in content["files"].items():
+            plain_name(name)
+            natural(entry["bytes"])
+            str.encode(entry["xxh3"])
+        if not isinstance(content.get("data", {}), dict):
+            raise ValueError("data must be an object")
+        if INDEX not in content["files"]:
+            raise ValueError(f"it lists no {INDEX}")
+        if text != _text_of(content):
+            raise DamagedError(f"{path} was changed after it was written")
     return content
 
 
@@ -76,21 +92,44 @@ def problems(directory: Path, *, hashes: bool = True, share: slice = slice(None)
     if named and int(named[1]) != manifest["step"]:
         return [f"{directory} holds step {manifest['step']}: it was renamed or copied"]
     files = manifest["files"]
-    found = (_problem(directory / name, files[name], hashes=hashes) for name in sorted(files)[share])
-    return [*filter(None, found)]
+    names = sorted(files)[share]
+    damaged = {name: wrong for name in names if (wrong := _changed(directory / name, files[name], hashes))}
+    if hashes and INDEX not in damaged:
+        damaged |= _misread(directory, [name for name in names if name not in damaged], listed=files)
+    return sorted(damaged.values())
 
 
-def _problem(path: Path, said: Mapping[str, Any], *, hashes: bool) -> str | None:
+def _changed(path: Path, entry: Mapping[str, Any], hashes: bool) -> str | None:
+    """Is a file another one than what was written?"""
     try:
-        if (size := path.stat().st_size) != said["bytes"]:
-            return f"{path} has {size} bytes, {said['bytes']} were written"
-        if hashes and (found := file_entry(path)["xxh3"]) != said["xxh3"]:
-            return f"{path} was changed after it was written: its xxh3 is {found}, it was {said['xxh3']}"
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except OSError as error:
-        return f"{path} cannot be read: {error}"
+        with reading(path):
+            if (size := size_of(path)) != entry["bytes"]:
+                return f"{path} has {size} bytes, {entry['bytes']} were written"
+            if hashes and (own := file_entry(path)["xxh3"]) != entry["xxh3"]:
+                said = shown(entry["xxh3"])
+                return f"{path} was changed after it was written: its xxh3 is {own}, it was {said}"
+    except DamagedError as error:
+        return str(error)
     return None
+
+
+def _misread(directory: Path, names: Iterable[str], *, listed: Collection[str]) -> dict[str, str]:
+    """{file: why nobody could read it}, of files that are what was written."""
+    try:
+        index = read_index(directory)
+    except DamagedError as error:
+        return {INDEX: str(error)}
+    files = {piece.file for entry in index.values() for piece in entry.pieces}
+    if unlisted := sorted(files - set(listed)):
+        return {INDEX: f"{directory / INDEX} names {shown(unlisted[0])}, which {MANIFEST} does not list"}
+    checks = {".safetensors": partial(check_shard, index=index), ".yaml": check_yaml, ".json": read_json}
+    damaged = {}
+    for name in names:
+        try:
+            checks.get(Path(name).suffix, size_of)(directory / name)
+        except DamagedError as error:
+            damaged[name] = str(error)
+    return damaged
 
 
 @cache

@@ -29,26 +29,21 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from trainer.checkpoint.cover import uncovered
+from trainer.checkpoint.foreign import (
+    CODES,
+    DamagedError,
+    naturals,
+    plain_name,
+    read_json,
+    read_shapes,
+    reading,
+    shown,
+    size_of,
+)
+
 INDEX = "index.json"
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
-
-
-class DamagedError(ValueError):
-    """A checkpoint that cannot be used; the message says which file of it, and what is wrong."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +168,39 @@ def read_box(opened: Any, key: str, *, offsets: Iterable[int], sizes: Iterable[i
 
 
 def read_index(directory: Path) -> dict[str, Stored]:
-    """Raises: DamagedError."""
+    """Raises: DamagedError, also where the pieces of a tensor do not hold each of its elements once."""
     path = directory / INDEX
-    try:
-        return {name: _from_json(of) for name, of in json.loads(path.read_bytes()).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path}: {type(error).__name__}: {error}") from error
+    with reading(path):
+        size_of(path)
+        entries = read_json(path)
+    index = {name: _from_json(entry, where=f"{path}: {shown(name)}") for name, entry in entries.items()}
+    refuse_uncovered(index, where=path)
+    return index
+
+
+def refuse_uncovered(index: Index, *, where: Path) -> None:
+    """Raises: DamagedError that names a tensor whose pieces do not hold each of its elements exactly once."""
+    for name, stored in index.items():
+        if wrong := uncovered(stored.shape, [(piece.offsets, piece.sizes) for piece in stored.pieces]):
+            raise DamagedError(f"{where}: {shown(name)}: {wrong}")
+
+
+def check_shard(path: Path, index: Index) -> None:
+    """Raises: DamagedError unless a file holds exactly the pieces that the index says, each as it says."""
+    shapes = read_shapes(path)
+    expected = {
+        key_of(name, piece.offsets): (piece.key, (CODES[stored.dtype], piece.sizes))
+        for name, stored in index.items()
+        for piece in stored.pieces
+        if piece.file == path.name
+    }
+    for key, (said, kind) in expected.items():
+        if said != key or shapes.get(key) != kind:
+            other = shapes.get(key, "missing") if said == key else f"called {shown(said)} there"
+            raise DamagedError(f"{path}: {shown(key)} must be {kind} by {INDEX}, is {other}")
+    held = {key for key, (_, shape) in shapes.items() if 0 not in shape}
+    if unknown := sorted(held - expected.keys()):
+        raise DamagedError(f"{path} holds {shown(unknown[0])}, which {INDEX} does not name")
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -195,8 +217,13 @@ def make_durable(path: Path) -> None:
         os.close(descriptor)
 
 
+def key_of(name: str, offsets: Iterable[int]) -> str:
+    """What a piece is called in its file."""
+    return f"{name}@{','.join(map(str, offsets))}"
+
+
 def _key(index: MetadataIndex) -> str:
-    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+    return key_of(index.fqn, index.offset or ())
 
 
 def _index(name: str, piece: Piece) -> MetadataIndex:
@@ -206,7 +233,7 @@ def _index(name: str, piece: Piece) -> MetadataIndex:
 def _stored(name: str, saved: Any, file_of: Mapping[str, str]) -> Stored:
     pieces = []
     for chunk in (chunk for chunk in saved.chunks if 0 not in chunk.sizes):
-        key = _key(MetadataIndex(name, chunk.offsets))
+        key = key_of(name, chunk.offsets)
         pieces.append(
             Piece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes))
         )
@@ -224,17 +251,15 @@ def _as_json(stored: Stored) -> dict[str, Any]:
     return asdict(stored) | {"dtype": str(stored.dtype).removeprefix("torch.")}
 
 
-def _from_json(of: Mapping[str, Any]) -> Stored:
-    pieces = []
-    for piece in of["pieces"]:
-        if Path(piece["file"]).name != piece["file"]:
-            raise ValueError(f"file {piece['file']!r}: must be a plain name in the checkpoint's directory")
-        pieces.append(
+def _from_json(entry: Mapping[str, Any], *, where: str) -> Stored:
+    with reading(where):
+        pieces = tuple(
             Piece(
-                file=piece["file"],
-                key=piece["key"],
-                offsets=tuple(piece["offsets"]),
-                sizes=tuple(piece["sizes"]),
+                file=plain_name(piece["file"]),
+                key=str(piece["key"]),
+                offsets=naturals(piece["offsets"]),
+                sizes=naturals(piece["sizes"]),
             )
+            for piece in entry["pieces"]
         )
-    return Stored(dtype=DTYPES[of["dtype"]], shape=tuple(of["shape"]), pieces=tuple(pieces))
+        return Stored(dtype=DTYPES[entry["dtype"]], shape=naturals(entry["shape"]), pieces=pieces)

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.storage import DamagedError, Index, SafetensorsReader, read_index
+from trainer.checkpoint.foreign import DamagedError
+from trainer.checkpoint.storage import Index, SafetensorsReader, read_index
 
 
 class StagedPlanner(DefaultSavePlanner):

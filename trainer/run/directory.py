@@ -176,7 +176,7 @@ def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[s
         flat(read_plain(checkpoint / "config.yaml")),
         flat(OmegaConf.create(resolved_yaml(config))),
     )
-    before |= fingerprints(read_manifest(checkpoint)["data"])
+    before |= fingerprints(read_manifest(checkpoint).get("data", {}))
     now |= fingerprints(data)
     changed = {
         key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)

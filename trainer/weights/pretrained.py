@@ -8,7 +8,6 @@ An index says under our names where each expert's matrix lies; torch's DCP then 
 each rank its part. Nothing that could run code is read: no pickle, no Python file of the directory.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -18,7 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.checkpoint import DamagedError, Kind, Piece, Stored, load_into, read_header
+from trainer.checkpoint import (
+    DamagedError,
+    Kind,
+    Piece,
+    Stored,
+    load_into,
+    plain_name,
+    read_header,
+    read_json,
+    reading,
+    refuse_uncovered,
+)
 from trainer.config import Config, ConfigError, ModelConfig
 from trainer.data import load_tokenizer
 from trainer.model.hf import KEYS, config_misfits, our_shapes, places, refuse_misfits
@@ -108,7 +118,9 @@ def refuse_other_model(directory: Path, model: ModelConfig) -> None:
     theirs = read_json(path)
     if theirs.get("model_type") != "afmoe":
         raise ConfigError(f"{path}: model_type={theirs.get('model_type')}, must be afmoe")
-    if wrong := config_misfits(theirs, model):
+    with reading(path):
+        wrong = config_misfits(theirs, model)
+    if wrong:
         said = {key: theirs[name] for key, name in KEYS.items() if name in theirs}
         fits = " ".join(f"model.{key}={value}" for key, value in said.items() if value != getattr(model, key))
         raise ConfigError(
@@ -139,10 +151,12 @@ def index_of(directory: Path, model: ModelConfig) -> dict[str, Stored]:
         box = {"offsets": (*offsets, *[0] * len(shape)), "sizes": (*sizes, *shape)}
         pieces.setdefault(ours, []).append(Piece(file=file_of[name], key=name, **box))
         dtypes[ours] = kinds[name].dtype
-    return {
+    index = {
         f"model.{ours}": Stored(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(of))
         for ours, of in pieces.items()
     }
+    refuse_uncovered(index, where=directory)
+    return index
 
 
 def tensors_of(directory: Path) -> tuple[dict[str, Kind], dict[str, str]]:
@@ -176,12 +190,13 @@ def weight_map(directory: Path) -> dict[str, str] | None:
             )
             raise ConfigError(f"{directory} has {why}: it needs {SINGLE} or {SEVERAL}")
         return None
-    said = read_json(path).get("weight_map")
-    if not isinstance(said, dict) or not all(isinstance(file, str) for file in said.values()):
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise DamagedError(f"{path}: it has no weight_map of files")
-    if outside := sorted({file for file in said.values() if Path(file).name != file}):
-        raise DamagedError(f"{path}: {outside[0]!r} must be a plain file name in {directory}")
-    return said
+    try:
+        return {name: plain_name(file) for name, file in files.items()}
+    except ValueError as error:
+        raise DamagedError(f"{path}: {error}") from error
 
 
 def sizes(directory: Path, index: Mapping[str, Stored]) -> dict[str, int]:
@@ -191,13 +206,3 @@ def sizes(directory: Path, index: Mapping[str, Stored]) -> dict[str, int]:
         for file in sorted({piece.file for stored in index.values() for piece in stored.pieces})
     }
     return {f"bytes of {file}": path.stat().st_size if path.is_file() else -1 for file, path in paths.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DamagedError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise DamagedError(f"{path}: must be an object")
-    return content
