@@ -72,7 +72,7 @@ class DataConfig:
 @dataclass(kw_only=True)
 class BalanceConfig:
     name: str = "custom"  # of the arm: configs/balance/*.yaml
-    rule: Any = None  # _target_: how counts move the biases (trainer/balance.py); null: not at all
+    rule: Any = None  # _target_: how counts move the biases (trainer/balance/); null: not at all
     sequence_loss_weight: float = 0.0  # alpha of arXiv:2602.17004, eq. 29; losses: trainer/balance/losses.py
     switch_loss_weight: float = 0.0  # arXiv:2101.03961, eq. 4: the same over a rank's microbatch
     batch_loss_weight: float = 0.0  # arXiv:2501.11873: with the loads of the whole last step
