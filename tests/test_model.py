@@ -199,18 +199,18 @@ ROWS = {
 @pytest.mark.parametrize("positions", ROWS.values(), ids=ROWS.keys())
 def test_masks_of_a_slow_loop(positions):
     """A token sees s <= t of its own document, a local layer only max(1, t - w + 1) <= s (eq. 8)."""
-    rows = build(GQA).rows(torch.tensor(positions))
+    inputs = build(GQA).attention_inputs(torch.tensor(positions))
     for b, position_L in enumerate(positions):
         document_L = [sum(p == 0 for p in position_L[: t + 1]) for t in range(LENGTH)]
         for t in range(LENGTH):
             # may see what it likes, but something: a softmax over nothing is not a number
             if position_L[t] == PADDING:
-                assert rows.global_mask[b, 0, t].any() and rows.local_mask[b, 0, t].any()
+                assert inputs.global_mask[b, 0, t].any() and inputs.local_mask[b, 0, t].any()
                 continue
             for s in range(LENGTH):
                 seen = s <= t and document_L[s] == document_L[t]
-                assert bool(rows.global_mask[b, 0, t, s]) == seen
-                assert bool(rows.local_mask[b, 0, t, s]) == (seen and max(0, t - GQA.window + 1) <= s)
+                assert bool(inputs.global_mask[b, 0, t, s]) == seen
+                assert bool(inputs.local_mask[b, 0, t, s]) == (seen and max(0, t - GQA.window + 1) <= s)
 
 
 @pytest.mark.parametrize(

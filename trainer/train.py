@@ -26,6 +26,7 @@ from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters, flops_per_token
+from trainer.model.hf import export_problems
 from trainer.ranks import device
 from trainer.ranks.agree import refusing_on_all
 from trainer.ranks.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
@@ -156,6 +157,8 @@ def announce(run: Run, loaded: Path | None) -> None:
         print(f"{how} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
     elif c.init_from is not None:
         print(f"starting from the weights of {c.init_from}")
+    for problem in export_problems(c.model):
+        log.warning("%s", problem.text)
 
 
 def conclude(run: Run) -> int:

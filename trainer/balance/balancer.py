@@ -70,13 +70,15 @@ class Balancer(nn.Module):
             self.tail_counts_ME.zero_()
             self.tail_3.zero_()
 
-    def set(self, *, rate: float, loss_weights: LossWeights) -> None:
+    def set(self, *, rate: float, loss_weights: LossWeights, label_share: float = 1.0) -> None:
         """What the program wants from the next step: a factor on the rule's step, and the losses; the guard
-        may add to these.
+        may add to these. label_share: of the labels of the whole step, the part that masks leave; all ranks
+        must give the same.
         """
         self.rate = rate
         for layer in self.layers:
             layer.loss_weights = loss_weights
+            layer.label_share.fill_(label_share)
         if self.guard is not None:
             self.guard.apply_loss(self.layers)
 

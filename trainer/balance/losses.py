@@ -113,19 +113,19 @@ def router_loss(
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.like_loss = loss.new_ones(())
+    def forward(ctx, x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        ctx.grad_loss = loss.new_ones(()) * scale
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_x: Tensor) -> tuple[Tensor, Tensor]:
-        return grad_x, ctx.like_loss
+    def backward(ctx, grad_x: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_x, ctx.grad_loss, None
 
 
-def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """Returns x unchanged; the backward pass through it also minimizes the scalar `loss`."""
-    return _AttachLoss.apply(x, loss)
+def attach_loss(x: Tensor, loss: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Returns x unchanged; the backward pass through it also minimizes the scalar `scale * loss`."""
+    return _AttachLoss.apply(x, loss, scale)
 
 
 class _CountInBackward(torch.autograd.Function):

@@ -38,12 +38,14 @@ def register_routing_buffers(layer: nn.Module, num_experts: int) -> None:
     expert_bias_E: added to the scores when the top K are chosen; in the checkpoint.
     routing_sums_S: this rank's sums since the Balancer last took them.
     load_E: of the last optimizer step, all ranks, 1 = even share; for the global-batch loss.
+    label_share: factor on the router losses of a step (docs/numerics.md, "Masked labels"); 1 without masks.
     """
     layer.register_buffer("expert_bias_E", torch.zeros(num_experts, dtype=torch.float32))
     layer.register_buffer(
         "routing_sums_S", torch.zeros(num_sums(num_experts), dtype=torch.int64), persistent=False
     )
     layer.register_buffer("load_E", torch.ones(num_experts, dtype=torch.float32), persistent=False)
+    layer.register_buffer("label_share", torch.ones((), dtype=torch.float32), persistent=False)
 
 
 def num_sums(num_experts: int, *, required: bool = False) -> int:

@@ -45,8 +45,8 @@ QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """What every layer needs to know about the rows of a microbatch; made once, shared by all layers."""
+class AttentionInputs:
+    """Masks and rotary angles of a microbatch and which of its tokens are there; one for all layers."""
 
     local_mask: Tensor | BlockMask
     global_mask: Tensor | BlockMask
@@ -114,12 +114,12 @@ class Attention(Module):
         self.inner_attention = config.inner_attention.build()
         self.local, self.enable_gqa = config.local, config.enable_gqa
 
-    def forward(self, x_BLD: Tensor, rows: Rows) -> Tensor:
+    def forward(self, x_BLD: Tensor, inputs: AttentionInputs) -> Tensor:
         q_BLNH, k_BLNH, v_BLNH = self.qkv_linear(x_BLD)
         q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)
         if self.local:
-            q_BLNH, k_BLNH = CosSinRoPE.apply_rotary_emb(q_BLNH, k_BLNH, rows.rope)
-        mask = rows.local_mask if self.local else rows.global_mask
+            q_BLNH, k_BLNH = CosSinRoPE.apply_rotary_emb(q_BLNH, k_BLNH, inputs.rope)
+        mask = inputs.local_mask if self.local else inputs.global_mask
         out_BLNH = self.inner_attention(
             q_BLNH, k_BLNH, v_BLNH, attention_masks=mask, enable_gqa=self.enable_gqa
         )
@@ -153,10 +153,10 @@ class Block(Module):
         )
         self.ffn_norm, self.post_ffn_norm = config.ffn_norm.build(), config.post_ffn_norm.build()
 
-    def forward(self, x_BLD: Tensor, rows: Rows) -> Tensor:
-        x_BLD = x_BLD + self.post_attention_norm(self.attention(self.attention_norm(x_BLD), rows))
+    def forward(self, x_BLD: Tensor, inputs: AttentionInputs) -> Tensor:
+        x_BLD = x_BLD + self.post_attention_norm(self.attention(self.attention_norm(x_BLD), inputs))
         h_BLD = self.ffn_norm(x_BLD)
-        h_BLD = self.moe(h_BLD, rows.valid_BL) if self.moe_enabled else self.feed_forward(h_BLD)
+        h_BLD = self.moe(h_BLD, inputs.valid_BL) if self.moe_enabled else self.feed_forward(h_BLD)
         return x_BLD + self.post_ffn_norm(h_BLD)
 
 
@@ -208,14 +208,14 @@ class Afmoe(Decoder):
         """
         if positions_BL is None:
             positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        rows = self.rows(positions_BL)
+        inputs = self.attention_inputs(positions_BL)
         x_BLD = self.tok_embeddings(tokens_BL) * math.sqrt(self.config.dim)  # eq. 39
         for layer in self.layers.values():
-            x_BLD = layer(x_BLD, rows)
+            x_BLD = layer(x_BLD, inputs)
         x_BLD = self.norm(x_BLD)
         return self.lm_head(x_BLD) if labels_BL is None else self.lm_head(x_BLD, labels_BL, groups)
 
-    def rows(self, positions_BL: Tensor) -> Rows:
+    def attention_inputs(self, positions_BL: Tensor) -> AttentionInputs:
         """Masks and rotary angles of a microbatch, from the positions alone."""
         num_rows, length = positions_BL.shape
         starts_BL = positions_BL.clone()
@@ -231,7 +231,7 @@ class Afmoe(Decoder):
             -half / self.config.head_dim
         )
         angle_BLH = torch.cat([angle_BLh, angle_BLh], dim=-1)
-        return Rows(
+        return AttentionInputs(
             local_mask=make(local_mod, num_rows, None, length, length, device=positions_BL.device),
             global_mask=make(global_mod, num_rows, None, length, length, device=positions_BL.device),
             rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
@@ -247,69 +247,7 @@ def afmoe_config(
     SDPA.
     """
     m = model
-
-    def linear(inputs: int, outputs: int, kind: type = Linear, **extra) -> Linear.Config:
-        return kind.Config(in_features=inputs, out_features=outputs, **extra)
-
-    def norm(dim: int) -> RMSNorm.Config:
-        return RMSNorm.Config(normalized_shape=dim, eps=m.norm_eps)
-
-    def swiglu(hidden: int) -> FeedForward.Config:
-        return FeedForward.Config(
-            w1=linear(m.dim, hidden), w2=linear(hidden, m.dim), w3=linear(m.dim, hidden)
-        )
-
-    def attention(layer: int) -> Attention.Config:
-        local = (layer + 1) % m.global_every != 0
-        return Attention.Config(
-            qkv_linear=QKVLinear.Config(
-                head_dim=m.head_dim,
-                wq=linear(m.dim, m.num_heads * m.head_dim),
-                wkv=linear(m.dim, m.num_kv_heads * m.head_dim),
-            ),
-            gate=linear(m.dim, m.num_heads * m.head_dim),
-            wo=linear(m.num_heads * m.head_dim, m.dim),
-            q_norm=norm(m.head_dim),
-            k_norm=norm(m.head_dim),
-            inner_attention=FlexAttention.Config()
-            if flex
-            else MaskedSDPA.Config(window=m.window if local else None),
-            local=local,
-            enable_gqa=m.num_heads > m.num_kv_heads,
-        )
-
-    def moe() -> MoE.Config:
-        return MoE.Config(
-            router=Router.Config(
-                num_experts=m.num_experts,
-                top_k=m.top_k,
-                route_scale=m.route_scale,
-                gate=linear(m.dim, m.num_experts, Gate, dtype=getattr(torch, m.router_dtype)),
-            ),
-            routed_experts=RoutedExperts.Config(
-                inner_experts=Experts.Config(
-                    dim=m.dim,
-                    hidden_dim=m.expert_dim,
-                    num_experts=m.num_experts,
-                    dtype=getattr(torch, m.expert_dtype) if m.expert_dtype else None,
-                ),
-                token_dispatcher=TokenDispatcher.Config(num_experts=m.num_experts, top_k=m.top_k),
-            ),
-            shared_experts=swiglu(m.expert_dim * m.num_shared_experts) if m.num_shared_experts else None,
-            loss_weights=loss_weights,
-        )
-
-    def block(layer: int) -> Block.Config:
-        dense = layer < m.num_dense_layers
-        return Block.Config(
-            attention=attention(layer),
-            feed_forward=swiglu(m.ffn_dim) if dense else None,
-            moe=None if dense else moe(),
-            **{
-                n: norm(m.dim) for n in ("attention_norm", "post_attention_norm", "ffn_norm", "post_ffn_norm")
-            },
-        )
-
+    head = Head.Config(in_features=m.dim, out_features=m.vocab_size, z_loss_weight=z_loss_weight)
     return Afmoe.Config(
         dim=m.dim,
         vocab_size=m.vocab_size,
@@ -317,10 +255,75 @@ def afmoe_config(
         head_dim=m.head_dim,
         rope_theta=m.rope_theta,
         tok_embeddings=Embedding.Config(num_embeddings=m.vocab_size, embedding_dim=m.dim),
-        layers=[block(i) for i in range(m.num_layers)],
-        norm=norm(m.dim),
-        lm_head=linear(m.dim, m.vocab_size, Head, z_loss_weight=z_loss_weight),
+        layers=[_block(m, i, flex=flex, loss_weights=loss_weights) for i in range(m.num_layers)],
+        norm=_norm(m, m.dim),
+        lm_head=head,
     )
+
+
+def _block(m: ModelConfig, layer: int, *, flex: bool, loss_weights: LossWeights) -> Block.Config:
+    is_dense = layer < m.num_dense_layers
+    return Block.Config(
+        attention=_attention(m, layer, flex=flex),
+        feed_forward=_swiglu(m, m.ffn_dim) if is_dense else None,
+        moe=None if is_dense else _moe(m, loss_weights),
+        attention_norm=_norm(m, m.dim),
+        post_attention_norm=_norm(m, m.dim),
+        ffn_norm=_norm(m, m.dim),
+        post_ffn_norm=_norm(m, m.dim),
+    )
+
+
+def _attention(m: ModelConfig, layer: int, *, flex: bool) -> Attention.Config:
+    is_local, heads = (layer + 1) % m.global_every != 0, m.num_heads * m.head_dim
+    masked = MaskedSDPA.Config(window=m.window if is_local else None)
+    return Attention.Config(
+        qkv_linear=QKVLinear.Config(
+            head_dim=m.head_dim, wq=_linear(m.dim, heads), wkv=_linear(m.dim, m.num_kv_heads * m.head_dim)
+        ),
+        gate=_linear(m.dim, heads),
+        wo=_linear(heads, m.dim),
+        q_norm=_norm(m, m.head_dim),
+        k_norm=_norm(m, m.head_dim),
+        inner_attention=FlexAttention.Config() if flex else masked,
+        local=is_local,
+        enable_gqa=m.num_heads > m.num_kv_heads,
+    )
+
+
+def _moe(m: ModelConfig, loss_weights: LossWeights) -> MoE.Config:
+    router_dtype, expert_dtype = (
+        getattr(torch, m.router_dtype),
+        m.expert_dtype and getattr(torch, m.expert_dtype),
+    )
+    return MoE.Config(
+        router=Router.Config(
+            num_experts=m.num_experts,
+            top_k=m.top_k,
+            route_scale=m.route_scale,
+            gate=Gate.Config(in_features=m.dim, out_features=m.num_experts, dtype=router_dtype),
+        ),
+        routed_experts=RoutedExperts.Config(
+            inner_experts=Experts.Config(
+                dim=m.dim, hidden_dim=m.expert_dim, num_experts=m.num_experts, dtype=expert_dtype
+            ),
+            token_dispatcher=TokenDispatcher.Config(num_experts=m.num_experts, top_k=m.top_k),
+        ),
+        shared_experts=_swiglu(m, m.expert_dim * m.num_shared_experts) if m.num_shared_experts else None,
+        loss_weights=loss_weights,
+    )
+
+
+def _swiglu(m: ModelConfig, hidden: int) -> FeedForward.Config:
+    return FeedForward.Config(w1=_linear(m.dim, hidden), w2=_linear(hidden, m.dim), w3=_linear(m.dim, hidden))
+
+
+def _linear(inputs: int, outputs: int) -> Linear.Config:
+    return Linear.Config(in_features=inputs, out_features=outputs)
+
+
+def _norm(m: ModelConfig, dim: int) -> RMSNorm.Config:
+    return RMSNorm.Config(normalized_shape=dim, eps=m.norm_eps)
 
 
 def moe_layers(model: Afmoe) -> list[MoE]:

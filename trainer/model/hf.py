@@ -95,6 +95,51 @@ class Place(NamedTuple):
     shape: tuple[int, ...]  # on disk
 
 
+class Problem(NamedTuple):
+    """What a reader of an exported model does not do as our model does."""
+
+    is_fatal: bool  # transformers does not load it: an export is refused
+    text: str
+
+
+def export_problems(model: ModelConfig) -> list[Problem]:
+    """Which readers will not compute our model from an export of this shape, and what helps."""
+    problems = list[Problem]()
+    has_experts = model.num_dense_layers < model.num_layers
+    if has_experts and not model.num_shared_experts:
+        text = (
+            "model.num_shared_experts=0: transformers' AfmoeForCausalLM has shared experts in every MoE "
+            "layer, so it does not load an export; train with model.num_shared_experts=1 or more"
+        )
+        problems.append(Problem(True, text))
+    if has_experts and not rows_are_aligned(model):
+        text = (
+            f"model.dim={model.dim} and model.expert_dim={model.expert_dim} are not both multiples of 8, "
+            "which transformers' grouped experts need in bfloat16 (4 in float32): an export is right, and is "
+            "to be loaded with experts_implementation='eager'"
+        )
+        problems.append(Problem(False, text))
+    patterns = ([(i + 1) % every == 0 for i in range(model.num_layers)] for every in (model.global_every, 4))
+    if len({tuple(pattern) for pattern in patterns}) > 1:
+        text = (
+            f"model.global_every={model.global_every}: llama.cpp takes every 4th layer for a global one and "
+            "computes another model from an export; transformers reads the pattern"
+        )
+        problems.append(Problem(False, text))
+    if model.window == 1 and model.global_every > 1:
+        text = (
+            "model.window=1: transformers' generate attends to other tokens when it has a cache; an export "
+            "is right, and is to be read with use_cache=False"
+        )
+        problems.append(Problem(False, text))
+    return problems
+
+
+def rows_are_aligned(model: ModelConfig) -> bool:
+    """Whether grouped GEMMs in bfloat16 take the experts' rows: multiples of 16 bytes."""
+    return model.dim % 8 == 0 == model.expert_dim % 8
+
+
 def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{name: shape} of our state dict, from the model built on the meta device."""
     with torch.device("meta"):

@@ -41,7 +41,7 @@ def build_parallel(
                 )
                 states = layer.moe.sharding_config.state_shardings
                 # whole on every rank
-                states |= dict.fromkeys(("routing_sums_S", "load_E"), states["expert_bias_E"])
+                states |= dict.fromkeys(("routing_sums_S", "load_E", "label_share"), states["expert_bias_E"])
     with torch.device("meta"):
         model = config.build()
     if dims.ep_enabled:

@@ -17,10 +17,10 @@ from trainer.balance import attach_loss, collects_required, count_in_backward, r
 
 
 class Gate(Linear):
-    """The router's weights. They multiply in `dtype`: float32 even in a bfloat16 model, unless told
-    otherwise.
+    """The router's weights. They multiply in `dtype`, which is float32 also in a bfloat16 model unless
+    model.router_dtype sets another; the logits are float32.
 
-    Explicit, as autocast to float32 is a no-op on CPU. The logits are float32.
+    The cast is explicit, as autocast to float32 is a no-op on a CPU.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -77,4 +77,4 @@ def count_and_balance(layer: Module, routing: Routing, valid_BL: Tensor | None) 
     )
     gates_BLK = count_in_backward(gates_BLK, sums_S, layer.routing_sums_S)
     loss = router_loss(layer.loss_weights, scores_BLE, logits_BLE, ids_BLK, layer.load_E, valid_BL)
-    return gates_BLK if loss is None else attach_loss(gates_BLK, loss)
+    return gates_BLK if loss is None else attach_loss(gates_BLK, loss, layer.label_share)

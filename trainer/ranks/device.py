@@ -24,7 +24,7 @@ BACKEND = {"cuda": "nccl", "cpu": "gloo"}[DEVICE_TYPE]
 parallel_dims.device_type = DEVICE_TYPE  # torchtitan says "cuda" where there is no accelerator at all
 SPMD_BACKEND = "partial_dtensor"  # torchtitan's default, spmd_types, fails in fully_shard on torch 2.13
 titan_utils.set_spmd_backend(SPMD_BACKEND)
-# the router's gate is float32 without it: moe.Float32Linear
+# the router's gate is float32 without it: model/router.Gate
 warnings.filterwarnings("ignore", message="In CPU autocast")
 
 

@@ -18,12 +18,13 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from trainer.checkpoint import Checkpoints, DamagedError, make_durable, problems, read_manifest
 from trainer.config import Config, ConfigError, reread
+from trainer.model.hf import export_problems
 from trainer.weights.tensors import Weights, plan, write_weights
 from trainer.weights.texts import tokenizer_of, write_texts
 from trainer.weights.verify import VerifyError, compare, continuation, need_transformers
@@ -33,8 +34,8 @@ OWN_FILES = ("*.safetensors", "*.json")  # all that a draft can hold
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = parsed(arguments)
     try:
+        given = parsed(arguments)
         if given.verify or given.prompt is not None:
             need_transformers()
         export(given)
@@ -47,9 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     return OK
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """In place of argparse's usage and exit. Raises: ConfigError."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """Raises: ConfigError."""
     as_written = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(prog="triquetra export", description=__doc__, formatter_class=as_written)
+    parser = OneLineParser(prog="triquetra export", description=__doc__, formatter_class=as_written)
     parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("step", type=int, nargs="?", help="without it: the newest checkpoint")
     parser.add_argument("out", type=Path, help="the directory to be made")
@@ -65,6 +73,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     given = parser.parse_intermixed_args(arguments)
     if not given.shard_gb > 0:
         parser.error(f"--shard-gb={given.shard_gb}: must be above 0")
+    if given.prompt is not None and any(0xD800 <= ord(character) < 0xE000 for character in given.prompt):
+        parser.error(f"--prompt={given.prompt!r}: must be text in UTF-8")
     return given
 
 
@@ -84,6 +94,9 @@ def export(given: argparse.Namespace) -> None:
     draft = given.out.with_name(f"{given.out.name}.draft")
     refuse_existing(given.out, draft)
     origin = origin_of(given.run, given.step)
+    unread = export_problems(origin.config.model)
+    if fatal := [problem.text for problem in unread if problem.is_fatal]:
+        raise ConfigError("; ".join(fatal))
     if given.prompt is not None and origin.tokenizer is None:
         raise ConfigError(
             f"--prompt: {origin.path} has no tokenizer, its run's source gave tokens; leave --prompt out"
@@ -94,9 +107,10 @@ def export(given: argparse.Namespace) -> None:
     try:
         told = write(origin, draft, dtype=dtype, shard_bytes=given.shard_gb * 1e9)
         if given.verify:
-            told += "\n" + compare(
+            verified = compare(
                 origin.path, origin.config, draft, dtype=getattr(torch, dtype), tokenizer=origin.tokenizer
             )
+            told = f"{told}\n{verified}"
         make_durable(draft)
         draft.rename(given.out)
         make_durable(given.out.parent)
@@ -104,8 +118,11 @@ def export(given: argparse.Namespace) -> None:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     print(f"{given.out}: step {origin.step} of {origin.config.name}, {told}")
+    for problem in unread:
+        print(f"note: {problem.text}")
     if given.prompt is not None:
-        print(f"transformers continues {given.prompt!r}:\n{continuation(given.out, given.prompt)}")
+        text = continuation(given.out, given.prompt, origin.config.model)
+        print(f"transformers continues {given.prompt!r}:\n{text}")
 
 
 def write(origin: Origin, draft: Path, *, dtype: str, shard_bytes: float) -> str:

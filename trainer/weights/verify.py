@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import read_index, read_whole
-from trainer.config import Config, ConfigError
+from trainer.config import Config, ConfigError, ModelConfig
 from trainer.model.afmoe import Afmoe, afmoe_config
-from trainer.model.hf import BIAS
+from trainer.model.hf import BIAS, rows_are_aligned
 from trainer.model.init import initialize
 from trainer.weights.tensors import IN_CHECKPOINT
 
@@ -45,21 +45,22 @@ def need_transformers() -> None:
 def compare(checkpoint: Path, config: Config, exported: Path, *, dtype: torch.dtype, tokenizer: Any) -> str:
     """What was compared, in words. Raises: VerifyError."""
     tokens_BL = text_tokens(config, tokenizer)
-    ours, theirs = our_model(checkpoint, config, dtype=dtype), their_model(exported)
+    ours, theirs = our_model(checkpoint, config, dtype=dtype), their_model(exported, config.model)
     logits_BLV = ours(tokens_BL)
     difference = (logits_BLV - theirs(tokens_BL).logits).abs().max().item()
     limit = LIMIT * logits_BLV.abs().max().item()
     rows, length = tokens_BL.shape
+    kind = "" if rows_are_aligned(config.model) else " eager experts"
     told = (
-        f"logits of {rows} x {length} tokens differ from transformers' by at most {difference:.2g} "
+        f"logits of {rows} x {length} tokens differ from transformers'{kind} by at most {difference:.2g} "
         f"(limit {limit:.2g})"
     )
     if not difference <= limit:  # a NaN is none, either
         raise VerifyError(f"{told}: the exported weights are not those of {checkpoint}")
     begun_BL = tokens_BL[:, : max(1, length // 2)]
-    if (own := greedy(ours, begun_BL)) != (
-        other := continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)
-    ):
+    own = greedy(ours, begun_BL)
+    other = continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)
+    if own != other:
         raise VerifyError(
             f"{told}, but {NUM_NEW} tokens after each row's first {begun_BL.shape[1]} do: {own}, "
             f"theirs {other}"
@@ -96,8 +97,11 @@ def our_model(checkpoint: Path, config: Config, *, dtype: torch.dtype) -> Afmoe:
     return model.eval()
 
 
-def their_model(exported: Path) -> Any:
-    """transformers' own class, in float32. Raises: VerifyError if a tensor is not used, or made up."""
+def their_model(exported: Path, shape: ModelConfig) -> Any:
+    """transformers' own class, in float32, with its default experts where it can run them.
+
+    Raises: VerifyError if a tensor is not used, or made up.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as their_logging
 
@@ -105,7 +109,8 @@ def their_model(exported: Path) -> Any:
     # it takes SDPA where flash attention is missing, and says so
     logging.getLogger("transformers").setLevel(logging.ERROR)
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, told = load(exported, dtype=torch.float32, output_loading_info=True)
+    experts = {} if rows_are_aligned(shape) else {"experts_implementation": "eager"}
+    model, told = load(exported, dtype=torch.float32, output_loading_info=True, **experts)
     if any(told.values()):
         raise VerifyError(f"transformers does not load {exported} as it is: {told}")
     return model.eval()
@@ -126,13 +131,14 @@ def continued(model: Any, tokens_BL: Tensor, max_new_tokens: int, **options: Any
         attention_mask=torch.ones_like(tokens_BL),
         max_new_tokens=max_new_tokens,
         pad_token_id=0,
+        use_cache=model.config.sliding_window > 1,  # a cache for a window of one token holds none
         **options,
     )
     return out_BL[:, tokens_BL.shape[1] :].tolist()
 
 
 @torch.no_grad()
-def continuation(exported: Path, prompt: str, *, max_new_tokens: int = 40) -> str:
+def continuation(exported: Path, prompt: str, shape: ModelConfig, *, max_new_tokens: int = 40) -> str:
     """`prompt` and what follows it, drawn from the likelier tokens, the same each time: greedily a small
     model repeats itself. Tokenizer, weights and `generate` are transformers' alone."""
     from transformers import AutoTokenizer
@@ -143,6 +149,11 @@ def continuation(exported: Path, prompt: str, *, max_new_tokens: int = 40) -> st
         tokens_BL = torch.tensor([[tokenizer.eos_token_id]])  # an empty text begins where a document ended
     torch.manual_seed(0)
     new_BL = continued(
-        their_model(exported), tokens_BL.long(), max_new_tokens, do_sample=True, temperature=0.8, top_k=50
+        their_model(exported, shape),
+        tokens_BL.long(),
+        max_new_tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
     )
     return prompt + tokenizer.decode(new_BL[0], skip_special_tokens=True)
