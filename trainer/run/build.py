@@ -1,5 +1,6 @@
 """How is a run put together, and how does it go on where it stopped?"""
 
+import inspect
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from torch.distributed.tensor import DTensor, Shard
 
 from trainer.balance import Balancer, Guard, LossWeights
@@ -20,6 +21,7 @@ from trainer.data import (
     BadDocument,
     DataError,
     Source,
+    StreamConfig,
     StreamState,
     TokenStream,
     load_tokenizer,
@@ -84,7 +86,15 @@ def build(config: Config) -> Run:
     check_sources(config, program)
     first = program.spans[0].now
     with refusing():
-        stream = build_stream(config, program, dims)
+        program.check_split(num_ranks=data_rank(dims)[1], num_streams=config.data.num_streams)
+        stream = build_stream(
+            config.data,
+            first=first,
+            seed=config.seed,
+            vocab_size=config.model.vocab_size,
+            directory=run_directory(config),
+            dims=dims,
+        )
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
@@ -130,45 +140,55 @@ def build(config: Config) -> Run:
     )
 
 
-def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenStream:
-    """This rank's share of the token stream."""
+def data_rank(dims: ParallelDims) -> tuple[int, int]:
+    """This rank's number among the ranks that read other documents, and how many there are."""
     mesh = dims.get_optional_mesh("batch")
-    rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
-    d, first = config.data, program.spans[0].now
-    program.check_split(num_ranks=num_ranks, num_streams=d.num_streams)
-    # the first rank of a host unpacks files and trains the tokenizer, the others find them
+    return (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+
+
+def build_stream(
+    d: DataConfig, *, first: Now, seed: int, vocab_size: int, directory: Path, dims: ParallelDims
+) -> TokenStream:
+    """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
+    documents.
+    """
+    rank, num_ranks = data_rank(dims)
+    # the first rank of a host unpacks files and trains the tokenizer, the others use them
     for turn in (0, 1):
         if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
             source = sources_of(d)
             tokenizer = load_tokenizer(
-                d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir
+                d.tokenizer, source=source, vocab_size=vocab_size, cache_dir=d.cache_dir
             )
         dist.barrier()
-    return TokenStream(
-        source=source,
-        tokenizer=tokenizer,
+    stream_config = StreamConfig(
         seq_len=first.seq_len,
         global_batch=first.global_batch,
         num_streams=d.num_streams,
-        seed=config.seed,
-        rank=rank,
-        num_ranks=num_ranks,
-        shuffle=d.shuffle,
-        on_bad=d.on_bad,
-        max_bad=d.max_bad,
-        max_document_mb=d.max_document_mb,
-        document_mask=d.document_mask,
+        seed=seed,
         mixture=first.mixture,
         buffer=first.buffer,
         packing=d.packing,
         at_end=d.at_end,
+        shuffle=d.shuffle,
+        document_mask=d.document_mask,
+        on_bad=d.on_bad,
+        max_bad=d.max_bad,
+        max_document_mb=d.max_document_mb,
         backend=d.backend,
         workers=d.workers,
         prefetch=d.prefetch,
         retries=d.retries,
         retry_s=d.retry_s,
         with_sources=d.source_loss,
-        report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
+    )
+    return TokenStream(
+        stream_config,
+        source=source,
+        tokenizer=tokenizer,
+        rank=rank,
+        num_ranks=num_ranks,
+        report=BadDocumentLog(directory / f"bad_documents.{rank}.txt"),
     )
 
 
@@ -180,10 +200,16 @@ def sources_of(d: DataConfig) -> Source | dict[str, Source]:
     found = dict[str, Source]()
     for key, node in nodes.items():
         try:
-            found[key.removeprefix("data.sources.")] = instantiate(node)
+            found[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
             raise ConfigError(f"{key}: {error.__cause__ or error}") from error
     return found if d.sources else found["data.source"]
+
+
+def source_of(node: Any, *, cache_dir: str | None) -> Source:
+    """A source that keeps what it makes once does so in data.cache_dir, unless its own node names a place."""
+    keeps = "cache_dir" in inspect.signature(get_method(node["_target_"])).parameters
+    return instantiate(node, cache_dir=node.get("cache_dir") or cache_dir) if keeps else instantiate(node)
 
 
 def loss_weights(of: BalanceConfig | Now) -> LossWeights:
