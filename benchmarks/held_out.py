@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.data import PythonSource, TokenStream
+from trainer.data import PythonSource, StreamConfig, TokenStream
 from trainer.lab.ablate import table
 from trainer.lab.ablate.programs import PROGRAMS
 from trainer.lab.ablate.study import Job, jobs_of, load_study
@@ -38,8 +38,8 @@ def held_out_loss(job: Job, *, match: str) -> float:
     resume(run, found)
     source, seq_len = PythonSource(match), job.config.seq_len
     # all files open
-    sizes = {"seq_len": seq_len, "global_batch": ROWS, "num_streams": 1, "buffer": len(source)}
-    rows = TokenStream(source=source, tokenizer=run.stream.tokenizer, seed=0, rank=0, num_ranks=1, **sizes)
+    sizes = StreamConfig(seq_len=seq_len, global_batch=ROWS, num_streams=1, seed=0, buffer=len(source))
+    rows = TokenStream(sizes, source=source, tokenizer=run.stream.tokenizer)
     run.model.lm_head.z_loss_weight = 0.0
     loss, targets = 0.0, 0
     with torch.no_grad():

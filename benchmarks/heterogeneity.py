@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from trainer.data import Document, TokenStream
+from trainer.data import Document, StreamConfig, TokenStream
 from trainer.lab.intervals import estimate
 
 SEQ_LEN, ROWS, MICRO = 8192, 32, 4  # of a row, of a step, of a microbatch
@@ -100,7 +100,7 @@ class Rows:
 
 def deliver(corpus: Corpus, *, num_streams: int, buffer: int, seed: int) -> Rows:
     sizes = {"seq_len": SEQ_LEN, "global_batch": ROWS, "num_streams": num_streams, "buffer": buffer}
-    stream = TokenStream(source=corpus, tokenizer=None, seed=seed, rank=0, num_ranks=1, **sizes)
+    stream = TokenStream(StreamConfig(seed=seed, **sizes), source=corpus, tokenizer=None)
     starts, firsts = [], []
     for step in range(STEPS):
         for m, batch in enumerate(stream.next_step(MICRO)):

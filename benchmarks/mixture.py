@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from trainer.data import Document, TokenStream
+from trainer.data import Document, StreamConfig, TokenStream
 
 WEIGHTS = {"a": 0.1, "b": 0.5, "c": 0.3, "d": 0.1}
 MEANS = {"a": 60, "b": 700, "c": 5000, "d": 2000}  # [tokens] of a document
@@ -39,18 +39,15 @@ def errors(sigma: float, *, num_streams: int, buffer: int) -> list[float]:
             name: Marked(i, mean=mean, sigma=sigma, seed=10 * seed + i)
             for i, (name, mean) in enumerate(MEANS.items())
         }
-        stream = TokenStream(
-            source=sources,
-            tokenizer=None,
+        config = StreamConfig(
             seq_len=SEQ_LEN,
             global_batch=ROWS,
             num_streams=num_streams,
             seed=seed,
-            rank=0,
-            num_ranks=1,
             mixture=WEIGHTS,
             buffer=buffer,
         )
+        stream = TokenStream(config, source=sources, tokenizer=None)
         for window in range(WINDOWS):
             tokens = np.concatenate(
                 [stream.next_step(ROWS)[0].tokens_BL.numpy().ravel() for _ in range(STEPS)]

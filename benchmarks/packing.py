@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from trainer.data import Document, TokenStream
+from trainer.data import Document, StreamConfig, TokenStream
 from trainer.ranks.device import keep_freed_memory
 
 SEQ_LEN, STREAMS, ROUNDS, STEPS = 8192, 8, 15, 30
@@ -35,10 +35,12 @@ class Memory:
 def speed(source: Memory | dict[str, Memory], *, buffer: int) -> float:
     """Of the fastest of some rounds: what else runs on the machine can only slow it down."""
     sizes = {"seq_len": SEQ_LEN, "global_batch": STREAMS, "num_streams": STREAMS, "buffer": buffer}
-    stream = TokenStream(source=source, tokenizer=None, seed=0, rank=0, num_ranks=1, **sizes)
+    stream = TokenStream(StreamConfig(seed=0, **sizes), source=source, tokenizer=None)
     stream.read_ahead(ROUNDS * STEPS + 40)
-    for document in (pending for virtual in stream.virtual for queue in virtual.queue_S for pending in queue):
-        document.get()  # tokenised before
+    for virtual in stream.virtual:
+        for queue in virtual.opener.queue_S:
+            for ticket in queue:
+                ticket.get()  # tokenised before
     stream.next_step(STREAMS)  # fills the buffer
     seconds = []
     for _ in range(ROUNDS):

@@ -24,7 +24,7 @@ os.environ |= {
 
 import numpy as np
 
-from trainer.data import JsonlSource, PythonSource, TokenStream, end_of_text_id, load_tokenizer
+from trainer.data import JsonlSource, PythonSource, StreamConfig, TokenStream, end_of_text_id, load_tokenizer
 from trainer.ranks.device import keep_freed_memory
 
 SEQ_LEN, ROWS, ROUNDS = 2048, 8, 5
@@ -105,15 +105,8 @@ def torchtitan_loader(path: Path, tokenizer) -> Iterator[int]:
 
 
 def make(source: JsonlSource, tokenizer, **settings) -> TokenStream:
-    sizes = {
-        "seq_len": SEQ_LEN,
-        "global_batch": ROWS,
-        "num_streams": ROWS,
-        "seed": 0,
-        "rank": 0,
-        "num_ranks": 1,
-    }
-    return TokenStream(source=source, tokenizer=tokenizer, **{**sizes, **settings})
+    config = StreamConfig(seq_len=SEQ_LEN, global_batch=ROWS, num_streams=ROWS, seed=0, **settings)
+    return TokenStream(config, source=source, tokenizer=tokenizer)
 
 
 def ours(name: str, source: JsonlSource, tokenizer, *, tokens: int, **settings) -> Contender:

@@ -96,7 +96,7 @@ WALLS = {
     "transformers": ["weights.verify"],
     "huggingface_hub": ["weights.pretrained"],
     "safetensors": ["checkpoint."],
-    "xxhash": ["checkpoint."],
+    "xxhash": ["checkpoint.", "data."],  # both keep files whose content must be what was written
 }
 
 

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer
 
 from trainer import data
-from trainer.data import BadDocument, Document, TokenStream, with_slots
+from trainer.data import BadDocument, Document, StreamConfig, TokenStream, with_slots
 
 # ---- Corpora and the slow reference ----------------------------------------------------------------------
 
@@ -57,17 +57,19 @@ def numbered(lengths: list[int]) -> list[list[int]]:
 LENGTHS = [5, 0, 1, 16, 15, 17, 32, 300, 1, 1, 0, 7, 48, 3, 11, 2, 64, 9, 23, 130, 1, 6, 16, 41]
 
 
-def make_stream(source: object, **changes: object) -> TokenStream:
-    settings = {
-        "tokenizer": None,
-        "seq_len": 16,
-        "global_batch": 16,
-        "num_streams": 8,
-        "seed": 3,
-        "rank": 0,
-        "num_ranks": 1,
-    }
-    return TokenStream(source=source, **{**settings, **changes})
+def make_stream(
+    source: object, *, tokenizer=None, rank: int = 0, num_ranks: int = 1, report=None, **changes: object
+) -> TokenStream:
+    """`changes`: of the StreamConfig."""
+    config = {"seq_len": 16, "global_batch": 16, "num_streams": 8, "seed": 3, **changes}
+    return TokenStream(
+        StreamConfig(**config),
+        source=source,
+        tokenizer=tokenizer,
+        rank=rank,
+        num_ranks=num_ranks,
+        report=report or (lambda bad: None),
+    )
 
 
 def step_rows(stream: TokenStream, micro_batch: int = 1) -> torch.Tensor:
@@ -653,8 +655,8 @@ def test_streaming_keeps_only_what_this_rank_still_wants(hub_dir: str, tokenizer
     opened = []
     for stream in streams:
         source = stream.readers[0].source
-        follow = source.follow
-        source.follow = lambda *args, follow=follow, **kw: opened.append(args) or follow(*args, **kw)
+        seek = source.seek
+        source.seek = lambda *args, seek=seek, **kw: opened.append(args) or seek(*args, **kw)
     for step in range(30):
         if step == 15:  # a resume opens once, at the slowest stream
             load(streams, gathered(streams))
@@ -673,7 +675,7 @@ def test_a_streamed_document_further_back_is_found_again(hub_dir: str) -> None:
     for i in (3, 36, 0, 20, 37 + 4, 7, 74 + 1):
         assert source[i].text == indexed[i % 37].text
     late = data.HubSource(hub_dir)
-    late.follow(3 * 37 + 2, wanted=lambda i: False)  # begins past the end, whose place it does not know yet
+    late.seek(3 * 37 + 2, wanted=lambda i: False)  # begins past the end, whose place it does not know yet
     assert late[3 * 37 + 2].text == indexed[2].text
 
 

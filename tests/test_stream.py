@@ -34,7 +34,7 @@ from tests.test_data import (
 from trainer import data
 from trainer.config import Config, ConfigError, DataConfig, SpanConfig
 from trainer.data import TokenStream, with_slots
-from trainer.data.buffer import DocumentBuffer, OpenDocument
+from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.mixture import Credits
 from trainer.program import check_sources, program_of
 
@@ -254,7 +254,7 @@ def test_a_buffer_refills_in_one_go_and_drains_before_it_does() -> None:
         """Documents that are open, and those opened so far."""
         settings(stream, buffer=buffer)
         step_rows(stream)
-        return len(open_documents(stream)), stream.virtual[0].next_S[0]
+        return len(open_documents(stream)), stream.virtual[0].opener.next_S[0]
 
     seen = [step(10) for _ in range(60)]
     assert {num_open for num_open, _ in seen} <= set(range(9, 21))  # 9: the last piece of a row ended another
@@ -279,7 +279,7 @@ def test_without_a_buffer_open_documents_end_oldest_first() -> None:
         step_rows(stream)
     waiting = sorted((n, read) for _, n, read in open_documents(stream))
     assert len({read for _, read in waiting}) > 3
-    opened = stream.virtual[0].next_S[0]
+    opened = stream.virtual[0].opener.next_S[0]
     settings(stream, buffer=0)
     tokens = torch.cat([step_rows(stream)[0].flatten() for _ in range(40)]).tolist()
     rest = [token for n, read in waiting for token in range(50 * n + read, 50 * n + 50)]
@@ -295,10 +295,10 @@ def test_slots_stay_in_the_order_of_age() -> None:
         if room := buffer.room(6):
             buffer.close_up()
             for _ in range(room):
-                buffer.add(OpenDocument(0, next(ages), 0, None))
+                buffer.add(next(ages), None)
         slot, buffer.draws = buffer.look(6)
         buffer.finish(slot)
-        found = [document.n for document in buffer.slots if document is not None]
+        found = [number for number in buffer.numbers if number != EMPTY]
         assert found == sorted(found) and buffer.num_open == len(found)
 
 
@@ -484,15 +484,15 @@ def test_another_mixture_holds_from_the_very_next_document_on() -> None:
     stream = make_stream(sources, seq_len=512, mixture={"a": 1.0, "b": 1.0})
     for _ in range(5):
         step_rows(stream)
-    before = [list(virtual.next_S) for virtual in stream.virtual]
+    before = [list(virtual.opener.next_S) for virtual in stream.virtual]
     begun = {(s, n) for s, n, _ in open_documents(stream)}
     settings(stream, mixture={"c": 1.0})
     tokens = torch.stack([step_rows(stream)[0] for _ in range(5)])
-    after = [list(virtual.next_S) for virtual in stream.virtual]
+    after = [list(virtual.opener.next_S) for virtual in stream.virtual]
     assert [row[:2] for row in after] == [row[:2] for row in before]  # not a document more of a and b
     assert all(new[2] > old[2] for old, new in zip(before, after, strict=True))
     rest = {int(token) for token in torch.unique(tokens) if token < 20_000_000}
-    old = [stream.intake.again(s, n, pending=None) for s, n in begun if s < 2]
+    old = [stream.intake.reread(s, n, ticket=None).ids for s, n in begun if s < 2]
     assert rest <= {int(token) for document in old for token in document}
 
 
@@ -629,7 +629,7 @@ def test_a_state_has_heads_and_no_tokens(num_ranks: int) -> None:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stream.state_dict().values())
         assert 9 * 8192 <= num_bytes < 80_000
         assert all(
-            document.tokens.dtype == np.uint32 for virtual in stream.virtual for document in virtual.open()
+            tokens.ids.dtype == np.uint32 for virtual in stream.virtual for *_, tokens in virtual.open()
         )
 
 
@@ -729,7 +729,10 @@ def test_bad_documents_are_counted_once_through_buffers_and_resumes() -> None:
         resumed.load_state_dict(state, keep_counts=True)
     assert equal(resumed.state_dict(), straight.state_dict()) and resumed.counts["empty"] == len(reported)
     passed = sum(
-        n % 200 % 10 <= 2 for v in straight.virtual for end in v.next_S for n in range(v.number, end, 8)
+        n % 200 % 10 <= 2
+        for v in straight.virtual
+        for end in v.opener.next_S
+        for n in range(v.number, end, 8)
     )
     assert resumed.counts["empty"] == passed > 50
 

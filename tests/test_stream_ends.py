@@ -235,7 +235,7 @@ class Ending(ListSource):
     __len__ = None  # not Sized
     num_rows = None
 
-    def follow(self, first: int, *, wanted) -> None:
+    def seek(self, first: int, *, wanted) -> None:
         self.position, self.kept, self.wanted = first, {}, wanted
 
     def __getitem__(self, n: int) -> Document:

@@ -39,8 +39,8 @@ def closed(monkeypatch: pytest.MonkeyPatch):
     """Ends the workers of every stream of a test."""
     made, of_stream = [], TokenStream.__init__
 
-    def init(self: TokenStream, **settings: object) -> None:
-        of_stream(self, **settings)
+    def init(self: TokenStream, *args: object, **settings: object) -> None:
+        of_stream(self, *args, **settings)
         made.append(self)
 
     monkeypatch.setattr(TokenStream, "__init__", init)
@@ -91,7 +91,7 @@ class Counted(ListSource):
         super().__init__(documents)
         self.position, self.kept, self.read = 0, {}, []
 
-    def follow(self, first: int, *, wanted) -> None:
+    def seek(self, first: int, *, wanted) -> None:
         self.position, self.kept, self.wanted = first, {}, wanted
 
     def __getitem__(self, n: int) -> Document:
@@ -172,7 +172,7 @@ def test_no_more_is_read_ahead_than_was_said() -> None:
     for _ in range(100):
         settings(stream, buffer=5)
         step_rows(stream)
-    assert all(1 <= len(virtual.queue_S[0]) <= 12 for virtual in stream.virtual)
+    assert all(1 <= len(virtual.opener.queue_S[0]) <= 12 for virtual in stream.virtual)
 
 
 def test_as_much_is_read_ahead_as_was_said_of_each_source_its_share() -> None:
@@ -183,7 +183,7 @@ def test_as_much_is_read_ahead_as_was_said_of_each_source_its_share() -> None:
     stream = make_stream(sources, seq_len=64, global_batch=4, num_streams=2, workers=1, prefetch=2)
     for _ in range(250):  # 800 documents of each: the guess of their length before the first weighs little
         step_rows(stream)
-    assert {len(queue) for virtual in stream.virtual for queue in virtual.queue_S} == {4}
+    assert {len(queue) for virtual in stream.virtual for queue in virtual.opener.queue_S} == {4}
 
 
 def test_a_source_that_reads_forward_keeps_only_what_will_be_asked_for() -> None:
@@ -196,9 +196,9 @@ def test_a_source_that_reads_forward_keeps_only_what_will_be_asked_for() -> None
         ]
         load(streams, straight.state_dict())
         for stream in streams:
-            while any(document.tokens is None for virtual in stream.virtual for document in virtual.open()):
+            while any(tokens is None for virtual in stream.virtual for *_, tokens in virtual.open()):
                 step_rows(stream)
-            due = {virtual.number: virtual.next_S[1] for virtual in stream.virtual}
+            due = {virtual.number: virtual.opener.next_S[1] for virtual in stream.virtual}
             assert all(n >= due[n % 8] for n in stream.readers[1].source.kept)
 
 
@@ -218,9 +218,9 @@ def test_documents_that_were_open_are_asked_for_behind_those_ahead_and_let_go_on
     asked.clear()
     step_rows(stream)
     assert min(again) > max(asked)
-    while any(document.tokens is None for virtual in stream.virtual for document in virtual.open()):
+    while any(tokens is None for virtual in stream.virtual for *_, tokens in virtual.open()):
         step_rows(stream)
-    assert not any(virtual.again for virtual in stream.virtual)
+    assert not any(virtual.resumed for virtual in stream.virtual)
 
 
 def test_a_worker_finishes_what_was_open_whatever_the_limit_has_become(tokenizer) -> None:
@@ -232,8 +232,8 @@ def test_a_worker_finishes_what_was_open_whatever_the_limit_has_become(tokenizer
         texts, tokenizer=tokenizer, num_streams=1, buffer=2, max_document_mb=1e-5, workers=1
     )
     limited.load_state_dict(state, keep_counts=True)
-    for pending in limited.virtual[0].again.values():
-        pending.task.result(timeout=10)  # by the worker, not here
+    for ticket in limited.virtual[0].resumed.values():
+        ticket.task.result(timeout=10)  # by the worker, not here
     assert torch.equal(step_rows(limited), expected)
 
 
@@ -424,7 +424,7 @@ def test_an_error_of_a_source_that_reads_forward_comes_through_its_thread() -> N
 
     stream = make_stream(Wrong(numbered([4] * 8)), workers=1)
     with pytest.raises(KeyError):
-        stream.virtual[0].queue_S[0][0].task.result(timeout=10)
+        stream.virtual[0].opener.queue_S[0][0].task.result(timeout=10)
 
 
 def test_work_is_done_in_order_of_priority_and_errors_that_cannot_travel_are_told() -> None:
@@ -472,10 +472,10 @@ def test_a_closed_stream_says_so_and_kills_nobody_twice(monkeypatch: pytest.Monk
 
 def test_a_source_that_cannot_begin_is_an_error_where_its_first_document_is_wanted() -> None:
     class Broken(Counted):
-        def follow(self, first: int, *, wanted) -> None:
+        def seek(self, first: int, *, wanted) -> None:
             if first:
                 raise OSError("no way back")
-            super().follow(first, wanted=wanted)
+            super().seek(first, wanted=wanted)
 
     stream = make_stream(Counted(numbered([40] * 50)))
     for _ in range(5):

@@ -1,4 +1,6 @@
-"""Documents to rows of tokens: `sources` -> `reader` -> `intake` -> `virtual` -> `stream`."""
+"""Documents to rows of tokens: `sources` -> `reader` -> `intake` -> `opener` -> `virtual` -> `rows` ->
+`stream`.
+"""
 
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.hub import HubSource
@@ -13,15 +15,8 @@ from trainer.data.sources import (
     TextSource,
     permutation,
 )
-from trainer.data.stream import (
-    COUNTED,
-    Batch,
-    SourcedBatch,
-    StreamState,
-    TokenStream,
-    check_split,
-    with_slots,
-)
+from trainer.data.state import Snapshot, StreamState, with_slots
+from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamConfig, TokenStream, check_split
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
 
 __all__ = [
@@ -36,8 +31,10 @@ __all__ = [
     "JsonlSource",
     "ParquetSource",
     "PythonSource",
+    "Snapshot",
     "Source",
     "SourcedBatch",
+    "StreamConfig",
     "StreamState",
     "SyntheticSource",
     "TextSource",

@@ -7,65 +7,83 @@ to twice as many. A finished document leaves an empty slot, which draws pass ove
 up: removal costs nothing, and slots stay in the order of age. With size 0 the oldest document is read to its
 end: documents one after another.
 
-Draws are counted, and number k is a function of (seed, stream, source, k). A draw counts once it is used: to
-look where the next piece would come from changes nothing. `size` may change between any two pieces: a buffer
-that is too full drains by itself.
+The k-th random draw is a function of (seed, stream, source, k). The count of draws advances only when a
+draw is used, so looking where the next piece would come from changes nothing. `size` may change between any
+two
+pieces: a buffer that is too full drains by itself.
 """
 
-from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
+from trainer.data.sources import Tokens
+
 BLOCK = 256  # draws made at once
 DRAWS = 1  # what random bits are for, see mixture.START
-
-
-@dataclass(slots=True, eq=False)
-class OpenDocument:
-    source: int
-    n: int  # its number in the source
-    read: int  # [tokens] delivered
-    tokens: np.ndarray | None  # uint32; None after a resume, until it is read on
+EMPTY = -1  # in place of a number: a slot without a document
 
 
 class DocumentBuffer:
-    """Open documents, oldest first; None: an empty slot."""
+    """Slots of open documents, oldest first, as columns of equal length: plain lists are quick to copy.
+
+    numbers: of the document in its source, or EMPTY. read [tokens]: how much of it was delivered. tokens:
+    all of it; None after a resume, until the document is read on.
+    """
 
     def __init__(self, *, seed: int, stream: int, source: int = 0) -> None:
         self.key, self.source, self.block = [seed, stream], source, -1
-        self.restore([], draws=0)
+        self.restore([], [], draws=0)
 
-    def restore(self, slots: list[OpenDocument | None], *, draws: int) -> None:
-        self.slots, self.draws = slots, draws
-        self.num_open = len(slots) - slots.count(None)
+    def restore(self, numbers: list[int], read: list[int], *, draws: int) -> None:
+        self.numbers, self.read, self.draws = numbers, read, draws
+        self.tokens: list[Tokens | None] = [None] * len(numbers)
+        self.num_open = len(numbers) - numbers.count(EMPTY)
 
     def room(self, size: int) -> int:
         """How many documents to open now."""
         return max(1, 2 * size) - self.num_open if self.num_open <= size else 0
 
-    def add(self, document: OpenDocument) -> None:
-        self.slots.append(document)
+    def add(self, number: int, tokens: Tokens) -> None:
+        self.numbers.append(number)
+        self.read.append(0)
+        self.tokens.append(tokens)
         self.num_open += 1
 
     def look(self, size: int) -> tuple[int, int]:
         """The slot to read on from, and the count of draws after it was used."""
         if not size:
-            while self.slots[0] is None:
-                del self.slots[0]
+            self.drop_front()
             return 0, self.draws
-        if 2 * self.num_open <= len(self.slots):
+        if 2 * self.num_open <= len(self.numbers):
             self.close_up()
-        slots, draws = self.slots, self.draws
-        while slots[slot := self.draw(draws, len(slots))] is None:
+        draws, num_slots = self.draws, len(self.numbers)
+        slot = self.draw(draws, num_slots)
+        while self.numbers[slot] == EMPTY:
             draws += 1
+            slot = self.draw(draws, num_slots)
         return slot, draws + 1
 
     def finish(self, slot: int) -> None:
-        self.slots[slot] = None
+        self.numbers[slot], self.read[slot], self.tokens[slot] = EMPTY, 0, None
         self.num_open -= 1
 
     def close_up(self) -> None:
-        self.slots = [document for document in self.slots if document is not None]
+        """Takes the empty slots out."""
+        if self.num_open < len(self.numbers):
+            is_open = [number != EMPTY for number in self.numbers]
+            self.numbers = list(compress(self.numbers, is_open))
+            self.read = list(compress(self.read, is_open))
+            self.tokens = list(compress(self.tokens, is_open))
+
+    def drop_front(self) -> None:
+        """Takes the empty slots before the oldest open document out."""
+        first = next(slot for slot, number in enumerate(self.numbers) if number != EMPTY)
+        if first:
+            del self.numbers[:first], self.read[:first], self.tokens[:first]
+
+    def open_slots(self) -> list[int]:
+        return [slot for slot, number in enumerate(self.numbers) if number != EMPTY]
 
     def draw(self, k: int, n: int) -> int:
         """Number k, uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at

@@ -32,9 +32,9 @@ class HubSource:
         self.name, self.field, self.split = name, field, split
         self.num_rows: int | None = None  # N, known as soon as the end was seen
         self.fingerprint = hashed(name, split, field, subset)
-        self.follow(0, wanted=lambda i: False)
+        self.seek(0, wanted=lambda i: False)
 
-    def follow(self, first: int, *, wanted: Callable[[int], bool]) -> None:
+    def seek(self, first: int, *, wanted: Callable[[int], bool]) -> None:
         """Starts over at document `first`; of what it passes, it keeps what is `wanted`."""
         self.position, self.wanted, self.kept = first, wanted, dict[int, object]()
         self.rows = self.rows_from(first)
@@ -64,7 +64,7 @@ class HubSource:
 
     def __getitem__(self, i: int) -> Document:
         if i < self.position and i not in self.kept:
-            self.follow(i, wanted=self.wanted)
+            self.seek(i, wanted=self.wanted)
         while i not in self.kept:
             row = self.next_row()
             if self.position == i or self.wanted(self.position):

@@ -1,10 +1,10 @@
 """Who asks for documents, and before they are needed? Text to tokens, in batches, ahead of the stream.
 
-    wanted (source, n) -> tasks of about 32k tokens -> workers: read, tokenise -> Pending: one document of a
-    task
+    wanted (source, n) -> tasks of about 32k tokens -> workers: read, tokenise -> TokenBatch, a Ticket for
+    each document
 
-Documents of a forward source are read by one thread of this process, in the order in which they were asked
-for, and tokenised by the workers.
+Documents of a forward source are read by one thread of this process, in the order of the requests, and
+tokenised by the workers.
 """
 
 import contextlib
@@ -18,49 +18,61 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data.reader import DataError, Reader
-from trainer.data.sources import BadDocument, Document
-from trainer.data.workers import CLOSED, Later, Workers
+from trainer.data.sources import BadDocument, Document, Tokens
+from trainer.data.workers import CLOSED, LazyResult, Workers
 
 TASK_TOKENS, TASK_DOCUMENTS = 32_768, 256
-# priority of documents that were open before a resume: they may be needed later, those ahead are needed now
-AGAIN = 1
+# The priority of documents that were open before a resume: later than those ahead, which are needed now.
+RESUMED = 1
 
-# uint32, the end of text included; None: behind the end of the source
-Tokens = np.ndarray | BadDocument | None
 Wanted = tuple[int, int]  # source, n
 
 
-class Answer(list[Tokens]):
-    """Tokens of the documents of a task. Goes through a pipe as one array: one by one they cost more than
-    tokenising them.
+class TokenBatch(list[Tokens | BadDocument | None]):
+    """The documents of a task; None: behind the end of the source.
+
+    A batch goes through a pipe as one array of each plane: one by one, documents cost more than tokenising
+    them.
     """
 
     def __reduce__(self) -> tuple:
-        arrays = [tokens for tokens in self if isinstance(tokens, np.ndarray)]
-        flat = np.concatenate(arrays).tobytes() if arrays else b""
-        return unpacked, (
-            flat,
-            [len(tokens) if isinstance(tokens, np.ndarray) else tokens for tokens in self],
-        )
+        documents = [document for document in self if isinstance(document, Tokens)]
+        masks = [document.mask for document in documents if document.mask is not None]
+        entries = [len(entry.ids) if isinstance(entry, Tokens) else entry for entry in self]
+        has_mask = {i for i, entry in enumerate(self) if isinstance(entry, Tokens) and entry.mask is not None}
+        return unpickled, (packed([document.ids for document in documents]), entries, packed(masks), has_mask)
 
 
-def unpacked(flat: bytes, answers: list[int | BadDocument | None]) -> Answer:
-    tokens_T, end, found = np.frombuffer(flat, np.uint32), 0, Answer()
-    for answer in answers:
-        if isinstance(answer, int):
-            end += answer
-            answer = tokens_T[end - answer : end].copy()  # not to hold the others
-        found.append(answer)
-    return found
+def packed(arrays: list[np.ndarray]) -> bytes:
+    return np.concatenate(arrays).tobytes() if arrays else b""
 
 
-class Pending(NamedTuple):
-    """A document that was asked for."""
+def unpickled(
+    ids: bytes, entries: list[int | BadDocument | None], masks: bytes, has_mask: set[int]
+) -> TokenBatch:
+    """`entries`: the length of a document, or what stands in its place."""
+    ids_T, mask_T = np.frombuffer(ids, np.uint32), np.frombuffer(masks, bool)
+    batch, start, mask_start = TokenBatch(), 0, 0
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, int):
+            batch.append(entry)
+            continue
+        mask = None
+        if i in has_mask:
+            mask = mask_T[mask_start : mask_start + entry].copy()
+            mask_start += entry
+        batch.append(Tokens(ids_T[start : start + entry].copy(), mask))  # a copy: not to hold the others
+        start += entry
+    return batch
 
-    task: Future | Later
+
+class Ticket(NamedTuple):
+    """A document that was requested."""
+
+    task: Future | LazyResult
     i: int
 
-    def get(self) -> Tokens:
+    def get(self) -> Tokens | BadDocument | None:
         return self.task.result()[self.i]
 
 
@@ -86,10 +98,9 @@ class Intake:
         self.workers = Workers(workers, self.answer)
         for s, reader in enumerate(readers):
             if workers and reader.num_documents is None:
-                self.lanes[s] = lane = SimpleQueue()
-                threading.Thread(
-                    target=keep_doing, args=(lane,), daemon=True, name=f"reads {reader.key}"
-                ).start()
+                lane = self.lanes[s] = SimpleQueue()
+                name = f"reads {reader.key}"
+                threading.Thread(target=keep_doing, args=(lane,), daemon=True, name=name).start()
 
     def close(self) -> None:
         self.workers.close()
@@ -97,52 +108,55 @@ class Intake:
             lane.put(None)
 
     def forget(self) -> None:
-        """What was asked for and not begun is not wanted any more."""
+        """Drops the requests that nobody has begun."""
         self.workers.forget()
         for lane in self.lanes.values():
             with contextlib.suppress(Empty):
                 while True:
                     lane.get_nowait()
 
-    # -- asking --
+    # -- requests --
 
-    def request(self, wanted: Iterable[Wanted], *, priority: int = 0) -> list[Pending]:
+    def request(self, wanted: Iterable[Wanted], *, priority: int = 0) -> list[Ticket]:
         """In the order of `wanted`."""
-        found, tasks, size = list[Pending](), list[list[Wanted]](), 0.0
-        for s, n in wanted:
-            if (
-                not tasks
-                or size >= TASK_TOKENS
-                or len(tasks[-1]) >= TASK_DOCUMENTS
-                or self.is_alone(s, tasks[-1][-1][0])
-            ):
+        tickets = list[Ticket]()
+        for task in self.tasks(wanted):
+            future = self.submit(task, priority=priority)
+            tickets += [Ticket(future, i) for i in range(len(task))]
+        return tickets
+
+    def tasks(self, wanted: Iterable[Wanted]) -> list[list[Wanted]]:
+        tasks, size = list[list[Wanted]](), math.inf
+        for source, n in wanted:
+            is_full = size >= TASK_TOKENS or len(tasks[-1]) >= TASK_DOCUMENTS
+            if is_full or self.is_alone(source, tasks[-1][-1][0]):
                 tasks.append([])
                 size = 0.0
-            tasks[-1].append((s, n))
-            size += self.mean_length(s)
-        for task in tasks:
-            future = self.submit(task, priority=priority)
-            found += [Pending(future, i) for i in range(len(task))]
-        return found
+            tasks[-1].append((source, n))
+            size += self.mean_length(source)
+        return tasks
 
     def is_alone(self, source: int, before: int) -> bool:
-        """Documents of a source with its own thread are not asked for together with others."""
+        """Documents of a source with its own thread are not requested together with others."""
         return source != before and (source in self.lanes or before in self.lanes)
 
-    def submit(self, task: list[Wanted], *, priority: int) -> Future | Later:
-        limit_mb = math.inf if priority == AGAIN else self.max_document_mb
-        request = [(s, self.readers[s].place(n)) for s, n in task]
-        if (lane := self.lanes.get(task[0][0])) is None:
-            return self.workers.submit((limit_mb, request), priority=priority)
+    def submit(self, task: list[Wanted], *, priority: int) -> Future | LazyResult:
+        limit_mb = math.inf if priority == RESUMED else self.max_document_mb
+        places = [(s, self.readers[s].place(n)) for s, n in task]
+        source = task[0][0]
+        lane = self.lanes.get(source)
+        if lane is None:
+            return self.workers.submit((limit_mb, places), priority=priority)
         if self.workers.is_closed:
             raise RuntimeError(CLOSED)
         future = Future()
 
         def read() -> None:
             try:
-                if error := self.broken.get(task[0][0]):
+                error = self.broken.get(source)
+                if error is not None:
                     raise error
-                documents = [self.document(s, i) for s, i in request]
+                documents = [self.document(s, i) for s, i in places]
                 self.workers.submit((limit_mb, documents), priority=priority, future=future)
             except BaseException as error:  # noqa: BLE001  # raised where the result is wanted
                 future.set_exception(error)
@@ -150,33 +164,34 @@ class Intake:
         lane.put(read)
         return future
 
-    def again(self, source: int, n: int, *, pending: Pending | None) -> np.ndarray:
+    def reread(self, source: int, n: int, *, ticket: Ticket | None) -> Tokens:
         """A document that was open before a resume: whatever the limits are now, and at once if a worker has
         not come to it.
         """
         reader = self.readers[source]
-        if pending is None or not (pending.task.done() or source in self.lanes):
-            [tokens] = self.answer((math.inf, [(source, reader.place(n))]))
+        if ticket is None or not (ticket.task.done() or source in self.lanes):
+            [document] = self.answer((math.inf, [(source, reader.place(n))]))
         else:
-            tokens = pending.get()
-        if isinstance(tokens, BadDocument) or tokens is None:
-            raise reader.foreign(tokens or f"{reader.key}: document {n} is behind its end")
-        return tokens
+            document = ticket.get()
+        if not isinstance(document, Tokens):
+            raise reader.foreign(document or f"{reader.key}: document {n} is behind its end")
+        return document
 
-    def follow(self, source: int, due: dict[int, int], unread: set[int]) -> None:
-        """See Reader.follow."""
-        if (lane := self.lanes.get(source)) is None:
-            self.readers[source].follow(due, unread)
+    def seek(self, source: int, due: dict[int, int], unread: set[int]) -> None:
+        """See Reader.seek."""
+        lane = self.lanes.get(source)
+        if lane is None:
+            self.readers[source].seek(due, unread)
             return
 
-        def follow() -> None:
+        def seek() -> None:
             self.broken.pop(source, None)
             try:
-                self.readers[source].follow(due, unread)
+                self.readers[source].seek(due, unread)
             except BaseException as error:  # noqa: BLE001  # raised where the first document is wanted
                 self.broken[source] = error
 
-        lane.put(follow)
+        lane.put(seek)
 
     # -- lengths --
 
@@ -184,29 +199,33 @@ class Intake:
         """[tokens] Of the documents of a source that this rank has opened."""
         return self.tokens_S[source] / self.seen_S[source]
 
-    def saw(self, source: int, length: int) -> None:
+    def count_length(self, source: int, length: int) -> None:
         self.seen_S[source] += 1
         self.tokens_S[source] += length
 
-    # -- answering: in a worker, or here if there is none --
+    # -- answers: in a worker, or here if there is none --
 
-    def answer(self, request: tuple[float, list[Any]]) -> Answer:
+    def answer(self, request: tuple[float, list[Any]]) -> TokenBatch:
         """`request`: the limit in MB, and documents, or (source, place) of them."""
         limit_mb, wanted = request
         documents = [self.document(*of) if type(of) is tuple else of for of in wanted]
-        answers, texts = Answer(), dict[int, str]()
+        batch, texts = TokenBatch(), dict[int, str]()
         for i, document in enumerate(documents):
-            answers.append(
-                tokens := checked(document, limit_mb=limit_mb) if isinstance(document, Document) else document
-            )
-            if document is not None and tokens is None:
-                texts[i] = document.text
+            entry = document
+            if isinstance(document, Document):
+                entry = checked(document, limit_mb=limit_mb)
+                if entry is None:
+                    texts[i] = document.text
+            batch.append(entry)
         if texts:
             if self.encode is None:
                 raise DataError(f"{documents[next(iter(texts))].where} is text; set data.tokenizer")
             for i, ids in zip(texts, self.encode(list(texts.values())), strict=True):
-                answers[i] = np.concatenate([ids, self.end_of_text]) if len(ids) else empty(documents[i])
-        return answers
+                is_empty = not len(ids)
+                batch[i] = (
+                    empty(documents[i]) if is_empty else Tokens(np.concatenate([ids, self.end_of_text]))
+                )
+        return batch
 
     def document(self, source: int, place: int) -> Document | BadDocument | None:
         try:
@@ -215,10 +234,12 @@ class Intake:
             return bad
 
 
-def checked(document: Document, *, limit_mb: float) -> np.ndarray | BadDocument | None:
-    """Its tokens; None: it is text of a size that may be tokenised."""
+def checked(document: Document, *, limit_mb: float) -> Tokens | BadDocument | None:
+    """Its tokens; None: it is text of a size that may be tokenised. Raises: DataError."""
     if document.tokens is not None:
-        return document.tokens.astype(np.uint32, copy=False) if len(document.tokens) else empty(document)
+        return checked_tokens(document) if len(document.tokens) else empty(document)
+    if document.mask is not None:
+        raise DataError(f"{document.where}: a mask needs tokens, and the document is text")
     try:
         size_mb = len(document.text.encode()) / 1e6
     except UnicodeEncodeError as error:  # half a surrogate pair, which no encoding of text can hold
@@ -228,10 +249,23 @@ def checked(document: Document, *, limit_mb: float) -> np.ndarray | BadDocument 
     return None
 
 
+def checked_tokens(document: Document) -> Tokens:
+    ids, mask = document.tokens.astype(np.uint32, copy=False), document.mask
+    if mask is None:
+        return Tokens(ids)
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.shape != ids.shape:
+        message = f"{document.where}: the mask has shape {mask.shape} and dtype {mask.dtype}"
+        raise DataError(f"{message}; a bool for each of the {len(ids)} tokens is needed")
+    return Tokens(ids, mask)
+
+
 def empty(document: Document) -> BadDocument:
     return BadDocument("empty", document.where, "no token")
 
 
 def keep_doing(lane: SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := lane.get()) is not None:
+    job = lane.get()
+    while job is not None:
         job()
+        job = lane.get()

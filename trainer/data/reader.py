@@ -12,6 +12,10 @@ from functools import lru_cache
 
 from trainer.data.sources import Document, Source, permutation
 
+REMEDIES = {
+    PermissionError: "make it readable for this user",
+    FileNotFoundError: "bring the file back",
+}
 FOREIGN = "resume with the corpus and the tokenizer of the checkpoint"
 
 
@@ -83,14 +87,15 @@ class Reader:
                 return self.read_forward(i) if self.num_documents is None else self.source[i]
             except OSError as error:
                 if attempt == self.retries:
-                    waited_s = self.wait_s * (2**attempt - 1)
-                    given = (
-                        f"{self.key}: document {i} cannot be read, tried {attempt + 1} times in "
-                        f"{waited_s:g} s"
-                    )
-                    raise DataError(f"{given}: {type(error).__name__}: {error}") from error
+                    raise self.unreadable(i, error) from error
                 time.sleep(self.wait_s * 2**attempt)
         raise AssertionError
+
+    def unreadable(self, i: int, error: OSError) -> DataError:
+        waited_s = self.wait_s * (2**self.retries - 1)
+        tried = f"{self.key}: document {i} cannot be read, tried {self.retries + 1} times in {waited_s:g} s"
+        remedy = next((text for kind, text in REMEDIES.items() if isinstance(error, kind)), "")
+        return DataError(f"{tried}: {type(error).__name__}: {error}{remedy and '; '}{remedy}")
 
     def read_forward(self, n: int) -> Document | None:
         try:
@@ -100,10 +105,13 @@ class Reader:
             self.due[n % self.num_streams] = max(n + self.num_streams, self.due.get(n % self.num_streams, 0))
         return None if self.is_over(n) else document
 
-    def follow(self, due: Mapping[int, int], unread: set[int]) -> None:
-        """Tells a source that only reads forward where to begin, and what to keep of what it passes."""
+    def seek(self, due: Mapping[int, int], unread: set[int]) -> None:
+        """Tells a source that only reads forward where to begin, and what to keep of what it passes.
+
+        due: the document that each stream reads next. unread: those that were open before a resume.
+        """
         self.due, self.unread = dict(due), unread
-        self.source.follow(min(unread | set(due.values())), wanted=self.wants)
+        self.source.seek(min(unread | set(due.values())), wanted=self.wants)
 
     def wants(self, n: int) -> bool:
         return n in self.unread or n >= self.due.get(n % self.num_streams, math.inf)

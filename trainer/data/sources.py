@@ -25,11 +25,22 @@ BAD_KINDS = ("empty", "not_utf8", "huge", "missing_field", "broken_json", "corru
 
 
 class Document(NamedTuple):
-    """One text, or the tokens of one (then complete: the end of text is the source's own business)."""
+    """One text, or the tokens of one (then complete: the end of text is the source's own business).
+
+    mask: of the tokens; True where the model shall learn to predict the token. None: everywhere.
+    """
 
     where: str  # for people: "corpus/a.jsonl:17"
     text: str | None = None
     tokens: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+class Tokens(NamedTuple):
+    """What a document's tokens carry, the end of text included: arrays of equal length."""
+
+    ids: np.ndarray  # uint32
+    mask: np.ndarray | None = None  # bool, as in Document
 
 
 class BadDocument(Exception):
@@ -44,7 +55,7 @@ class BadDocument(Exception):
 
 
 class Source(Protocol):
-    """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `follow`."""
+    """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`."""
 
     fingerprint: str  # which corpus this is: equal on every machine that holds the same one
 

@@ -2,15 +2,15 @@
 restart?
 
     sources --reader--> document n --intake--> tokens --virtual stream v--> rows --rank r--> tokens_BL,
-    labels_BL, (files,   (order,    (in workers: text     (uint32)   (mixed, buffered,     (its streams)
-    positions_BL
-     hub)      retries)   to tokens, ahead)                packed)
+    (files,  (order,     (in workers: text     (ids and   (opener, buffer,       (its        labels_BL,
+     hub)     retries)    to tokens, ahead)     mask)      mixture, rows)         streams)   positions_BL
 
-The order is arithmetic, so there is little to save. A virtual stream draws on the sources by their weights
-(mixture.py), keeps some documents open (buffer.py) and fills rows from them (virtual.py); a global batch
-takes G / V rows from each stream. A rank owns V / R neighbouring streams: a global batch does not depend on
-R. Workers only read and tokenise, ahead of time (intake.py, workers.py): it does not depend on them either.
-The state holds read heads and no tokens.
+The order is arithmetic, so there is little to save. A virtual stream (virtual.py) draws on the sources by
+their weights (mixture.py), opens their documents (opener.py), keeps some of them open (buffer.py) and fills
+rows from them (rows.py); a global batch takes G / V rows from each stream. A rank owns V / R neighbouring
+streams: a global batch does not depend on R. Workers only read and tokenise, ahead of time (intake.py,
+workers.py): a global batch does not depend on them either. The state (state.py) holds read heads and no
+tokens.
 
 Memory: of each stream, 2 b open documents (4 bytes a token), and ahead of it, with workers, those of the next
 `prefetch` steps and of one refill (b). No more is asked for until some of it was used.
@@ -25,7 +25,8 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -34,22 +35,27 @@ from tokenizers import Tokenizer
 
 from trainer.config import divisors
 from trainer.data.encoder import Encoder
-from trainer.data.intake import AGAIN, Intake
+from trainer.data.intake import RESUMED, Intake
+from trainer.data.opener import Opener
 from trainer.data.reader import DataError, Reader
+from trainer.data.rows import IGNORED
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
+from trainer.data.state import Snapshot, StreamState, positions, refuse_foreign
 from trainer.data.tokenizer import end_of_text_id
-from trainer.data.virtual import BEYOND, IGNORED, Settings, VirtualStream
+from trainer.data.virtual import Settings, VirtualStream
 
-# Since the start of the run. documents: read to their ends; open: tokens of opened documents that are still
-# to be delivered.
 FEW_BAD = 10  # documents that say nothing about a corpus
-StreamState = dict[str, torch.Tensor]
+# Since the start of the run. documents: read to their ends; tokens: delivered, without padding; open:
+# tokens of opened documents that are still to be delivered.
 COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS)
+PACKINGS = {"stream": VirtualStream.concatenate, "fit": VirtualStream.best_fit}
 
 
 class Batch(NamedTuple):
-    """One microbatch, int64. A label is the next token of its document; positions restart with each piece of
-    a document, and so does attention; without `document_mask` with each row only."""
+    """One microbatch, int64. A label is the next token of its document, or IGNORED where the document's
+    mask says so; positions restart with each piece of a document, and so does attention; without
+    `document_mask` with each row only.
+    """
 
     tokens_BL: torch.Tensor
     labels_BL: torch.Tensor
@@ -65,78 +71,91 @@ class SourcedBatch(NamedTuple):
     sources_BL: torch.Tensor
 
 
-class TokenStream:
-    """The rows of one rank, step after step. `source`: one, or several by name.
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """What the rows of a run are; the same on all ranks.
 
+    seq_len, global_batch, mixture, buffer: of the first span, until `TokenStream.set` changes them.
     packing: "stream" cuts documents at the ends of rows and reads on in a later row; "fit" never does, and
-    pads. at_end: "repeat" begins another epoch; "stop" pads when all is read, and `has_more` says so.
+    pads.
+    at_end: "repeat" begins another epoch; "stop" pads when all is read, and `has_more` says so.
+    with_sources: batches are SourcedBatches. retry_s [s], prefetch [steps]: see Reader and read_ahead.
     """
+
+    seq_len: int
+    global_batch: int
+    num_streams: int
+    seed: int
+    mixture: dict[str, float] | None = None
+    buffer: int = 0
+    packing: Literal["stream", "fit"] = "stream"
+    at_end: Literal["repeat", "stop"] = "repeat"
+    shuffle: bool = True
+    document_mask: bool = True
+    on_bad: Literal["skip", "fatal"] = "skip"
+    max_bad: float = 1.0
+    max_document_mb: float = 100.0
+    backend: str = "tokenizers"
+    workers: int = 0
+    prefetch: int = 4
+    retries: int = 4
+    retry_s: float = 1.0
+    with_sources: bool = False
+
+
+class TokenStream:
+    """The rows of one rank, step after step. `source`: one, or several by name."""
 
     def __init__(
         self,
+        config: StreamConfig,
         *,
         source: Source | dict[str, Source],
         tokenizer: Tokenizer | None,
-        seq_len: int,
-        global_batch: int,
-        num_streams: int,
-        seed: int,
-        rank: int,
-        num_ranks: int,
-        shuffle: bool = True,
-        on_bad: Literal["skip", "fatal"] = "skip",
-        max_bad: float = 1.0,
-        max_document_mb: float = 100.0,
-        document_mask: bool = True,
+        rank: int = 0,
+        num_ranks: int = 1,
         report: Callable[[BadDocument], None] = lambda bad: None,
-        mixture: dict[str, float] | None = None,
-        buffer: int = 0,
-        packing: Literal["stream", "fit"] = "stream",
-        at_end: Literal["repeat", "stop"] = "repeat",
-        backend: str = "tokenizers",
-        workers: int = 0,
-        prefetch: int = 4,
-        retries: int = 4,
-        retry_s: float = 1.0,
-        with_sources: bool = False,
     ) -> None:
-        self.num_streams, self.num_ranks = num_streams, num_ranks
+        self.config, self.num_ranks, self.tokenizer, self.report = config, num_ranks, tokenizer, report
         self.names = sorted(source) if isinstance(source, dict) else []
-        sources = {f"data.sources.{name}": source[name] for name in self.names} or {"data.source": source}
-        self.set(seq_len=seq_len, global_batch=global_batch, mixture=mixture, buffer=buffer)
-        self.tokenizer, self.packing, self.batch = tokenizer, packing, SourcedBatch if with_sources else Batch
-        self.on_bad, self.max_bad, self.report, self.totals, self.prefetch = (
-            on_bad,
-            max_bad,
-            report,
-            Counter[str](),
-            prefetch,
+        self.set(
+            seq_len=config.seq_len,
+            global_batch=config.global_batch,
+            mixture=config.mixture,
+            buffer=config.buffer,
         )
-        order = {"seed": seed, "shuffle": shuffle, "num_streams": num_streams, "repeat": at_end == "repeat"}
-        self.readers = [
-            Reader(of, key=key, retries=retries, wait_s=retry_s, **order) for key, of in sources.items()
-        ]
-        owned = num_streams // num_ranks
-        self.streams = range(rank * owned, (rank + 1) * owned)
+        self.batch = SourcedBatch if config.with_sources else Batch
+        self.totals = Counter[str]()
+        self.step_tokens = 0  # tokens of this rank's last step that are no padding
+        sources = {f"data.sources.{name}": source[name] for name in self.names} or {"data.source": source}
+        self.readers = [reader_of(config, key, part) for key, part in sources.items()]
         self.intake = Intake(
             self.readers,
-            encode=Encoder(tokenizer, backend=backend) if tokenizer else None,
+            encode=Encoder(tokenizer, backend=config.backend) if tokenizer else None,
             end_of_text=end_of_text_id(tokenizer) if tokenizer else None,
-            max_document_mb=max_document_mb,
-            workers=workers,
+            max_document_mb=config.max_document_mb,
+            workers=config.workers,
         )
         # ends the workers, at the latest with the interpreter
         self.close = weakref.finalize(self, self.intake.close)
-        of_all = {
-            "num_streams": num_streams,
-            "intake": self.intake,
-            "seed": seed,
-            "totals": self.totals,
-            "refuse": self.refuse,
-        }
-        self.virtual = [VirtualStream(number=v, document_mask=document_mask, **of_all) for v in self.streams]
-        self.follow()
-        self.read_ahead(self.prefetch)
+        owned = self.num_streams // num_ranks
+        self.streams = range(rank * owned, (rank + 1) * owned)
+        self.virtual = [self.virtual_stream(number) for number in self.streams]
+        self.begin()
+        self.read_ahead(config.prefetch)
+
+    @property
+    def num_streams(self) -> int:
+        return self.config.num_streams
+
+    def virtual_stream(self, number: int) -> VirtualStream:
+        opener = Opener(number=number, num_streams=self.num_streams, intake=self.intake, refuse=self.refuse)
+        return VirtualStream(
+            opener=opener,
+            seed=self.config.seed,
+            totals=self.totals,
+            document_mask=self.config.document_mask,
+        )
 
     def set(
         self,
@@ -152,11 +171,13 @@ class TokenStream:
         another buffer: from the next step on. The streams read on where they are, or first to the ends of
         open documents (`drain`)."""
         check_split(global_batch=global_batch, num_streams=self.num_streams, num_ranks=self.num_ranks)
-        given = mixture or dict.fromkeys(self.names or [""], 1.0)
-        if unknown := set(given) - set(self.names or [""]):
-            raise ValueError(f"mixture={mixture}: there is no source {', '.join(sorted(unknown))}")
-        total = math.fsum(given.values())
-        weights_S = [given.get(name, 0.0) / total for name in self.names or [""]]
+        names = self.names or [""]
+        weights = mixture or dict.fromkeys(names, 1.0)
+        unknown = sorted(set(weights) - set(names))
+        if unknown:
+            raise ValueError(f"mixture={mixture}: there is no source {', '.join(unknown)}")
+        total = math.fsum(weights.values())
+        weights_S = [weights.get(name, 0.0) / total for name in names]
         self.now = Settings(
             seq_len=seq_len,
             rows_per_stream=global_batch // self.num_streams,
@@ -166,20 +187,22 @@ class TokenStream:
             drain=drain,
         )
 
-    def follow(self) -> None:
-        """After a start: tells sources that only read forward where to begin, and asks for what was open
+    def begin(self) -> None:
+        """After a start: tells sources that only read forward where to begin, and requests what was open
         before a resume.
         """
-        open_documents = [(stream, (d.source, d.n)) for stream in self.virtual for d in stream.open()]
+        open_documents = [(stream, (s, n)) for stream in self.virtual for s, n, _, _ in stream.open()]
         for s, reader in enumerate(self.readers):
             if reader.num_documents is None:
                 unread = {n for _, (source, n) in open_documents if source == s}
-                self.intake.follow(s, {stream.number: stream.next_S[s] for stream in self.virtual}, unread)
+                self.intake.seek(
+                    s, {stream.number: stream.opener.next_S[s] for stream in self.virtual}, unread
+                )
         if self.intake.workers.num:
-            open_documents.sort(key=lambda of: of[1])  # the order of a source that reads forward
-            pending = self.intake.request([wanted for _, wanted in open_documents], priority=AGAIN)
-            for (stream, wanted), document in zip(open_documents, pending, strict=True):
-                stream.again[wanted] = document
+            open_documents.sort(key=lambda entry: entry[1])  # the order of a source that reads forward
+            tickets = self.intake.request([wanted for _, wanted in open_documents], priority=RESUMED)
+            for (stream, wanted), ticket in zip(open_documents, tickets, strict=True):
+                stream.resumed[wanted] = ticket
 
     # -- rows --
 
@@ -187,16 +210,20 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now, num_rows = self.now, len(self.streams) * self.now.rows_per_stream
+        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
+        num_rows = len(self.streams) * now.rows_per_stream
         if num_rows % micro_batch:
-            given = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
-            raise ValueError(f"{given}; use one of {divisors(num_rows)}")
-        self.read_ahead(self.prefetch if self.intake.workers.num else 1)
+            message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
+            raise ValueError(f"{message}; use one of {divisors(num_rows)}")
+        self.step_tokens, before = 0, self.totals["tokens"]
+        self.read_ahead(prefetch if has_workers else 1)
         rows_NVT = np.empty((len(self.batch._fields), len(self.streams), now.num_tokens), np.int64)
-        for stream, rows_NT in zip(self.virtual, rows_NVT.swapaxes(0, 1), strict=True):
-            (stream.fit if self.packing == "fit" else stream.fill)(rows_NT, now)
-        if self.intake.workers.num:
-            self.read_ahead(self.prefetch)
+        pack = PACKINGS[self.config.packing]
+        for v, stream in enumerate(self.virtual):
+            pack(stream, rows_NVT[:, v], now)
+        if has_workers:
+            self.read_ahead(prefetch)
+        self.step_tokens = self.totals["tokens"] - before
         rows_NBL = torch.from_numpy(rows_NVT.reshape(-1, num_rows, now.seq_len))
         return list(map(self.batch, *(rows_BL.split(micro_batch) for rows_BL in rows_NBL)))
 
@@ -212,29 +239,29 @@ class TokenStream:
         return self.intake.repeats or any(stream.has_more(self.now) for stream in self.virtual)
 
     def read_ahead(self, steps: int) -> None:
-        """Asks for the documents of so many steps that were not asked for, those of all streams together."""
-        now = self.now
-        means_S = map(self.intake.mean_length, range(len(self.readers)))
-        each = zip(now.weights_S, means_S, now.size_S, strict=True)  # size: what the next refill takes
-        goal_S = [math.ceil(steps * now.num_tokens * weight / mean + size) for weight, mean, size in each]
-        missing = [(stream, wanted) for stream in self.virtual if (wanted := stream.missing(goal_S))]
-        pending = iter(self.intake.request(wanted for _, of_stream in missing for wanted in of_stream))
-        for stream, wanted in missing:
-            stream.asked(wanted, islice(pending, len(wanted)))
+        """Requests the documents of so many steps that were not requested, those of all streams together."""
+        now, goal_S = self.now, list[int]()
+        for s, weight in enumerate(now.weights_S):
+            num_documents = steps * now.num_tokens * weight / self.intake.mean_length(s)
+            goal_S.append(math.ceil(num_documents + now.size_S[s]))  # size: what the next refill takes
+        shortfalls = [stream.opener.shortfall(goal_S) for stream in self.virtual]
+        tickets = iter(self.intake.request(chain.from_iterable(shortfalls)))
+        for stream, wanted in zip(self.virtual, shortfalls, strict=True):
+            stream.opener.append(wanted, islice(tickets, len(wanted)))
 
     def refuse(self, bad: BadDocument) -> None:
-        if self.on_bad == "fatal":
+        config = self.config
+        if config.on_bad == "fatal":
             bad.add_note("data.on_bad=skip counts and reports such documents, and goes on")
             raise bad
         self.totals[bad.kind] += 1
         self.report(bad)
         num_bad = sum(self.totals[kind] for kind in BAD_KINDS if kind != "empty")
-        if num_bad > max(FEW_BAD, self.max_bad * (num_bad + self.totals["documents"])):
-            given = (
-                f"{num_bad} of {num_bad + self.totals['documents']} documents were bad, the last was {bad}"
-            )
+        num_read = num_bad + self.totals["documents"]
+        if num_bad > max(FEW_BAD, config.max_bad * num_read):
             raise DataError(
-                f"{given}; data.max_bad={self.max_bad:g} of them may be, bad_documents.*.txt lists them"
+                f"{num_bad} of {num_read} documents were bad, the last was {bad}; data.max_bad="
+                f"{config.max_bad:g} of them may be, bad_documents.*.txt lists them"
             )
 
     # -- state --
@@ -250,8 +277,8 @@ class TokenStream:
         """What this rank has read since the start of the run, and the epoch its slowest stream is in, of the
         source most read.
         """
-        slowest = [min(stream.slowest(s) for stream in self.virtual) for s in range(len(self.readers))]
-        epoch = max(reader.epoch(n) for reader, n in zip(self.readers, slowest, strict=True))
+        oldest_S = [min(stream.oldest(s) for stream in self.virtual) for s in range(len(self.readers))]
+        epoch = max(reader.epoch(n) for reader, n in zip(self.readers, oldest_S, strict=True))
         return {"epoch": epoch, **{name: self.totals[name] for name in COUNTED}}
 
     @property
@@ -262,98 +289,53 @@ class TokenStream:
     @property
     def open_documents(self) -> tuple[int, int]:
         """How many there are on this rank, and how many of their tokens were delivered."""
-        read = [document.read for stream in self.virtual for document in stream.open()]
+        read = [read for stream in self.virtual for _, _, read, _ in stream.open()]
         return len(read), sum(read)
 
+    def snapshot(self) -> Snapshot:
+        """Where the stream is now, for a later `state_dict`; cheap enough to be taken in every step."""
+        return Snapshot(
+            positions_V=[stream.position() for stream in self.virtual],
+            counts=self.state_counts,
+            num_streams=self.num_streams,
+        )
+
     def state_dict(self) -> StreamState:
-        """This rank's part. The state of the run has the streams of all ranks in their order, with equal
-        slots (`with_slots`), and the sum of the counts. 9 bytes for each open document.
+        """Where the stream is now, as tensors: see Snapshot."""
+        return self.snapshot().state_dict()
 
-        index_VC: of a document in its stream's share of its source; -1: an empty slot, -2: none.
-        """
-        num_slots = max(1, *(stream.num_slots for stream in self.virtual))
-        heads_V3C = np.stack([stream.heads(num_slots) for stream in self.virtual])
-        return {
-            "next_VS": torch.tensor([stream.next_S for stream in self.virtual]),
-            "credit_VS": torch.tensor(
-                [stream.credits.credit_S for stream in self.virtual], dtype=torch.float64
-            ),
-            "draws_VS": torch.tensor(
-                [[buffer.draws for buffer in stream.buffer_S] for stream in self.virtual]
-            ),
-            "phase_V": torch.tensor([stream.phase for stream in self.virtual]),
-            "index_VC": torch.from_numpy(narrowed(heads_V3C[:, 0], np.int32)),
-            "read_VC": torch.from_numpy(narrowed(heads_V3C[:, 1], np.int32)),
-            "source_VC": torch.from_numpy(narrowed(heads_V3C[:, 2], np.uint8)),
-            "counts": torch.tensor(self.state_counts),
-        }
-
-    def load_state_dict(self, state: dict[str, torch.Tensor], *, keep_counts: bool) -> None:
+    def load_state_dict(self, state: StreamState, *, keep_counts: bool) -> None:
         """Goes on from this rank's part of a state. `keep_counts` on one rank only, for their sum to stay
-        right.
+        right. Raises: ValueError if the state is not one of these streams.
         """
-        self.check(state)
+        refuse_foreign(
+            state,
+            streams=self.streams,
+            num_streams=self.num_streams,
+            num_ranks=self.num_ranks,
+            num_sources=len(self.readers),
+        )
         self.intake.forget()
-        counts = state["counts"].tolist() if keep_counts else [0] * len(COUNTED)
         self.totals.clear()
-        self.totals.update(dict(zip(COUNTED, counts, strict=True)))
-        heads_V3C = np.stack(
-            [state[name].numpy().astype(np.int64) for name in ("index_VC", "read_VC", "source_VC")], axis=1
-        )
-        names = ("next_VS", "credit_VS", "draws_VS", "phase_V")
-        parts = (*(state[name].tolist() for name in names), heads_V3C)
-        for stream, next_S, credit_S, draws_S, phase, heads_3C in zip(self.virtual, *parts, strict=True):
-            stream.restore(next_S, credit_S=credit_S, draws_S=draws_S, phase=phase, heads_3C=heads_3C)
-        self.follow()
-
-    def check(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises: ValueError if the state is not one of these streams."""
-        num_rows, num_sources = state["next_VS"].shape
-        if num_rows != len(self.streams):
-            found = num_rows * self.num_ranks
-            raise ValueError(
-                f"the checkpoint has {found} streams, this run {self.num_streams}; use "
-                f"data.num_streams={found}"
-            )
-        if num_sources != len(self.readers):
-            raise ValueError(
-                f"the checkpoint has {num_sources} sources, this run {len(self.readers)}; set "
-                "data.sources back"
-            )
-        number_V1 = torch.arange(self.streams.start, self.streams.stop)[:, None]
-        next_VS, index_VC, source_VC = state["next_VS"], state["index_VC"].long(), state["source_VC"].long()
-        own = (
-            (next_VS % self.num_streams == number_V1).all()
-            and (next_VS >= 0).all()
-            and (source_VC < num_sources).all()
-        )
-        is_behind = own and (number_V1 + index_VC * self.num_streams < next_VS.gather(1, source_VC)).all()
-        if (
-            not is_behind
-            or (index_VC < BEYOND).any()
-            or (state["read_VC"] < 0).any()
-            or (state["draws_VS"] < 0).any()
-        ):
-            raise ValueError(
-                f"the state is not that of streams {self.streams.start} to {self.streams.stop - 1} of "
-                "this run"
-            )
+        if keep_counts:
+            self.totals.update(dict(zip(COUNTED, state["counts"].tolist(), strict=True)))
+        positions_V = positions(state, streams=self.streams, num_streams=self.num_streams)
+        for stream, position in zip(self.virtual, positions_V, strict=True):
+            stream.start_at(position)
+        self.begin()
 
 
-def with_slots(state: StreamState, *, num_slots: int) -> StreamState:
-    """A rank's state with room for so many open documents, as they must be equal on all ranks."""
-    missing = num_slots - state["index_VC"].shape[1]
-    fill = {"index_VC": BEYOND, "read_VC": 0, "source_VC": 0}
-    wide = {
-        name: torch.nn.functional.pad(state[name], (0, missing), value=value) for name, value in fill.items()
-    }
-    return {**state, **wide}
-
-
-def narrowed(values: np.ndarray, dtype: type) -> np.ndarray:
-    if values.size and values.max() > np.iinfo(dtype).max:
-        raise OverflowError(f"{values.max()} does not fit the state's {np.dtype(dtype).name}")
-    return values.astype(dtype)
+def reader_of(config: StreamConfig, key: str, source: Source) -> Reader:
+    return Reader(
+        source,
+        key=key,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        num_streams=config.num_streams,
+        repeat=config.at_end == "repeat",
+        retries=config.retries,
+        wait_s=config.retry_s,
+    )
 
 
 def check_split(*, global_batch: int, num_streams: int, num_ranks: int) -> None:
@@ -361,5 +343,5 @@ def check_split(*, global_batch: int, num_streams: int, num_ranks: int) -> None:
     if global_batch % num_streams or num_streams % num_ranks:
         choices = [d for d in divisors(global_batch) if d % num_ranks == 0]
         remedy = f"num_streams from {choices}" if choices else f"a global_batch that {num_ranks} divides"
-        given = f"num_streams={num_streams} must divide global_batch={global_batch}"
-        raise ValueError(f"{given} and be a multiple of the {num_ranks} data-parallel ranks; use {remedy}")
+        message = f"num_streams={num_streams} must divide global_batch={global_batch}"
+        raise ValueError(f"{message} and be a multiple of the {num_ranks} data-parallel ranks; use {remedy}")

@@ -1,37 +1,27 @@
-"""What does one virtual stream deliver, and what must be remembered for it to go on?
+"""What does one virtual stream deliver?
 
-    queues of documents asked for, one a source -> credits choose -> open documents -> pieces -> rows
+    opener: the next document of each source -> credits choose a source -> open documents -> pieces -> rows
 
-Virtual stream v of V reads documents v, v + V, v + 2V, ... of each source. What it delivers is a function of
-the corpus, the tokenizer, the seed, the program and its position: it knows of no ranks, of no other stream,
-and not of who reads ahead.
+What virtual stream v of V delivers is a function of the corpus, the tokenizer, the seed, the program and its
+position: it knows of no ranks, of no other stream, and not of who reads ahead.
 
-Letters: T tokens of the stream in one step, L of a row, N planes, S sources, C slots of the buffer.
+Letters: T tokens of the stream in one step, L of a row, R rows, N planes, S sources.
 """
 
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 
-from trainer.data.buffer import DocumentBuffer, OpenDocument
-from trainer.data.intake import Intake, Pending, Wanted
+from trainer.data.buffer import EMPTY, DocumentBuffer
+from trainer.data.intake import Ticket, Wanted
 from trainer.data.mixture import Credits
-from trainer.data.reader import DataError
-from trainer.data.sources import BadDocument
-
-IGNORED = -100  # the label that cross entropy leaves out
-PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
-EMPTY, BEYOND = -1, -2  # in a state: a slot without a document, and what is behind the last slot
-TOKENS, LABELS, POSITIONS, SOURCES = range(4)  # the N planes of rows
-
-
-@lru_cache(maxsize=8)
-def up_to(seq_len: int) -> np.ndarray:
-    return np.arange(seq_len)
+from trainer.data.opener import Opener
+from trainer.data.rows import IGNORED, Pieces, up_to, write
+from trainer.data.sources import Tokens
+from trainer.data.state import Position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,140 +43,109 @@ class Settings:
 
 @dataclass(kw_only=True)
 class VirtualStream:
-    number: int
-    num_streams: int
-    intake: Intake
+    opener: Opener
     seed: int
-    totals: Counter[str]
-    refuse: Callable[[BadDocument], None]
+    totals: Counter[str]  # of all streams of the rank
     document_mask: bool = True
     phase: int = 0  # in which documents were opened last
-    # documents that were open before a resume, asked for
-    again: dict[Wanted, Pending] = field(default_factory=dict)
+    # requests of documents that were open before a resume
+    resumed: dict[Wanted, Ticket] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.number, self.intake = self.opener.number, self.opener.intake
         num_sources = len(self.intake.readers)
-        self.next_S = [self.number] * num_sources  # the document of each source that is opened next
-        self.queue_S = [deque[Pending]() for _ in range(num_sources)]  # that one, and those behind it
-        # tokens of the next document of a source, once they were looked at
-        self.ahead: dict[int, np.ndarray] = {}
-        self.refused_S = [0] * num_sources  # bad documents in a row
         self.credits = Credits(num_sources, seed=self.seed, stream=self.number)
         self.buffer_S = [
             DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)
         ]
-        # where the next piece of a source would come from, in this step
+        # where the next piece of a source would come from, in this step: see DocumentBuffer.look
         self.looked: dict[int, tuple[int, int]] = {}
 
     # -- rows --
 
-    def fill(self, rows_NT: np.ndarray, now: Settings) -> None:
-        """Tokens, labels, positions and, if there is room for them, sources of the rows of one step, in
-        place.
-        """
-        pieces, positions, ends, targets, sources = [], [], list[int](), list[int](), list[int]()
+    def concatenate(self, rows_NT: np.ndarray, now: Settings) -> None:
+        """The rows of one step, in place: documents one after another, cut where a row ends."""
+        pieces = Pieces([], [], [], [], [], [])
         filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
         index_L, is_mixed = up_to(seq_len), len(now.weights_S) > 1
         self.looked.clear()
         while filled < num_tokens:
             row_rest = seq_len - filled % seq_len
-            if (source := self.source_to_read(now, row_rest)) is None:  # the end of the corpus
+            source = self.source_to_read(now, row_rest)
+            if source is None:  # the end of the corpus
                 break
             buffer = self.buffer_S[source]
             slot, buffer.draws = self.look(source, now)
-            document = buffer.slots[slot]
             del self.looked[source]
-            tokens, read = document.tokens, document.read
-            if tokens is None:
-                tokens = self.reread(document)
-            length = min(len(tokens) - read, row_rest)
-            document.read = after = read + length
-            pieces.append(tokens[read:after])
-            positions.append(index_L[:length])
-            sources.append(source)
-            if after < len(tokens):  # cut at the end of the row
-                targets.append(int(tokens[after]))
+            ids, mask = buffer.tokens[slot] or self.reread(source, slot)
+            read = buffer.read[slot]
+            length = min(len(ids) - read, row_rest)
+            after = buffer.read[slot] = read + length
+            pieces.ids.append(ids[read:after])
+            pieces.positions.append(index_L[:length])
+            pieces.sources.append(source)
+            if mask is not None:
+                pieces.masks.append((filled, mask[read + 1 : after + 1]))
+            if after < len(ids):
+                pieces.targets.append(int(ids[after]))
             else:
-                targets.append(IGNORED)
+                pieces.targets.append(IGNORED)
                 buffer.finish(slot)
             if is_mixed:
                 self.charge(source, length, now)
-            ends.append(filled := filled + length)
-        self.totals["documents"] += targets.count(IGNORED)
-        self.totals["tokens"] += filled
+            filled += length
+            pieces.ends.append(filled)
         self.totals["open"] -= filled
-        self.write(
-            rows_NT, seq_len, pieces=pieces, positions=positions, ends=ends, targets=targets, sources=sources
-        )
+        self.totals["documents"] += pieces.targets.count(IGNORED)
+        self.write(pieces, rows_NT, seq_len)
 
-    def fit(self, rows_NT: np.ndarray, now: Settings) -> None:
-        """Whole documents, cut at the length of a row, each into the fullest row that has room for it; the
-        rest is padding. The step ends with the first document that finds no room."""
-        rows = [list[tuple[np.ndarray, int, int]]() for _ in range(now.rows_per_stream)]
+    def best_fit(self, rows_NT: np.ndarray, now: Settings) -> None:
+        """The rows of one step, in place: whole documents, cut at the length of a row, each in the fullest
+        row that has room for it; the rest is padding. The step ends with the first document that finds no
+        room.
+        """
+        rows = [Pieces([], [], [], [], [], []) for _ in range(now.rows_per_stream)]
         room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
-        while (source := self.next_source(now.weights_S, at_most=now.seq_len)) is not None:
-            tokens = self.ahead[source]
-            length = min(len(tokens), now.seq_len)
-            if not (fits := [r for r, room in enumerate(room_R) if room >= length]):
+        source = self.next_source(now.weights_S, at_most=now.seq_len)
+        while source is not None:
+            ids, mask = self.opener.peeked(source)
+            length = min(len(ids), now.seq_len)
+            with_room = [r for r, room in enumerate(room_R) if room >= length]
+            if not with_room:
                 break
             if len(now.weights_S) > 1:
-                self.credits.charge(source, length, self.left(now.weights_S))
-            self.take(source)
-            target = int(tokens[length]) if length < len(tokens) else IGNORED
-            best = min(fits, key=room_R.__getitem__)
-            rows[best].append((tokens[:length], target, source))
-            room_R[best] -= length
-            self.totals.update({"documents": 1, "tokens": length, "truncated": len(tokens) - length})
+                self.credits.charge(source, length, self.weights_left(now.weights_S))
+            self.opener.take(source)
+            fullest = min(with_room, key=room_R.__getitem__)
+            row = rows[fullest]
+            start = now.seq_len - room_R[fullest]
+            row.ids.append(ids[:length])
+            row.positions.append(index_L[:length])
+            row.sources.append(source)
+            row.targets.append(int(ids[length]) if length < len(ids) else IGNORED)
+            row.ends.append(start + length)
+            if mask is not None:
+                row.masks.append((start, mask[1 : length + 1]))
+            room_R[fullest] -= length
+            self.totals["documents"] += 1
+            self.totals["truncated"] += len(ids) - length
+            source = self.next_source(now.weights_S, at_most=now.seq_len)
         for r, row in enumerate(rows):
-            lengths = [len(tokens) for tokens, _, _ in row]
-            self.write(
-                rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len],
-                now.seq_len,
-                pieces=[tokens for tokens, _, _ in row],
-                positions=[index_L[:length] for length in lengths],
-                ends=np.cumsum(lengths).tolist(),
-                targets=[target for _, target, _ in row],
-                sources=[s for _, _, s in row],
-            )
+            self.write(row, rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len], now.seq_len)
 
-    def write(
-        self,
-        rows_NT: np.ndarray,
-        seq_len: int,
-        *,
-        pieces: list[np.ndarray],
-        positions: list[np.ndarray],
-        ends: list[int],
-        targets: list[int],
-        sources: list[int],
-    ) -> None:
-        """Pieces one after another; behind the last one, padding."""
-        filled, num_tokens = ends[-1] if ends else 0, rows_NT.shape[1]
-        if filled < num_tokens:
-            rows_NT[:, filled:] = np.array([0, IGNORED, PADDING, 0])[: len(rows_NT), None]
-            self.totals["padding"] += num_tokens - filled
-            if not filled:
-                return
-        rows_NT = rows_NT[:, :filled]
-        tokens_T, labels_T = rows_NT[TOKENS], rows_NT[LABELS]
-        np.concatenate(pieces, out=tokens_T)
-        labels_T[:-1] = tokens_T[1:]
-        labels_T[np.array(ends) - 1] = targets
-        if self.document_mask:
-            np.concatenate(positions, out=rows_NT[POSITIONS])
-        else:
-            rows_NT[POSITIONS] = np.arange(filled) % seq_len
-        if len(rows_NT) > SOURCES:
-            rows_NT[SOURCES] = np.repeat(sources, np.diff(ends, prepend=0))
+    def write(self, pieces: Pieces, rows_NT: np.ndarray, seq_len: int) -> None:
+        filled = write(pieces, rows_NT, document_mask=self.document_mask, seq_len=seq_len)
+        self.totals["tokens"] += filled
+        self.totals["padding"] += rows_NT.shape[1] - filled
 
     def has_more(self, now: Settings) -> bool:
-        """Looks at no more than `fill` does first, so that asking changes nothing."""
+        """Looks at the document that the next step takes first; asking changes nothing."""
         is_open = any(buffer.num_open for buffer in self.buffer_S)
         return is_open or any(
-            weight and self.next_length(s) is not None for s, weight in enumerate(now.weights_S)
+            weight and self.opener.next_length(s) is not None for s, weight in enumerate(now.weights_S)
         )
 
-    # -- which source, which document --
+    # -- which source --
 
     def source_to_read(self, now: Settings, row_rest: int) -> int | None:
         """The source of the next piece: the one that is due, of those with an open document. None: all is
@@ -206,7 +165,8 @@ class VirtualStream:
                 if size and self.buffer_S[source].num_open <= size:
                     self.refill(source, now)
         elif not any(buffer.num_open for buffer in self.buffer_S):
-            if (source := self.next_source(now.weights_S)) is not None:
+            source = self.next_source(now.weights_S)
+            if source is not None:
                 self.refill(source, now)
             return source
         open_S = [
@@ -217,7 +177,7 @@ class VirtualStream:
             return self.credits.next_source(
                 open_S, next_length=lambda s: min(self.length_left(s, now), row_rest)
             )
-        # of sources no longer wanted
+        # of sources that the mixture names no longer
         return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)
 
     def look(self, source: int, now: Settings) -> tuple[int, int]:
@@ -228,169 +188,95 @@ class VirtualStream:
     def length_left(self, source: int, now: Settings) -> int:
         """[tokens] Unread of the open document of `source` that would be read on."""
         slot, _ = self.look(source, now)
-        document = self.buffer_S[source].slots[slot]
-        return len(self.reread(document) if document.tokens is None else document.tokens) - document.read
+        buffer = self.buffer_S[source]
+        tokens = buffer.tokens[slot] or self.reread(source, slot)
+        return len(tokens.ids) - buffer.read[slot]
 
     def next_source(self, weights_S: list[float], *, at_most: float = math.inf) -> int | None:
         """The source of the next document; None: all are at their ends. One at its end leaves its share to
-        the others. at_most: [tokens] that a document counts."""
-        if len(weights_S) > 1:
-            weights_S = self.left(weights_S)
-            due = self.credits.next_source
-            return (
-                due(weights_S, next_length=lambda s: min(self.next_length(s) or 0, at_most))
-                if any(weights_S)
-                else None
-            )
-        return 0 if self.next_length(0) is not None else None
+        the others. at_most: [tokens] that a document counts.
+        """
+        next_length = self.opener.next_length
+        if len(weights_S) == 1:
+            return 0 if next_length(0) is not None else None
+        weights_S = self.weights_left(weights_S)
+        if not any(weights_S):
+            return None
+        return self.credits.next_source(weights_S, next_length=lambda s: min(next_length(s) or 0, at_most))
 
-    def left(self, weights_S: list[float]) -> list[float]:
+    def weights_left(self, weights_S: list[float]) -> list[float]:
         """The weights of the sources that have a document left."""
         if self.intake.repeats:
             return weights_S
         has_S = [
-            weight > 0 and (self.buffer_S[s].num_open or self.next_length(s))
+            weight > 0 and (self.buffer_S[s].num_open or self.opener.next_length(s))
             for s, weight in enumerate(weights_S)
         ]
         total = sum(weight for weight, has in zip(weights_S, has_S, strict=True) if has)
         return [weight / total if has else 0.0 for weight, has in zip(weights_S, has_S, strict=True)]
 
     def charge(self, source: int, length: int, now: Settings) -> None:
-        """Not for what is left of another phase: it is nobody's share."""
+        """Tokens that are left of an earlier phase are charged to no source."""
         if self.phase == now.phase and now.weights_S[source] > 0:
-            self.credits.charge(source, length, self.left(now.weights_S))
+            self.credits.charge(source, length, self.weights_left(now.weights_S))
 
-    # -- opening documents --
+    # -- open documents --
 
     def refill(self, source: int, now: Settings) -> None:
         buffer = self.buffer_S[source]
-        if (room := buffer.room(now.size_S[source])) > 1:
-            goal_S = [room if s == source else 0 for s in range(len(self.buffer_S))]
-            self.asked(wanted := self.missing(goal_S), self.intake.request(wanted))
+        room = buffer.room(now.size_S[source])
+        if room > 1:
+            self.opener.request(source, room)
         buffer.close_up()
         for _ in range(room):
-            if self.next_length(source) is None:
+            if self.opener.next_length(source) is None:
                 return
-            n = self.next_S[source]
-            tokens = self.take(source)
-            buffer.add(OpenDocument(source, n, 0, tokens))
-            self.totals["open"] += len(tokens)
+            number = self.opener.next_S[source]
+            tokens = self.opener.take(source)
+            buffer.add(number, tokens)
+            self.totals["open"] += len(tokens.ids)
 
-    def take(self, source: int) -> np.ndarray:
-        """The tokens of the next document of `source`, which is that no longer."""
-        tokens = self.ahead.pop(source)
-        self.advance(source)
-        self.intake.saw(source, len(tokens))
+    def reread(self, source: int, slot: int) -> Tokens:
+        """The tokens of a document that was open before a resume."""
+        buffer = self.buffer_S[source]
+        n, read = buffer.numbers[slot], buffer.read[slot]
+        ticket = self.resumed.pop((source, n), None)
+        tokens = self.intake.reread(source, n, ticket=ticket)
+        if read >= len(tokens.ids):
+            reader = self.intake.readers[source]
+            raise reader.foreign(f"{reader.where(n)}: no token {read}, the document has {len(tokens.ids)}")
+        buffer.tokens[slot] = tokens
         return tokens
 
-    def next_length(self, source: int) -> int | None:
-        """Of the document of `source` that is opened next; None: there is none. Bad documents are passed
-        over.
-        """
-        if source in self.ahead:
-            return len(self.ahead[source])
-        reader, queue = self.intake.readers[source], self.queue_S[source]
-        while not reader.is_over(self.next_S[source]):
-            if not queue:
-                queue += self.intake.request([(source, self.next_S[source])])
-            tokens = queue[0].get()
-            if isinstance(tokens, np.ndarray):
-                self.ahead[source], self.refused_S[source] = tokens, 0
-                return len(tokens)
-            if tokens is None:
-                return None
-            self.refuse(tokens)
-            self.advance(source)
-            self.refused_S[source] += 1
-            if self.refused_S[source] >= reader.patience:
-                raise DataError(
-                    f"no usable document in a whole epoch, the last was {tokens}; check {reader.key}"
-                )
-        return None
+    def open(self) -> Iterator[tuple[int, int, int, Tokens | None]]:
+        """source, number in the source, tokens read, tokens."""
+        for s, buffer in enumerate(self.buffer_S):
+            for n, read, tokens in zip(buffer.numbers, buffer.read, buffer.tokens, strict=True):
+                if n != EMPTY:
+                    yield s, n, read, tokens
 
-    def advance(self, source: int) -> None:
-        self.queue_S[source].popleft()
-        self.next_S[source] += self.num_streams
-
-    # -- asking for documents --
-
-    def missing(self, goal_S: Sequence[int]) -> list[Wanted]:
-        """What to ask for, so that so many documents of each source lie ahead."""
-        wanted = list[Wanted]()
-        for s, goal in enumerate(goal_S):
-            if goal > (num_ahead := len(self.queue_S[s])):
-                first, is_over = self.next_S[s], self.intake.readers[s].is_over
-                numbers = range(
-                    first + num_ahead * self.num_streams, first + goal * self.num_streams, self.num_streams
-                )
-                wanted += [(s, n) for n in numbers if not is_over(n)]
-        return wanted
-
-    def asked(self, wanted: list[Wanted], pending: Iterable[Pending]) -> None:
-        for (s, _), document in zip(wanted, pending, strict=True):
-            self.queue_S[s].append(document)
-
-    # -- what was open before a resume --
-
-    def reread(self, document: OpenDocument) -> np.ndarray:
-        pending = self.again.pop((document.source, document.n), None)
-        tokens = document.tokens = self.intake.again(document.source, document.n, pending=pending)
-        if document.read >= len(tokens):
-            reader = self.intake.readers[document.source]
-            raise reader.foreign(
-                f"{reader.where(document.n)}: no token {document.read}, the document has {len(tokens)}"
-            )
-        return tokens
-
-    def open(self) -> Iterator[OpenDocument]:
-        return (document for buffer in self.buffer_S for document in buffer.slots if document is not None)
-
-    def slowest(self, source: int) -> int:
+    def oldest(self, source: int) -> int:
         """The oldest document of `source` that is open, or the next one."""
-        return min(
-            (document.n for document in self.open() if document.source == source), default=self.next_S[source]
-        )
+        numbers = [n for n in self.buffer_S[source].numbers if n != EMPTY]
+        return min(numbers, default=self.opener.next_S[source])
 
     # -- state --
 
-    @property
-    def num_slots(self) -> int:
-        return sum(len(buffer.slots) for buffer in self.buffer_S)
-
-    def heads(self, num_slots: int) -> np.ndarray:
-        """(3, C): of each slot the document's index in this stream's share of its source, the tokens read,
-        the source.
-        """
-        slots = [
-            (d.n // self.num_streams if d else EMPTY, d.read if d else 0, s)
-            for s, buffer in enumerate(self.buffer_S)
-            for d in buffer.slots
-        ]
-        beyond = [(BEYOND, 0, 0)] * (num_slots - len(slots))
-        return np.array(slots + beyond, np.int64).reshape(num_slots, 3).T
-
-    def restore(
-        self,
-        next_S: list[int],
-        *,
-        credit_S: list[float],
-        draws_S: list[int],
-        phase: int,
-        heads_3C: np.ndarray,
-    ) -> None:
-        self.next_S, self.credits.credit_S, self.phase, self.ahead, self.again = (
-            next_S,
-            credit_S,
-            phase,
-            {},
-            {},
+    def position(self) -> Position:
+        """Copies of lists, no more: it is taken in every step."""
+        return Position(
+            next_S=self.opener.next_S.copy(),
+            credit_S=self.credits.credit_S.copy(),
+            draws_S=[buffer.draws for buffer in self.buffer_S],
+            phase=self.phase,
+            numbers_SC=[buffer.numbers.copy() for buffer in self.buffer_S],
+            read_SC=[buffer.read.copy() for buffer in self.buffer_S],
         )
-        for queue in self.queue_S:
-            queue.clear()
-        slots_S = [list[OpenDocument | None]() for _ in self.buffer_S]
-        for index, read, source in heads_3C.T.tolist():
-            if index != BEYOND:
-                number = self.number + index * self.num_streams
-                slots_S[source].append(OpenDocument(source, number, read, None) if index != EMPTY else None)
-        for buffer, slots, draws in zip(self.buffer_S, slots_S, draws_S, strict=True):
-            buffer.restore(slots, draws=draws)
+
+    def start_at(self, position: Position) -> None:
+        self.opener.start_at(position.next_S)
+        self.credits.credit_S, self.phase = position.credit_S, position.phase
+        self.resumed.clear()
+        columns = zip(self.buffer_S, position.numbers_SC, position.read_SC, position.draws_S, strict=True)
+        for buffer, numbers, read, draws in columns:
+            buffer.restore(numbers, read, draws=draws)

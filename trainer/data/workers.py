@@ -34,8 +34,8 @@ CLOSED = "the stream was closed"
 log = logging.getLogger(__name__)
 
 
-class Later:
-    """A future's place where there are no workers: the work is done when its result is wanted."""
+class LazyResult:
+    """Stands for a future where there are no workers: the work is done when its result is wanted."""
 
     def __init__(self, work: Callable[[Any], Any], request: Any) -> None:
         self.work, self.request, self.is_done = work, request, False
@@ -63,10 +63,10 @@ class Workers:
                 target=self.serve, args=(pid, pipe), daemon=True, name=f"data worker {pid}"
             ).start()
 
-    def submit(self, request: Any, *, priority: int = 0, future: Future | None = None) -> Future | Later:
+    def submit(self, request: Any, *, priority: int = 0, future: Future | None = None) -> Future | LazyResult:
         """Lower priorities first. Errors of `work` are raised by the future's `result`."""
         if not self.num:
-            return Later(self.work, request)
+            return LazyResult(self.work, request)
         if self.is_closed:
             raise RuntimeError(CLOSED)
         future = future or Future()

@@ -1,26 +1,28 @@
 """How is a run put together from its configuration?"""
 
+import inspect
 import os
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
-from trainer.data import Source, TokenStream, load_tokenizer
+from trainer.data import Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSSES, Now, Program, check_sources, program_of
+from trainer.program import LOSSES, Now, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, refuse_disagreement
-from trainer.ranks.device import ParallelDims
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
 from trainer.run.health import Health
@@ -35,12 +37,21 @@ def build(config: Config) -> Run:
     compare_clocks()
     has_experts = config.model.num_dense_layers < config.model.num_layers
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
+    groups = Groups.of(dims)
     program = program_of(config)
     check_sources(config, program)
     refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
     first = program.spans[0].now
     with refusing():
-        stream = build_stream(config, program, dims)
+        program.check_split(num_ranks=groups.num_readers, num_streams=config.data.num_streams)
+        stream = build_stream(
+            config.data,
+            first=first,
+            seed=config.seed,
+            vocab_size=config.model.vocab_size,
+            directory=run_directory(config),
+            groups=groups,
+        )
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
@@ -60,7 +71,6 @@ def build(config: Config) -> Run:
     initialize(model, device=on, seed=config.seed)
     with refusing():
         optimizer = Optimizers(instantiate(config.optim)(model))
-    groups = Groups.of(dims)
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
         guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
@@ -90,45 +100,49 @@ def build(config: Config) -> Run:
     )
 
 
-def build_stream(config: Config, program: Program, dims: ParallelDims) -> TokenStream:
-    """This rank's share of the token stream."""
-    mesh = dims.get_optional_mesh("batch")
-    rank, num_ranks = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
-    d, first = config.data, program.spans[0].now
-    program.check_split(num_ranks=num_ranks, num_streams=d.num_streams)
-    # the first rank of a host unpacks files and trains the tokenizer, the others find them
+def build_stream(
+    d: DataConfig, *, first: Now, seed: int, vocab_size: int, directory: Path, groups: Groups
+) -> TokenStream:
+    """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
+    documents.
+    """
+    rank, num_ranks = groups.reader, groups.num_readers
+    # the first rank of a host unpacks files and trains the tokenizer, the others use them
     for turn in (0, 1):
         if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
-            source = sources_of(d, vocab_size=config.model.vocab_size)
+            source = sources_of(d, vocab_size=vocab_size)
             tokenizer = load_tokenizer(
-                d.tokenizer, source=source, vocab_size=config.model.vocab_size, cache_dir=d.cache_dir
+                d.tokenizer, source=source, vocab_size=vocab_size, cache_dir=d.cache_dir
             )
         dist.barrier()
-    return TokenStream(
-        source=source,
-        tokenizer=tokenizer,
+    stream_config = StreamConfig(
         seq_len=first.seq_len,
         global_batch=first.global_batch,
         num_streams=d.num_streams,
-        seed=config.seed,
-        rank=rank,
-        num_ranks=num_ranks,
-        shuffle=d.shuffle,
-        on_bad=d.on_bad,
-        max_bad=d.max_bad,
-        max_document_mb=d.max_document_mb,
-        document_mask=d.document_mask,
+        seed=seed,
         mixture=first.mixture,
         buffer=first.buffer,
         packing=d.packing,
         at_end=d.at_end,
+        shuffle=d.shuffle,
+        document_mask=d.document_mask,
+        on_bad=d.on_bad,
+        max_bad=d.max_bad,
+        max_document_mb=d.max_document_mb,
         backend=d.backend,
         workers=d.workers,
         prefetch=d.prefetch,
         retries=d.retries,
         retry_s=d.retry_s,
         with_sources=d.source_loss,
-        report=BadDocumentLog(run_directory(config) / f"bad_documents.{rank}.txt"),
+    )
+    return TokenStream(
+        stream_config,
+        source=source,
+        tokenizer=tokenizer,
+        rank=rank,
+        num_ranks=num_ranks,
+        report=BadDocumentLog(directory / f"bad_documents.{rank}.txt"),
     )
 
 
@@ -140,7 +154,7 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
     found = dict[str, Source]()
     for key, node in nodes.items():
         try:
-            found[key.removeprefix("data.sources.")] = instantiate(node)
+            found[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
             raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
         if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
@@ -148,6 +162,12 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
         if getattr(found[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
             raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
     return found if d.sources else found["data.source"]
+
+
+def source_of(node: Any, *, cache_dir: str | None) -> Source:
+    """A source that keeps what it makes once does so in data.cache_dir, unless its own node names a place."""
+    keeps = "cache_dir" in inspect.signature(get_method(node["_target_"])).parameters
+    return instantiate(node, cache_dir=node.get("cache_dir") or cache_dir) if keeps else instantiate(node)
 
 
 def loss_weights(of: BalanceConfig | Now) -> LossWeights:

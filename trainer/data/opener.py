@@ -1,0 +1,114 @@
+"""Which document of a source does one virtual stream open next?
+
+    requested (queue) -> the next one, its length known (peeked) -> taken
+
+Virtual stream v of V opens the documents v, v + V, v + 2V, ... of each source. Documents are requested
+ahead of their use; bad ones are passed over where the stream comes to them, not where a worker does.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from trainer.data.intake import Intake, Ticket, Wanted
+from trainer.data.reader import DataError
+from trainer.data.sources import BadDocument, Tokens
+
+
+@dataclass(kw_only=True)
+class Opener:
+    """Lists have an entry for each source (S)."""
+
+    number: int
+    num_streams: int
+    intake: Intake
+    refuse: Callable[[BadDocument], None]
+
+    def __post_init__(self) -> None:
+        self.start_at([self.number] * len(self.intake.readers))
+
+    def start_at(self, next_S: list[int]) -> None:
+        self.next_S = next_S  # the document that is opened next
+        self.queue_S = [deque[Ticket]() for _ in next_S]  # requested: that document, and those behind it
+        self.peeked_S: list[Tokens | None] = [None] * len(
+            next_S
+        )  # that document, once its length was asked for
+        self.num_refused_S = [0] * len(next_S)  # bad documents in a row
+
+    # -- the next document --
+
+    def next_length(self, source: int) -> int | None:
+        """[tokens] Of the document of `source` that is opened next; None: there is none.
+
+        Raises: DataError where a whole epoch holds no usable document.
+        """
+        tokens = self.peeked_S[source]
+        if tokens is None:
+            tokens = self.peeked_S[source] = self.next_usable(source)
+        return None if tokens is None else len(tokens.ids)
+
+    def next_usable(self, source: int) -> Tokens | None:
+        reader, queue = self.intake.readers[source], self.queue_S[source]
+        while not reader.is_over(self.next_S[source]):
+            if not queue:
+                queue += self.intake.request([(source, self.next_S[source])])
+            document = queue[0].get()
+            if document is None:
+                return None
+            if isinstance(document, Tokens):
+                self.num_refused_S[source] = 0
+                return document
+            self.pass_over(source, document)
+        return None
+
+    def pass_over(self, source: int, bad: BadDocument) -> None:
+        reader = self.intake.readers[source]
+        self.refuse(bad)
+        self.advance(source)
+        self.num_refused_S[source] += 1
+        if self.num_refused_S[source] >= reader.patience:
+            raise DataError(f"no usable document in a whole epoch, the last was {bad}; check {reader.key}")
+
+    def peeked(self, source: int) -> Tokens:
+        """The document whose length `next_length` has told."""
+        tokens = self.peeked_S[source]
+        assert tokens is not None
+        return tokens
+
+    def take(self, source: int) -> Tokens:
+        """The document whose length `next_length` has told; the one behind it is the next from now on."""
+        tokens = self.peeked(source)
+        self.peeked_S[source] = None
+        self.advance(source)
+        self.intake.count_length(source, len(tokens.ids))
+        return tokens
+
+    def advance(self, source: int) -> None:
+        self.queue_S[source].popleft()
+        self.next_S[source] += self.num_streams
+
+    # -- requests --
+
+    def shortfall(self, goal_S: Sequence[int]) -> list[Wanted]:
+        """What to request, so that the queue of each source holds so many documents."""
+        wanted = list[Wanted]()
+        for source, goal in enumerate(goal_S):
+            num_requested = len(self.queue_S[source])
+            if num_requested < goal:
+                first, is_over = self.next_S[source], self.intake.readers[source].is_over
+                start, stop = first + num_requested * self.num_streams, first + goal * self.num_streams
+                numbers = range(start, stop, self.num_streams)
+                wanted += [(source, n) for n in numbers if not is_over(n)]
+        return wanted
+
+    def append(self, wanted: Iterable[Wanted], tickets: Iterable[Ticket]) -> None:
+        """Puts what was requested at the ends of the queues."""
+        for (source, _), ticket in zip(wanted, tickets, strict=True):
+            self.queue_S[source].append(ticket)
+
+    def request(self, source: int, goal: int) -> None:
+        """Requests documents of one source, so that its queue holds so many."""
+        goal_S = [0] * len(self.queue_S)
+        goal_S[source] = goal
+        wanted = self.shortfall(goal_S)
+        self.append(wanted, self.intake.request(wanted))
