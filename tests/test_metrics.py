@@ -1,7 +1,6 @@
 """metrics.jsonl is complete and readable whatever the trackers do."""
 
 import json
-import os
 
 import numpy
 import pytest
@@ -27,33 +26,6 @@ class Broken:
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_full_disk_does_not_end_a_run_and_its_lines_wait(tmp_path, caplog):
-    log = MetricsLog(tmp_path / "metrics.jsonl", steps=3, interval=9)
-    with_room, log.file = log.file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    for step in (1, 2):
-        log.write({"step": step, **LINE})
-    assert [record.message for record in caplog.records] == [
-        f"{tmp_path}/metrics.jsonl cannot be written, its lines wait: [Errno 28] No space left on device"
-    ]
-    log.file = with_room
-    log.write({"step": 3, **LINE})
-    log.close()
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
-def test_a_kill_while_a_log_is_taken_up_again_loses_none_of_it(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
-
-    def killed(*arguments):
-        raise SystemExit
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(SystemExit):
-        MetricsLog(path, steps=3, interval=1, after_step=2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_tracker_that_fails_stops_neither_the_run_nor_the_file(tmp_path, caplog):

@@ -84,7 +84,7 @@ class BalanceConfig:
 
 @dataclass(kw_only=True)
 class GuardConfig:
-    """What counts as an expert about to be lost, and what is done (trainer/balance/guard.py)."""
+    """What counts as an expert about to be lost (trainer/balance/guard.py)."""
 
     enabled: bool = False
     grace: int = 200  # [steps] not judged, from the start of the run
@@ -93,8 +93,7 @@ class GuardConfig:
     rising: float = 1.5  # MaxVio over its floor, of the last 20 steps over the last 200
     excess: float = 0.5  # [even shares] and at least this much of it
     logits: float = 1.5  # root mean square of the router's logits, of the last 20 steps over the last 200
-    # of boost, solve, sequence_loss, stop: one for each alarm
-    ladder: list[str] = field(default_factory=list)
+    stop: bool = False  # an alarm ends the run: it saves, and the same command continues
 
 
 @dataclass(kw_only=True)

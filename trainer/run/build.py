@@ -108,7 +108,7 @@ def build(config: Config) -> Run:
     group = mesh.get_group() if mesh is not None else None
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
-        guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
+        guard = Guard((num_moe, config.model.num_experts), **vars(config.guard))
         health = Health(**vars(config.skip))
     balancer = Balancer(
         moe_layers(model), rule, steps=program.last_step(), group=group, guard=guard, required=required

@@ -27,6 +27,7 @@ from trainer.data import BadDocument
 from trainer.program import Program
 from trainer.ranks.agree import agreed, refuse_disagreement, refusing_on_all
 from trainer.ranks.lock import InUseError, lock
+from trainer.records import append_line, write_text
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
 FIXED = (
@@ -132,7 +133,7 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     only.
     """
     for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
-        (run_directory(config) / name).write_text(text)
+        write_text(run_directory(config) / name, text)
     spans = [
         {
             "start": span.start,
@@ -147,16 +148,15 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     init_from = config.init_from if opened.origin is None else None
     how = {"loaded": loaded, "init_from": init_from, "changed": opened.changed, "code": opened.about["code"]}
     line = {"step": step, "tokens": tokens, **how, "program": spans}
-    with (run_directory(config) / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
 
 
 def record_rollback(config: Config, *, step: int, steps: int) -> None:
     """Adds a line to starts.jsonl: the run went back to `step` and passed over the data of the next
     `steps`.
     """
-    with (run_directory(config) / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "rolled_back": True, "passed_over_steps": steps}) + "\n")
+    line = {"step": step, "rolled_back": True, "passed_over_steps": steps}
+    append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
 
 
 def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -201,6 +201,4 @@ class BadDocumentLog:
         self.path = path
 
     def __call__(self, bad: BadDocument) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(f"{bad}\n")
+        append_line(self.path, str(bad))

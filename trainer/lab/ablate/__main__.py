@@ -24,12 +24,14 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer import terminal
 from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
 from trainer.lab.ablate import table
 from trainer.lab.ablate.programs import PROGRAMS
@@ -210,25 +212,19 @@ def progress(total: int):
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if {"-h", "--help"} & set(arguments):
-            print(__doc__)
-            print(
-                "Studies: "
-                + ", ".join(sorted(path.stem for path in (CONFIG_DIR / "ablation").glob("*.yaml")))
-            )
-            return OK
-        options, extra = parse(arguments)
-        of_result = [
-            a for a in arguments if a.split("=")[0] not in ("run_dir", "workers", "keep_checkpoints")
-        ]
-        return ablate(options, extra, command=shlex.join(["triquetra", "ablate", *of_result]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("interrupted before the first job; the same command starts it", file=sys.stderr)
-        return STOPPED
+    codes = {ConfigError: REFUSED, KeyboardInterrupt: STOPPED}
+    interrupted = "interrupted before the first job; the same command starts it"
+    return terminal.run(partial(command, arguments), codes, interrupted=interrupted)
+
+
+def command(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        studies = sorted(path.stem for path in (CONFIG_DIR / "ablation").glob("*.yaml"))
+        print(f"{__doc__}\nStudies: {', '.join(studies)}")
+        return OK
+    options, extra = parse(arguments)
+    of_result = [a for a in arguments if a.split("=")[0] not in ("run_dir", "workers", "keep_checkpoints")]
+    return ablate(options, extra, command=shlex.join(["triquetra", "ablate", *of_result]))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ def verdict(runs: Sequence[Mapping[str, Any]]) -> Cell:
         detail, tone = f"✗ collapsed{of_seeds} ({most} expert{'s' * (most != 1)})", "bad"
     elif failed:
         detail, tone = f"! missed a threshold{of_seeds}", "warn"
+    elif any(run.get("too_short") for run in runs):
+        detail, tone = "– too short to judge", "warn"
     return Cell(runs[0]["arm"], detail, tone=tone)
 
 

@@ -88,6 +88,7 @@ def run_one(config: SimulateConfig, seed: int, advance: Callable[[], None]) -> d
         "arm": config.balance.name,
         "seed": seed,
         "ok": verdict.ok,
+        "too_short": None if verdict.is_known else str(verdict),
         "collapsed": len(verdict.collapsed),
         "experts": verdict.num_experts,
         "seconds": round(time.perf_counter() - start_s, 1),
