@@ -109,20 +109,20 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
 
     Raises: ConfigError, DamagedError.
     """
-    if (found := own.newest_good()) is not None or config.branch is None:
-        return found
+    if (checkpoint := own.newest_good()) is not None or config.branch is None:
+        return checkpoint
     path = Path(config.branch)
     # a run may have such a name
     if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):
-        found = Checkpoints(path / "checkpoints").newest_good()
+        checkpoint = Checkpoints(path / "checkpoints").newest_good()
     elif (step := path.name.removeprefix("step-")).isdecimal():
-        found = Found(int(step), path) if agreed(path.is_dir()) else None
-        if found is not None and (problems := Checkpoints(path.parent).verify(found.step)):
+        checkpoint = Found(int(step), path) if agreed(path.is_dir()) else None
+        if checkpoint is not None and (problems := Checkpoints(path.parent).verify(checkpoint.step)):
             raise ConfigError(f"branch={config.branch}: " + "\n".join(problems))
-    if found is None:
+    if checkpoint is None:
         example = "<run>/checkpoints/step-00000100"
         raise ConfigError(f"branch={config.branch}: no checkpoint there; give a run's directory or {example}")
-    return found
+    return checkpoint
 
 
 def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:

@@ -146,7 +146,7 @@ class Lines:
 
     def report(self, job: Job, record: dict[str, Any]) -> None:
         self.ended += 1
-        print(f"{self.ended}/{self.total}  {job.name}: {said(record)}", flush=True)
+        print(f"{self.ended}/{self.total}  {job.name}: {outcome_of(record)}", flush=True)
 
     def tick(self, running: list[Job]) -> None:
         pass
@@ -176,7 +176,7 @@ class Bars(Lines):
 
     def report(self, job: Job, record: dict[str, Any]) -> None:
         self.ended += 1
-        self.progress.console.print(f"{job.name}: {said(record)}", markup=False, highlight=False)
+        self.progress.console.print(f"{job.name}: {outcome_of(record)}", markup=False, highlight=False)
         self.progress.update(self.task, completed=self.ended, refresh=True)
 
     def tick(self, running: list[Job]) -> None:
@@ -187,7 +187,7 @@ class Bars(Lines):
         self.progress.stop()
 
 
-def said(record: dict[str, Any]) -> str:
+def outcome_of(record: dict[str, Any]) -> str:
     message = " ".join(record["message"].split())
     return f"{record['outcome']}, {record['seconds']:.0f} s" + (f": {message[:200]}" if message else "")
 

@@ -20,7 +20,8 @@ class Thresholds:
 
     # [even shares] of MaxVio over its floor, mean over the last fifth of the steps
     excess_mean: float | None = None
-    steps_to_balance: int | None = None  # until MaxVio is below `balanced_below`
+    # until MaxVio, mean of 10 steps, is below `balanced_below`; counted to the first of the 10 steps
+    steps_to_balance: int | None = None
     recovery_steps: int | None = None  # the same after the shift of the scores
 
 
