@@ -621,11 +621,11 @@ def test_a_short_tail_is_not_judged(steps, mean, is_known):
     assert verdict.ok is not is_known and len(verdict.collapsed) == is_known
     assert is_known or str(verdict) == (
         f"balance: too short to judge ({steps * mean:,} tokens per expert in the last {steps} steps; "
-        "619 in 15 are needed)"
+        "619 in 15 steps are needed)"
     )
 
 
 def test_a_run_whose_tail_was_not_applied_is_not_judged():
     assert str(balancer(4, 2, steps=100).verdict()) == (
-        "balance: too short to judge (0 tokens per expert in the last 0 steps; 619 in 15 are needed)"
+        "balance: too short to judge (0 tokens per expert in the last 0 steps; 619 in 15 steps are needed)"
     )

@@ -766,7 +766,7 @@ def test_a_short_simulation_says_that_it_cannot_be_judged(monkeypatch, capsys, t
     short = [*CLOSED, "tokens=128", "level.feedback=0.1", "balance=none", f"run_dir={tmp_path}", "ci=true"]
     assert run_main(monkeypatch, *short) == train.OK
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "balance: too short to judge (240 tokens per expert in the last 15 steps; 619 in 15 are needed)"
+        "balance: too short to judge (240 tokens per expert in the last 15 steps; 619 in 15 steps are needed)"
     )
     assert "too short to judge" in (tmp_path / "simulate-closed-none" / "simulation.html").read_text()
 

@@ -202,7 +202,7 @@ class Verdict:
         if not self.is_known:
             return (
                 f"balance: too short to judge ({self.num_tokens:,.0f} tokens per expert in the last "
-                f"{self.num_steps} steps; {LEAST_TOKENS:,} in {LEAST_STEPS} are needed)"
+                f"{self.num_steps} steps; {LEAST_TOKENS:,} in {LEAST_STEPS} steps are needed)"
             )
         return (
             f"balance: {'ok' if self.ok else 'FAILED'}, {len(self.collapsed)} of "
