@@ -22,12 +22,14 @@ from trainer.balance import (
     SmebuGainRule,
     SmebuQuantileRule,
     SmebuRule,
+    Verdict,
     collect_required,
     collects_required,
     register_routing_buffers,
     routing_metrics,
     routing_sums,
 )
+from trainer.balance.balancer import LEAST_TOKENS
 from trainer.balance.stats import NUM_MARGINS, NUM_REQUIRED, margin_bin, num_sums, required_bin
 
 
@@ -157,16 +159,16 @@ def test_logits_that_blow_up_show_and_do_not_overflow(value):
 
 
 def test_required_biases_are_counted_where_asked_for_only():
-    layer = Layer(4)
     for rule, required, expected in [
         (None, False, False),
         (None, True, True),
         (SignRule((1, 4), lr=1.0), False, False),
         (QuantileRule((1, 4)), False, True),
     ]:
+        layer = Layer(4)
         Balancer([layer], rule, steps=1, required=required)
         assert collects_required(layer) == expected
-    collect_required(layer)
+    collect_required(layer)  # once more
     assert collects_required(layer) and len(layer.routing_sums_S) == num_sums(4, required=True)
     with pytest.raises(ValueError, match="needs_required = True"):
         RoutingStats(torch.ones(1, 4), 1, torch.zeros(1, 4)).required_quantile_ME  # noqa: B018
@@ -572,19 +574,58 @@ def test_observers_see_the_sums_before_the_biases_move():
 
 
 def test_the_verdict_counts_the_last_tenth_of_the_steps_only():
-    balance = balancer(4, 1, steps=20)
-    for step in range(1, 21):  # the tail is steps 19 and 20; expert 3 is starved there only
-        feed(balance, torch.tensor([[100, 100, 100, 1]] if step > 18 else [[1, 1, 1, 500]]), step)
+    balance = balancer(4, 1, steps=200)
+    for step in range(1, 201):  # the tail are the last 20 steps; expert 3 is starved there only
+        feed(balance, torch.tensor([[100, 100, 100, 1]] if step > 180 else [[1, 1, 1, 500]]), step)
     verdict = balance.verdict()
     assert verdict.collapsed == [(0, 3)] and not verdict.ok and verdict.num_experts == 4
+    assert (verdict.num_steps, verdict.num_tokens) == (20, 20 * 75.25)
     assert verdict.max_violation == pytest.approx(100 / 75.25 - 1)
     assert str(verdict).startswith("balance: FAILED, 1 of 4 experts collapsed, MaxVio 0.33 (floor ")
 
 
+def tail_of(counts: list[int], *, steps: int = 15) -> Verdict:
+    """The verdict on a run whose tail has so many steps, each with these counts."""
+    balance = balancer(len(counts), 1, steps=10 * steps)
+    for step in range(9 * steps + 1, 10 * steps + 1):
+        feed(balance, torch.tensor([counts]), step)
+    return balance.verdict()
+
+
 @pytest.mark.parametrize(("starved", "ok"), [(9, False), (10, True)])
 def test_the_limit_of_collapse_is_a_tenth_of_the_even_share(starved, ok):
-    balance = balancer(10, 1, steps=1)  # mean 100 tokens
-    counts = [starved] + [100] * 8 + [200 - starved]
-    feed(balance, torch.tensor([counts]), 1)
-    assert balance.verdict().ok is ok
-    assert ("ok, 0 of 10" in str(balance.verdict())) is ok
+    verdict = tail_of([starved] + [100] * 8 + [200 - starved])  # mean 100 tokens
+    assert verdict.ok is ok
+    assert ("ok, 0 of 10" in str(verdict)) is ok
+
+
+def test_the_tokens_that_a_verdict_needs_by_the_distribution_itself():
+    """Under a tenth of the even share, by chance: clusters of 30 tokens are Poisson with mean n / 30. The
+    bound that the number comes from holds, and a third of the number would not be enough."""
+
+    def chance(num_tokens: float) -> float:
+        mean, limit = num_tokens / 30, 0.1 * num_tokens / 30
+        return sum(math.exp(-mean) * mean**k / math.factorial(k) for k in range(math.ceil(limit)))
+
+    assert LEAST_TOKENS == 619  # 30 ln(10^6) / (0.9 + 0.1 ln 0.1) = 618.8
+    assert chance(LEAST_TOKENS) < 1e-6 < chance(LEAST_TOKENS / 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean", "is_known"), [(15, 42, True), (15, 41, False), (14, 1000, False), (1, 10**6, False)]
+)
+def test_a_short_tail_is_not_judged(steps, mean, is_known):
+    """15 steps of 42 tokens per expert are 630, of 41 they are 615; 619 and 15 steps are needed."""
+    verdict = tail_of([0, mean, 2 * mean], steps=steps)
+    assert verdict.starved == [(0, 0)] and verdict.is_known is is_known
+    assert verdict.ok is not is_known and len(verdict.collapsed) == is_known
+    assert is_known or str(verdict) == (
+        f"balance: too short to judge ({steps * mean:,} tokens per expert in the last {steps} steps; "
+        "619 in 15 steps are needed)"
+    )
+
+
+def test_a_run_whose_tail_was_not_applied_is_not_judged():
+    assert str(balancer(4, 2, steps=100).verdict()) == (
+        "balance: too short to judge (0 tokens per expert in the last 0 steps; 619 in 15 steps are needed)"
+    )

@@ -1,5 +1,4 @@
-"""Does the guard see what it should see, in time and in silence otherwise, and does each rung do what it
-says?
+"""Does the guard see what it should see, in time and in silence otherwise, and does it change nothing?
 
 Letters: M layers, E experts. Running means by hand: after n steps from 1 to x, the fast one is 1 + (x - 1)(1
 - 0.95^n), the slow one has 0.995.
@@ -8,7 +7,6 @@ Letters: M layers, E experts. Running means by hand: after n steps from 1 to x, 
 import json
 import logging
 import math
-import signal
 import time
 from copy import deepcopy
 from typing import Any
@@ -17,15 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.arms import GatedLayer, Lab, batch, make_lab, make_rule
+from tests.arms import GatedLayer, Lab, batch, make_lab
 from tests.arms import train as feed
 from tests.ranks import run_ranks
-from tests.test_resume import metrics, tensors
+from tests.test_resume import metrics
 from trainer import train
-from trainer.balance import Balancer, Guard, LossWeights, QuantileRule, RoutingStats, collects_required
+from trainer.balance import Balancer, Guard, RoutingStats
 from trainer.config import GuardConfig, load
 from trainer.metrics import MetricsLog, WandbTracker
-from trainer.ranks.stop import PREEMPTED
 
 SHAPE = (2, 4)
 
@@ -49,7 +46,7 @@ def seen(
         "balance/floor": 0.1,
         "balance/logit_rms": logits,
     }
-    raised = guard.watch(step, stats or even(), values)
+    raised = guard.watch(step, (stats or even()).load_ME, values)
     alarms = guard.take_alarms()
     assert raised["guard/alarm"] == len(alarms) == (1 if alarms else 0)
     return alarms
@@ -196,10 +193,6 @@ def test_alarms_are_patience_steps_apart(patience):
         ({"rising": math.nan}, "guard.rising"),
         ({"logits": 0.5}, "guard.logits=0.5: must exceed 1"),
         ({"excess": 0.0}, "guard.excess=0.0: must exceed 0"),
-        (
-            {"ladder": ["boost", "panic"]},
-            r"guard.ladder=\['boost', 'panic'\]: panic is no rung; use boost, solve, sequence_loss, st",
-        ),
     ],
 )
 def test_wrong_settings_are_refused_with_their_value(settings, message):
@@ -211,174 +204,81 @@ def test_the_settings_of_guard_on_are_those_of_the_class_and_of_the_schema():
     on = load(["experiment=synthetic", "guard=on"]).guard
     assert vars(on) == vars(GuardConfig(enabled=True))
     default = Guard(SHAPE)
-    assert {name: getattr(default, name) for name in vars(on)} == {**vars(on), "ladder": ()}
+    assert {name: getattr(default, name) for name in vars(on)} == vars(on)
     assert load(["experiment=synthetic"]).guard == GuardConfig()
 
 
-# -- the ladder -------------------------------------------------------------------------------------------
+# -- stop and state ---------------------------------------------------------------------------------------
 
 
-class Told(Guard):
-    """Alarms at the steps that it is told, and keeps what it was shown."""
+class Scripted(Guard):
+    """Alarms at the steps that are named."""
 
-    def __init__(self, *rungs: str, at: tuple[int, ...]):
-        super().__init__((2, 16), grace=1, patience=1, ladder=rungs)
+    def __init__(self, *, at: tuple[int, ...], stop: bool = False):
+        super().__init__((2, 16), grace=1, patience=1, stop=stop)
         self.at = at
-        self.shown: list[RoutingStats] = []
-
-    def watch(self, step: int, stats: RoutingStats, metrics: dict[str, float]) -> dict[str, float]:
-        self.shown.append(stats)
-        return super().watch(step, stats, metrics)
 
     def reasons(self) -> list[str]:
-        return ["told so"] if self.seen.item() in self.at else []
+        return ["as scripted"] if self.seen.item() in self.at else []
 
 
-def guarded(name: str, *rungs: str, at: tuple[int, ...], **options: Any) -> Lab:
-    return make_lab(name, guard=Told(*rungs, at=at), **options)
+def guarded(name: str, *, at: tuple[int, ...], stop: bool = False) -> Lab:
+    return make_lab(name, guard=Scripted(at=at, stop=stop))
 
 
-def test_each_alarm_takes_the_next_rung_until_there_is_none():
-    lab = guarded("sign", "boost", "sequence_loss", "boost", at=(2, 3, 5, 6)).run(feed, range(1, 8))
-    assert [step["guard/rung"] for step in lab.metrics] == [0, 1, 2, 2, 3, 3, 3]
-    assert [step["guard/alarm"] for step in lab.metrics] == [0, 1, 1, 0, 1, 1, 0]
-    assert lab.balancer.guard.take_alarms() == [
-        "step 2: told so; boost",
-        "step 3: told so; sequence_loss",
-        "step 5: told so; boost",
-        "step 6: told so",
-    ]
+def test_an_alarm_changes_nothing_in_the_run():
+    """Biases, gradients and metrics are those without a guard, bit for bit."""
+    lab = guarded("smebu", at=(2, 3, 5), stop=True).run(feed, range(1, 8))
+    without = make_lab("smebu").run(feed, range(1, 8))
+    assert [metrics.pop("guard/alarm") for metrics in lab.metrics] == [0, 1, 1, 0, 1, 0, 0]
+    assert lab.metrics == without.metrics
+    for kind in ("biases", "gradients"):
+        both = zip(getattr(lab, kind), getattr(without, kind), strict=True)
+        assert all(torch.equal(a, b) for a, b in both)
+    assert lab.balancer.guard.take_alarms() == [f"step {step}: as scripted; stop" for step in (2, 3, 5)]
     assert lab.balancer.guard.take_alarms() == []
-
-
-@pytest.mark.parametrize("name", ["sign", "smebu", "smebu_gain", "quantile_ema"])
-def test_boost_doubles_the_rules_step_exactly_and_again(name):
-    """From the step after the alarm on; the rule's own memory knows nothing of it."""
-    lab = guarded(name, "boost", "boost", at=(2, 4)).run(feed, range(1, 7))
-    rule, bias_ME = make_rule(name, (2, 16)), torch.zeros(2, 16)
-    assert rule is not None
-    for stats, after_ME, factor in zip(lab.balancer.guard.shown, lab.biases, [1, 1, 2, 2, 4, 4], strict=True):
-        bias_ME = bias_ME + factor * rule(stats, bias_ME)
-        assert torch.equal(after_ME, bias_ME)
-    assert all(
-        torch.equal(memory, dict(rule.named_buffers())[key])
-        for key, memory in lab.balancer.rule.named_buffers()
-    )
-
-
-@pytest.mark.parametrize("name", ["none", "smebu", "quantile"])
-def test_solve_is_one_step_of_quantile_balancing(name):
-    """The step after the alarm, and no other one. The rule is not asked in that step; layers count required
-    biases for it only. A further alarm, without a rung left, solves nothing."""
-    lab = guarded(name, "solve", at=(3, 5))
-    rule, bias_ME, asked = make_rule(name, (2, 16)), torch.zeros(2, 16), []
-    always = name == "quantile"
-    assert isinstance(lab.balancer.guard, Told)
-    for step in range(1, 8):
-        asked.append([collects_required(layer) for layer in lab.layers])
-        lab.step(feed, batch(step))
-        stats = lab.balancer.guard.shown[-1]
-        assert (stats.required_MEH is not None) == (step == 4 or always)
-        if step == 4:
-            bias_ME = bias_ME + QuantileRule((2, 16))(stats, bias_ME)
-        elif rule is not None:
-            bias_ME = bias_ME + rule(stats, bias_ME)
-        assert torch.equal(lab.biases[-1], bias_ME)
-    assert asked == [[step == 4 or always] * 2 for step in range(1, 8)]
-    assert lab.biases[3].abs().max() > 0.05
-
-
-def test_a_solve_evens_the_load_at_once():
-    lab = guarded("none", "solve", at=(2,)).run(feed, [1, 1, 1, 1])  # the same tokens again
-    before, after = (lab.metrics[i]["balance/max_violation"] for i in (2, 3))
-    assert before > 2.5 and after < 0.6  # each bias was solved for with the others as they were
-
-
-@pytest.mark.parametrize(("configured", "then"), [(0.0, 1e-2), (1e-4, 1e-2), (0.3, 0.3)])
-def test_sequence_loss_gets_a_weight_and_the_others_keep_theirs(configured, then):
-    weights = LossWeights(sequence=configured, batch=0.2, z=0.1)
-    lab = guarded("sign", "sequence_loss", at=(2,), loss_weights=weights).run(feed, [1])
-    assert all(layer.loss_weights == weights for layer in lab.layers)
-    lab.run(feed, [2, 3])
-    assert all(layer.loss_weights == LossWeights(sequence=then, batch=0.2, z=0.1) for layer in lab.layers)
-    other = make_lab("sign", loss_weights=weights).run(feed, [1, 2, 3])
-    changed = [not torch.equal(a, b) for a, b in zip(lab.gradients, other.gradients, strict=True)]
-    assert changed == [False, False, then != configured]  # it pushes from the step after the alarm on
-    assert torch.equal(lab.biases[2], other.biases[2])
 
 
 def test_stop_is_asked_for_once():
     """At the alarm; a run that is continued, or goes on, is not stopped again for it."""
-    lab, asked = guarded("sign", "stop", at=(2, 4)), []
-    for step in range(1, 6):
-        lab.step(feed, batch(step))
-        asked.append(lab.balancer.guard.wants_stop)
-    assert asked == [False, True, False, False, False]
-
-
-# -- state ------------------------------------------------------------------------------------------------
-
-
-LADDER = ("boost", "solve", "sequence_loss", "solve", "boost")
-ALARMS = (2, 4, 6, 7, 9)
+    for stop in (True, False):
+        lab, asked = guarded("sign", at=(2, 4), stop=stop), []
+        for step in range(1, 6):
+            lab.step(feed, batch(step))
+            asked.append(lab.balancer.guard.wants_stop)
+        assert asked == [False, stop, False, stop, False]
 
 
 def state_of(lab: Lab) -> dict[str, torch.Tensor]:
     return {key: tensor.clone() for key, tensor in lab.balancer.state_dict().items()}
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 7, 8])
-def test_a_run_resumed_on_any_rung_is_the_same_run_bit_for_bit(stop):
-    """After steps 4 and 7 a solve is due. The layers' loss weights come from the configuration, and from the
-    guard again.
-    """
-    whole = guarded("smebu", *LADDER, at=ALARMS).run(feed, range(1, 11))
-    first = guarded("smebu", *LADDER, at=ALARMS).run(feed, range(1, stop + 1))
-    second = guarded("smebu", *LADDER, at=ALARMS)
+def test_a_resumed_guard_is_the_same_guard():
+    """Its means, its count of steps, and the step of its last alarm."""
+    whole = guarded("smebu", at=(2, 6)).run(feed, range(1, 9))
+    first = guarded("smebu", at=(2, 6)).run(feed, range(1, 5))
+    second = guarded("smebu", at=(2, 6))
     second.metrics = list(first.metrics)
     for old, new in zip(first.layers, second.layers, strict=True):
         new.expert_bias_E.copy_(old.expert_bias_E)
     second.balancer.load_state_dict(state_of(first))
-    second.run(feed, range(stop + 1, 11))
+    second.run(feed, range(5, 9))
     assert second.metrics == whole.metrics
-    assert all(torch.equal(a, b) for a, b in zip(second.biases, whole.biases[stop:], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(second.gradients, whole.gradients[stop:], strict=True))
     one, other = state_of(second), state_of(whole)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    assert (
-        first.balancer.guard.take_alarms() + second.balancer.guard.take_alarms()
-        == whole.balancer.guard.take_alarms()
-    )
 
 
 def test_a_guard_that_is_off_says_and_does_nothing():
     """The same metrics and biases as without one; its state stays as it is."""
-    off, without = (
-        Guard((2, 16), enabled=False, grace=1, patience=1, ladder=["boost", "stop"]),
-        make_lab("smebu"),
-    )
+    off, without = Guard((2, 16), enabled=False, grace=1, patience=1, stop=True), make_lab("smebu")
     before = deepcopy(off.state_dict())
-    off.reasons = lambda: ["told so"]  # type: ignore[method-assign]
+    off.reasons = lambda: ["as scripted"]  # type: ignore[method-assign]
     lab = make_lab("smebu", guard=off).run(feed, range(1, 5))
     without.run(feed, range(1, 5))
     assert lab.metrics == without.metrics and not any(key.startswith("guard") for key in lab.metrics[0])
     assert all(torch.equal(a, b) for a, b in zip(lab.biases, without.biases, strict=True))
     assert all(torch.equal(tensor, before[key]) for key, tensor in off.state_dict().items())
     assert off.take_alarms() == [] and not off.wants_stop
-
-
-@pytest.mark.parametrize("ladder", [[], ["boost"], ["solve", "boost", "stop"]])
-def test_another_ladder_can_take_over(ladder):
-    """Whatever was taken before: switched off, shorter or longer. What is no longer there is no longer
-    done.
-    """
-    lab = guarded("smebu", "boost", "solve", at=(2, 3)).run(feed, range(1, 4))
-    guard = Guard((2, 16), enabled=bool(ladder), ladder=ladder)
-    other = make_lab("smebu", guard=guard)
-    other.balancer.load_state_dict(state_of(lab))
-    other.metrics = list(lab.metrics)
-    other.run(feed, range(4, 7))
-    assert guard.boost() == (2.0 if "boost" in ladder else 1.0) and not guard.wants_stop
 
 
 # -- in training -------------------------------------------------------------------------------------------
@@ -396,25 +296,23 @@ BASE = [
 JUMPY = ["guard=on", "guard.grace=1", "guard.starving=0.9", "guard.patience=1"]
 
 
-def trained(
-    overrides: list[str], alarms_at: tuple[int, ...] | None = None, stop_at: int | None = None
-) -> int:
-    """alarms_at: the guard is told to raise them; stop_at: as by SIGTERM."""
+def trained(overrides: list[str], alarms_at: tuple[int, ...] | None = None) -> int:
+    """alarms_at: the steps at which the guard raises one, whatever it sees."""
     if alarms_at is not None:
-        Guard.reasons = lambda self: ["told so"] if self.seen.item() in alarms_at else []  # type: ignore[method-assign]
-    step = train.train_step
-
-    def stopping_step(run: train.Run, batches: list, **timing: float) -> dict[str, float]:
-        run.stop.signalled = signal.SIGTERM if run.step + 1 == stop_at else None
-        return step(run, batches, **timing)
-
-    train.train_step = stopping_step
+        Guard.reasons = lambda self: ["as scripted"] if self.seen.item() in alarms_at else []  # type: ignore[method-assign]
     logging.getLogger().handlers.clear()  # pytest's; without them warnings go to stderr
     return train.train(load([*BASE, *overrides]))
 
 
 def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(tmp_path, capfd):
-    command = [*JUMPY, "guard.ladder=[stop]", "steps=14", "name=stopped", f"run_dir={tmp_path}"]
+    command = [
+        *JUMPY,
+        "guard.patience=100",
+        "guard.stop=true",
+        "steps=14",
+        "name=stopped",
+        f"run_dir={tmp_path}",
+    ]
     assert run_ranks(trained, 1, command) == [train.UNSOUND]
     first = capfd.readouterr()
     lines = metrics(tmp_path / "stopped")
@@ -435,36 +333,15 @@ def test_stop_saves_and_ends_the_run_and_the_same_command_goes_on(tmp_path, capf
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == list(range(1, 15))
 
 
-def test_twelve_steps_with_a_ladder_equal_two_halves_bit_for_bit(tmp_path):
-    """Ended when the solve was due: after its alarm at step 5, before step 6."""
-    told = [
-        "guard=on",
-        "guard.grace=1",
-        "guard.patience=1",
-        "guard.ladder=[boost,solve,sequence_loss]",
-        "steps=12",
-        f"run_dir={tmp_path}",
-    ]
-    run_ranks(trained, 1, [*told, "name=whole"], (3, 5, 8))
-    assert run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8), 5) == [PREEMPTED]
-    run_ranks(trained, 1, [*told, "name=halves"], (3, 5, 8))
-    lines = metrics(tmp_path / "whole")
-    assert metrics(tmp_path / "halves") == lines
-    assert [line["guard/rung"] for line in lines] == [0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3]
-    assert lines[5]["balance/bias_rms"] > 3 * lines[4]["balance/bias_rms"]  # it did solve
-    whole, halves = (tensors(tmp_path / name, 12) for name in ("whole", "halves"))
-    assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
-
-
 def test_a_guard_can_be_switched_on_and_off_again(tmp_path):
-    """Of a run that was begun without; also when it took rungs meanwhile."""
+    """Of a run that was begun without; it counts its grace from where it was switched on."""
     base = ["name=run", f"run_dir={tmp_path}"]
     done = (train.OK, train.COLLAPSED)
     assert run_ranks(trained, 1, [*base, "steps=2"])[0] in done
-    assert run_ranks(trained, 1, [*base, *JUMPY, "guard.ladder=[boost,solve]", "steps=5"], (1, 3))[0] in done
+    assert run_ranks(trained, 1, [*base, *JUMPY, "steps=5"], (1, 3))[0] in done
     assert run_ranks(trained, 1, [*base, "steps=7"])[0] in done
-    rungs = [line.get("guard/rung") for line in metrics(tmp_path / "run")]
-    assert rungs == [None, None, 0, 0, 1, None, None]  # it counts its grace from where it was switched on
+    alarms = [line.get("guard/alarm") for line in metrics(tmp_path / "run")]
+    assert alarms == [None, None, 0, 0, 1, None, None]
 
 
 def test_alarms_reach_the_log_and_the_tracker(tmp_path, caplog):
@@ -520,14 +397,14 @@ def test_wandb_takes_an_alarm_offline(tmp_path, monkeypatch):
         time.sleep(0.1)
 
 
-def rank_worker() -> tuple[list[str], list[torch.Tensor], list[bool]]:
+def rank_worker() -> tuple[list[str], list[torch.Tensor]]:
     """Rank 1 has the only tokens that change: its expert 0 starves from step 41 on. Rank 0 sees nothing of
     that by itself.
     """
     layers = [GatedLayer(16, 2, seed=0)]
-    guard = Guard((1, 16), grace=35, patience=100, ladder=["solve"])
+    guard = Guard((1, 16), grace=35, patience=100, stop=True)
     balancer = Balancer(layers, None, steps=80, group=dist.group.WORLD, guard=guard)
-    alarms, asked, rank = [], [], dist.get_rank()
+    alarms, rank = [], dist.get_rank()
     for step in range(1, 81):
         x_BLD = batch(step, sequences=2)
         if rank == 1 and step > 40:
@@ -535,13 +412,10 @@ def rank_worker() -> tuple[list[str], list[torch.Tensor], list[bool]]:
         layers[0](x_BLD).square().sum().backward()
         balancer.step(step)
         alarms += guard.take_alarms()
-        asked.append(collects_required(layers[0]))
-    return alarms, [*guard.state_dict().values(), layers[0].get_buffer("expert_bias_E")], asked
+    return alarms, list(guard.state_dict().values())
 
 
 def test_all_ranks_alarm_at_the_same_step():
     one, other = run_ranks(rank_worker, 2)
-    assert len(one[0]) == 1 and "; solve" in one[0][0] and one[0] == other[0]
-    assert one[2] == other[2] and one[2].count(True) == 1
+    assert len(one[0]) == 1 and "; stop" in one[0][0] and one[0] == other[0]
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
-    assert one[1][-1].any()  # solved

@@ -1,13 +1,14 @@
 """metrics.jsonl is complete and readable whatever the trackers do."""
 
 import json
-import os
 
 import numpy
 import pytest
 import torch
 
+from trainer.config import load
 from trainer.metrics import MetricsLog, TensorboardTracker, WandbTracker, Window, batch_heterogeneity
+from trainer.model.afmoe import count_parameters, flops_per_token, step_flops
 
 LINE = {"loss": 1.5, "tokens_per_s": 10.0, "balance/max_violation": 0.25}
 
@@ -27,33 +28,6 @@ class Broken:
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_full_disk_does_not_end_a_run_and_its_lines_wait(tmp_path, caplog):
-    log = MetricsLog(tmp_path / "metrics.jsonl", steps=3, interval=9)
-    with_room, log.file = log.file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    for step in (1, 2):
-        log.write({"step": step, **LINE})
-    assert [record.message for record in caplog.records] == [
-        f"{tmp_path}/metrics.jsonl cannot be written, its lines wait: [Errno 28] No space left on device"
-    ]
-    log.file = with_room
-    log.write({"step": 3, **LINE})
-    log.close()
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
-def test_a_kill_while_a_log_is_taken_up_again_loses_none_of_it(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
-
-    def killed(*arguments):
-        raise SystemExit
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(SystemExit):
-        MetricsLog(path, steps=3, interval=1, after_step=2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_tracker_that_fails_stops_neither_the_run_nor_the_file(tmp_path, caplog):
@@ -138,3 +112,23 @@ def test_kurtosis_of_equal_values_is_zero():
         "loss_kurtosis": 0.0,
         "grad_norm_kurtosis": 0.0,
     }
+
+
+def test_attention_is_counted_where_documents_attend():
+    """Pairs by a slow loop over rows of documents and padding; a row that is one document is the full row."""
+    model = load(["experiment=demo", "model=debug", "model.window=4"]).model
+    rows = [[0, 1, 2, 3, 4, 5, 0, 1], [0, 1, 0, 1, 2, -1, -1, -1]]
+    num_global = model.num_layers // model.global_every
+    pairs = tokens = 0
+    for row in rows:
+        for here, position in enumerate(row):
+            starts = here - position
+            seen = range(starts, here + 1) if position >= 0 else []
+            pairs += num_global * len(seen)
+            pairs += (model.num_layers - num_global) * len([at for at in seen if here - at < 4])
+            tokens += position >= 0
+    weights = count_parameters(model).active - model.vocab_size * model.dim
+    expected = 6 * weights * tokens + 12 * model.num_heads * model.head_dim * pairs
+    assert step_flops(model, torch.tensor(rows)) == expected
+    whole = torch.arange(64).expand(3, 64)
+    assert step_flops(model, whole) == pytest.approx(3 * 64 * flops_per_token(model, seq_len=64), rel=1e-12)

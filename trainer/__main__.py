@@ -15,6 +15,7 @@ import sys
 from importlib import import_module
 
 from trainer import __version__
+from trainer.terminal import outlive_terminal
 
 COMMANDS = {
     "train": "trainer.train",
@@ -29,6 +30,7 @@ OK, REFUSED = 0, 2
 
 def main(arguments: list[str] | None = None) -> int:
     """Hands the arguments to the command that they name, imported only then. Returns its exit code."""
+    outlive_terminal()
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.rstrip())

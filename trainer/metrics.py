@@ -5,17 +5,16 @@ TensorBoard) gets the same values; its failure is reported once and never stops 
 progress bar, or a line every `interval` steps where it is not interactive.
 """
 
-import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from trainer.records import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -137,15 +136,16 @@ class MetricsLog:
         start_tracker: Callable[[], Tracker] | None = None,
     ):
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
-        self.path, self.file, self.unwritten = path, started(path, after_step=after_step), b""
+        self.lines = StepLog(path, after_step=after_step)
         self.steps, self.interval = steps, interval
         self.tracker = self._guarded(start_tracker) if start_tracker else None
-        self.bar = _Bar(steps, after_step) if sys.stderr.isatty() else None
+        # the bar is drawn on stdout and takes over what is printed to stderr
+        self.bar = _Bar(steps, after_step) if sys.stdout.isatty() and sys.stderr.isatty() else None
 
     def write(self, metrics: dict[str, float], *, alarms: Sequence[str] = ()) -> None:
         """alarms: of the guard; printed and passed on to the tracker."""
         step = int(metrics["step"])
-        self._append(json.dumps(metrics) + "\n")
+        self.lines.add(metrics)
         if self.tracker is not None:
             tracker = self.tracker
             self._guarded(lambda: tracker.log(metrics, step))
@@ -159,25 +159,10 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """The run went back to this step: lines of later ones are dropped."""
-        self.file.close()
-        self.file, self.unwritten = started(self.path, after_step=step), b""
-
-    def _append(self, line: str) -> None:
-        """A full disk does not stop a run: lines wait here until there is room."""
-        waited, self.unwritten = bool(self.unwritten), self.unwritten + line.encode()
-        try:
-            while self.unwritten:
-                # a disk that becomes full takes a part
-                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
-        except OSError as error:
-            if not waited:
-                log.warning("%s cannot be written, its lines wait: %s", self.path, error)
+        self.lines.rewind(step)
 
     def close(self) -> None:
-        self._append("")
-        if self.unwritten:
-            log.warning("%s lacks its last lines, they could not be written", self.path)
-        self.file.close()
+        self.lines.close()
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
@@ -191,21 +176,6 @@ class MetricsLog:
             log.warning("tracking stopped, metrics.jsonl goes on: %s: %s", type(error).__name__, error)
             self.tracker = None
             return None
-
-
-def started(path: Path, *, after_step: int) -> FileIO:
-    """The file, open to go on with, with its lines up to this step. Replaced at once: a kill in between costs
-    none of them.
-    """
-    kept = []
-    if after_step and path.exists():
-        # a kill may cut the last one
-        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= after_step]
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(draft, path)
-    return path.open("ab", buffering=0)
 
 
 def summary(metrics: dict[str, float]) -> str:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
 
+from trainer import terminal
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
@@ -198,32 +199,32 @@ def left_open(read: dict[str, int], *, num_open: int, tokens_read: int) -> str:
     return f"{text}; their mean length is {of_open:.0f}, of those that ended {of_ended:.0f}{short}"
 
 
+CODES = {
+    ConfigError: REFUSED,
+    BadDocument: NO_DATA,
+    DataError: NO_DATA,
+    SaveError: CANNOT_SAVE,
+    FloatingPointError: UNSOUND,
+    KeyboardInterrupt: INTERRUPTED,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     overrides = sys.argv[1:] if arguments is None else arguments
+    interrupted = "interrupted before the first step; nothing to save"
     try:
-        if (text := looked_up(overrides, __doc__)) is not None:
-            print(text)
-            return OK
-        return train(load(overrides))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except (BadDocument, DataError) as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return NO_DATA
-    except SaveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CANNOT_SAVE
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UNSOUND
-    except KeyboardInterrupt:
-        print("interrupted before the first step; nothing to save", file=sys.stderr)
-        return INTERRUPTED
+        return terminal.run(partial(command, overrides), CODES, interrupted=interrupted)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def command(overrides: list[str]) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if (text := looked_up(overrides, __doc__)) is not None:
+        print(text)
+        return OK
+    return train(load(overrides))
 
 
 if __name__ == "__main__":

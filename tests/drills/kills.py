@@ -149,7 +149,9 @@ def kill_at_a_start(directory: Path, short: bool) -> Facts:
     job = where.finish(fault={"stop_at": 7})
     before = where.metrics()
     assert set(job.codes) == {PREEMPTED} and [line["step"] for line in before] == [*range(1, 8)], job.output
-    with where.start(fault={"fault": "pause", "hook": "half of metrics.jsonl", "step": 0, "rank": 0}) as job:
+    with where.start(
+        fault={"fault": "pause", "hook": "before metrics.jsonl is cut", "step": 0, "rank": 0}
+    ) as job:
         job.until(lambda: (where.path / "reached").exists(), what="the start")
         killed_s = job.kill()
         job.wait()

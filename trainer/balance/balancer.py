@@ -3,6 +3,7 @@
 Letters: M MoE layers of the model, E experts, S sums of a layer (balance/stats.py).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,19 @@ from torch import Tensor, nn
 
 from trainer.balance.guard import Guard
 from trainer.balance.losses import LossWeights
-from trainer.balance.rules import QuantileRule
-from trainer.balance.stats import RoutingStats, collect_required, collects_required, routing_metrics
+from trainer.balance.stats import RoutingStats, collect_required, routing_metrics
 
 COLLAPSED_SHARE = 0.1  # of the even share: an expert with less over the tail of a run has collapsed
 TAIL_SHARE = 0.1  # of the steps: the tail
-
+# What a tail must hold to be judged (docs/balancing.md, "Collapse and the verdict").
+# Tokens: a balanced expert falls under COLLAPSED_SHARE with a probability of less than CHANCE, by Chernoff's
+# bound for Poisson counts. Tokens come in clusters: the variance of counts is CLUSTER times their mean.
+# Steps: a tail of so many begins when the rule has had time to act.
+CHANCE, CLUSTER = 1e-6, 30
+LEAST_TOKENS = math.ceil(
+    CLUSTER * -math.log(CHANCE) / (1 - COLLAPSED_SHARE + COLLAPSED_SHARE * math.log(COLLAPSED_SHARE))
+)
+LEAST_STEPS = 15
 
 Observer = Callable[[int, RoutingStats], None]
 
@@ -27,7 +35,7 @@ class Balancer(nn.Module):
 
     A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`:
     the ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where
-    they are. `guard` watches and may act. `observers` are shown each step's sums. `required`: count required
+    they are. `guard` watches. `observers` are shown each step's sums. `required`: count required
     biases even if the rule asks for none.
 
     The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
@@ -48,8 +56,8 @@ class Balancer(nn.Module):
         super().__init__()
         self.layers = tuple(layers)  # not submodules: their state belongs to the model
         self.rule, self.group, self.guard, self.observers = rule, group, guard, tuple(observers)
-        self.required = required or getattr(rule, "needs_required", False)
-        self._collect(self.required)
+        for layer in self.layers if required or getattr(rule, "needs_required", False) else ():
+            collect_required(layer)
         self.rate = 1.0  # on the rule's step, set by the program
         num_experts, on = (
             (layers[0].expert_bias_E.numel(), layers[0].expert_bias_E.device) if layers else (0, None)
@@ -71,16 +79,14 @@ class Balancer(nn.Module):
             self.tail_3.zero_()
 
     def set(self, *, rate: float, loss_weights: LossWeights, label_share: float = 1.0) -> None:
-        """What the program wants from the next step: a factor on the rule's step, and the losses; the guard
-        may add to these. label_share: of the labels of the whole step, the part that masks leave; all ranks
-        must give the same.
+        """What the program wants from the next step: a factor on the rule's step, and the losses.
+
+        label_share: of the labels of the whole step, the part that masks leave; all ranks give the same.
         """
         self.rate = rate
         for layer in self.layers:
             layer.loss_weights = loss_weights
             layer.label_share.fill_(label_share)
-        if self.guard is not None:
-            self.guard.apply_loss(self.layers)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
         """A run that has another number of steps now has another tail: `end_at` drops the counts of the old
@@ -88,8 +94,6 @@ class Balancer(nn.Module):
         """
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self._share_load()
-        if self.guard is not None:
-            self._obey(int(self.guard.last_alarm))
         self.end_at(self.steps)
         return result
 
@@ -114,20 +118,21 @@ class Balancer(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, stats: RoutingStats) -> dict[str, float]:
-        """The second half of `step`: rule -> biases -> metrics."""
+        """The second half of `step`: rule -> biases -> metrics. Waits once for a GPU."""
         for observe in self.observers:
             observe(step, stats)
         bias_ME = self.bias_ME
-        if self.guard is not None and self.guard.wants_solve(step):
-            bias_ME += QuantileRule(bias_ME.shape)(stats, bias_ME)
-        elif self.rule is not None:
-            bias_ME += (
-                self.rule(stats, bias_ME) * self.rate * (self.guard.boost() if self.guard is not None else 1)
-            )
-        finite_M = bias_ME.isfinite().all(-1)
-        if not finite_M.all():
+        if self.rule is not None:
+            bias_ME += self.rule(stats, bias_ME) * self.rate
+        metrics = routing_metrics(stats, bias_ME) | self._stability(stats)
+        parts = [torch.stack(list(metrics.values())), bias_ME.isfinite().all(-1).double(), stats.load_ME]
+        # the one wait
+        values, is_finite_M, load_ME = (
+            torch.cat([part.flatten() for part in parts]).cpu().split([part.numel() for part in parts])
+        )
+        if not is_finite_M.all():
             what = (
-                f"step {step}: {type(self.rule).__name__} gives MoE layer {finite_M.int().argmin()} "
+                f"step {step}: {type(self.rule).__name__} gives MoE layer {int(is_finite_M.argmin())} "
                 "biases that are not finite"
             )
             raise FloatingPointError(f"{what}; the biases were not touched")
@@ -136,26 +141,14 @@ class Balancer(nn.Module):
             layer.routing_sums_S.zero_()
         self.load_ME.copy_(stats.load_ME)
         self._share_load()
-        metrics = routing_metrics(stats, bias_ME) | self._stability(stats)
         if step >= self.first_tail_step:
             self.tail_counts_ME += stats.counts_ME
             one = torch.ones_like(metrics["balance/floor"])
             self.tail_3 += torch.stack([one, metrics["balance/max_violation"], metrics["balance/floor"]])
-        scalars = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        scalars = dict(zip(metrics, values.tolist(), strict=True))
         if self.guard is not None:
-            scalars |= self.guard.watch(step, stats, scalars)
-            self._obey(step)
+            scalars |= self.guard.watch(step, load_ME.view_as(stats.load_ME), scalars)
         return scalars
-
-    def _obey(self, step: int) -> None:
-        """What the guard wants from the steps after this one."""
-        self.guard.apply_loss(self.layers)
-        self._collect(self.required or self.guard.wants_solve(step + 1))
-
-    def _collect(self, required: bool) -> None:
-        for layer in self.layers:
-            if collects_required(layer) != required:
-                collect_required(layer, required)
 
     def _share_load(self) -> None:
         for layer, load_E in zip(self.layers, self.load_ME, strict=True):
@@ -173,9 +166,10 @@ class Balancer(nn.Module):
         even_M1 = self.tail_counts_ME.double().mean(-1, keepdim=True)
         collapsed_ME = self.tail_counts_ME < COLLAPSED_SHARE * even_M1
         return Verdict(
-            collapsed=[(m, e) for m, e in collapsed_ME.nonzero().tolist()],
+            starved=[(m, e) for m, e in collapsed_ME.nonzero().tolist()],
             num_experts=self.tail_counts_ME.numel(),
             num_steps=int(num_steps),
+            num_tokens=even_M1.min().item() if len(even_M1) else 0.0,
             max_violation=max_violation / max(num_steps, 1),
             floor=floor / max(num_steps, 1),
         )
@@ -183,23 +177,37 @@ class Balancer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """collapsed: (MoE layer, expert) of each expert under 10 % of the even share over the last 10 % of
-    steps.
+    """starved: (MoE layer, expert) of each expert under 10 % of the even share over the last 10 % of steps.
+
+    An expert has collapsed if it starved over a tail that is long enough to tell: LEAST_STEPS steps, in which
+    an even share is LEAST_TOKENS tokens.
     """
 
-    collapsed: list[tuple[int, int]]
+    starved: list[tuple[int, int]]
     num_experts: int
-    num_steps: int  # that it is about
+    num_steps: int  # of the tail
+    num_tokens: float  # of the tail that an expert would have with an even share
     max_violation: float
     floor: float
+
+    @property
+    def is_known(self) -> bool:
+        return not self.num_experts or (self.num_steps >= LEAST_STEPS and self.num_tokens >= LEAST_TOKENS)
+
+    @property
+    def collapsed(self) -> list[tuple[int, int]]:
+        return self.starved if self.is_known else []
 
     @property
     def ok(self) -> bool:
         return not self.collapsed
 
     def __str__(self) -> str:
-        if self.num_experts and not self.num_steps:
-            return "balance: not measured, no step of the run's last tenth was applied here"
+        if not self.is_known:
+            return (
+                f"balance: too short to judge ({self.num_tokens:,.0f} tokens per expert in the last "
+                f"{self.num_steps} steps; {LEAST_TOKENS:,} in {LEAST_STEPS} steps are needed)"
+            )
         return (
             f"balance: {'ok' if self.ok else 'FAILED'}, {len(self.collapsed)} of "
             f"{self.num_experts} experts collapsed, "

@@ -56,11 +56,9 @@ def collects_required(layer: nn.Module) -> bool:
     return layer.routing_sums_S.numel() > num_sums(layer.expert_bias_E.numel())
 
 
-def collect_required(layer: nn.Module, collect: bool = True) -> None:
-    """Makes a layer count required biases too, or no longer; what it has counted since the last step is
-    dropped.
-    """
-    size = num_sums(layer.expert_bias_E.numel(), required=collect)
+def collect_required(layer: nn.Module) -> None:
+    """Makes a layer count required biases too; what it has counted since the last step is dropped."""
+    size = num_sums(layer.expert_bias_E.numel(), required=True)
     layer.routing_sums_S = layer.routing_sums_S.new_zeros(size)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from trainer.balance.stats import NUM_MARGINS, NUM_REQUIRED, RoutingStats
+from trainer.records import StepLog
 
 FORMAT, VERSION = "triquetra-router-trace", 1
 SUMS = {"counts": "counts_ME", "margins": "margins_MW", "logits": "logits_M1", "required": "required_MEH"}
@@ -34,28 +35,11 @@ class TraceWriter:
     """An observer of the Balancer. `after_step`: where the run resumes; later lines are dropped."""
 
     def __init__(self, path: Path, *, after_step: int = 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._start(after_step)
-
-    def rewind(self, step: int) -> None:
-        """The run went back to this step: lines of later ones are dropped."""
-        self.file.close()
-        self._start(step)
-
-    def _start(self, after_step: int) -> None:
-        kept = []
-        if after_step and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [
-                line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= after_step
-            ]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = self.path.open("a", buffering=1)
-        self.empty = not kept
+        self.lines = StepLog(path, after_step=after_step)
+        self.rewind = self.lines.rewind
 
     def __call__(self, step: int, stats: RoutingStats) -> None:
-        if self.empty:
+        if self.lines.is_empty:
             layers, experts = stats.counts_ME.shape
             header = {
                 "format": FORMAT,
@@ -64,13 +48,12 @@ class TraceWriter:
                 "experts": experts,
                 "top_k": stats.top_k,
             }
-            self.file.write(json.dumps(header | {"margins": NUM_MARGINS, "required": NUM_REQUIRED}) + "\n")
-            self.empty = False
+            self.lines.add(header | {"margins": NUM_MARGINS, "required": NUM_REQUIRED})
         line: dict[str, Any] = {"step": step, "bias": _packed(stats.bias_ME)}
         line |= {
             name: _packed(sums) for name, field in SUMS.items() if (sums := getattr(stats, field)) is not None
         }
-        self.file.write(json.dumps(line) + "\n")
+        self.lines.add(line)
 
 
 def _packed(tensor: Tensor) -> str:

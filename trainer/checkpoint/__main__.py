@@ -11,21 +11,27 @@ import argparse
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from trainer import terminal
 from trainer.checkpoint.checkpoints import LATEST, Checkpoints
 from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.manifest import problems, read_manifest
 from trainer.ranks.lock import InUseError, lock
 
-OK, DAMAGED, REFUSED = 0, 1, 2
+OK, DAMAGED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: list[str] | None = None) -> int:
+    return terminal.run(partial(command, arguments), {KeyboardInterrupt: INTERRUPTED})
+
+
+def command(arguments: list[str] | None) -> int:
     as_written = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(
         prog="triquetra checkpoint", description=__doc__, formatter_class=as_written

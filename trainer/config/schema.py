@@ -133,7 +133,7 @@ class BalanceConfig(RouterLossWeights):
 
 @dataclass(kw_only=True)
 class GuardConfig:
-    """What counts as an expert about to be lost, and what is done (trainer/balance/guard.py)."""
+    """What counts as an expert about to be lost (trainer/balance/guard.py)."""
 
     enabled: bool = False
     grace: int = number(200, **STEPS)  # [steps] not judged, from the start of the run
@@ -146,8 +146,7 @@ class GuardConfig:
     excess: float = number(0.5, above=0.0, at_most=1e6, why="it would never alarm")
     # root mean square of the router's logits, of the last 20 steps over the last 200
     logits: float = number(1.5, above=1.0, at_most=1e6, why="it would never alarm")
-    # of boost, solve, sequence_loss, stop: one for each alarm
-    ladder: list[str] = field(default_factory=list)
+    stop: bool = False  # an alarm ends the run: it saves, and the same command continues
 
 
 @dataclass(kw_only=True)

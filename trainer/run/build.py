@@ -73,7 +73,7 @@ def build(config: Config) -> Run:
         optimizer = Optimizers(instantiate(config.optim)(model))
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
-        guard = Guard((num_moe, config.model.num_experts), **vars(config.guard)).to(on)
+        guard = Guard((num_moe, config.model.num_experts), **vars(config.guard))
         health = Health(**vars(config.skip))
     balancer = Balancer(
         moe_layers(model),

@@ -27,6 +27,7 @@ from trainer.data import BadDocument
 from trainer.program import Program
 from trainer.ranks.agree import agreed, refuse_disagreement, refusing_on_all
 from trainer.ranks.lock import InUseError, lock
+from trainer.records import append_line, write_text
 
 # A run is these: with another value it would not be the same run. All else may change when it is continued.
 FIXED = (
@@ -117,20 +118,20 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
 
     Raises: ConfigError, DamagedError.
     """
-    if (found := own.newest_good()) is not None or config.branch is None:
-        return found
+    if (checkpoint := own.newest_good()) is not None or config.branch is None:
+        return checkpoint
     path = Path(config.branch)
     # a run may have such a name
     if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):
-        found = Checkpoints(path / "checkpoints").newest_good()
+        checkpoint = Checkpoints(path / "checkpoints").newest_good()
     elif (step := path.name.removeprefix("step-")).isdecimal():
-        found = Found(int(step), path) if agreed(path.is_dir()) else None
-        if found is not None and (problems := Checkpoints(path.parent).verify(found.step)):
+        checkpoint = Found(int(step), path) if agreed(path.is_dir()) else None
+        if checkpoint is not None and (problems := Checkpoints(path.parent).verify(checkpoint.step)):
             raise ConfigError(f"branch={config.branch}: " + "\n".join(problems))
-    if found is None:
+    if checkpoint is None:
         example = "<run>/checkpoints/step-00000100"
         raise ConfigError(f"branch={config.branch}: no checkpoint there; give a run's directory or {example}")
-    return found
+    return checkpoint
 
 
 def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:
@@ -141,7 +142,7 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     only.
     """
     for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
-        (run_directory(config) / name).write_text(text)
+        write_text(run_directory(config) / name, text)
     spans = [
         {
             "start": span.start,
@@ -156,16 +157,15 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     init_from = config.init_from if opened.origin is None else None
     how = {"loaded": loaded, "init_from": init_from, "changed": opened.changed, "code": opened.about["code"]}
     line = {"step": step, "tokens": tokens, **how, "program": spans}
-    with (run_directory(config) / "starts.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
 
 
 def record_rollback(config: Config, *, step: int, steps: int) -> None:
     """Adds a line to starts.jsonl: the run went back to `step` and passed over the data of the next
     `steps`.
     """
-    with (run_directory(config) / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "rolled_back": True, "passed_over_steps": steps}) + "\n")
+    line = {"step": step, "rolled_back": True, "passed_over_steps": steps}
+    append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
 
 
 def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -210,6 +210,4 @@ class BadDocumentLog:
         self.path = path
 
     def __call__(self, bad: BadDocument) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(f"{bad}\n")
+        append_line(self.path, str(bad))

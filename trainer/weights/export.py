@@ -17,11 +17,13 @@ import argparse
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from trainer import terminal
 from trainer.checkpoint import Checkpoints, DamagedError, make_durable, problems, read_manifest
 from trainer.config import Config, ConfigError, reread
 from trainer.model.hf import export_problems
@@ -29,22 +31,24 @@ from trainer.weights.tensors import Weights, plan, write_weights
 from trainer.weights.texts import tokenizer_of, write_texts
 from trainer.weights.verify import VerifyError, compare, continuation, need_transformers
 
-OK, DAMAGED, REFUSED = 0, 1, 2
+OK, DAMAGED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 OWN_FILES = ("*.safetensors", "*.json")  # all that a draft can hold
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        given = parsed(arguments)
-        if given.verify or given.prompt is not None:
-            need_transformers()
-        export(given)
-    except (DamagedError, VerifyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return DAMAGED
-    except (ConfigError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+    refused = dict.fromkeys((ConfigError, OSError, ValueError), REFUSED)
+    return terminal.run(
+        partial(command, arguments),
+        {DamagedError: DAMAGED, VerifyError: DAMAGED, **refused, KeyboardInterrupt: INTERRUPTED},
+        interrupted="interrupted; nothing was exported",
+    )
+
+
+def command(arguments: list[str] | None) -> int:
+    given = parsed(arguments)
+    if given.verify or given.prompt is not None:
+        need_transformers()
+    export(given)
     return OK
 
 

@@ -24,12 +24,14 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from trainer import terminal
 from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
 from trainer.lab.ablate import table
 from trainer.lab.ablate.programs import PROGRAMS
@@ -144,7 +146,7 @@ class Lines:
 
     def report(self, job: Job, record: dict[str, Any]) -> None:
         self.ended += 1
-        print(f"{self.ended}/{self.total}  {job.name}: {said(record)}", flush=True)
+        print(f"{self.ended}/{self.total}  {job.name}: {outcome_of(record)}", flush=True)
 
     def tick(self, running: list[Job]) -> None:
         pass
@@ -174,7 +176,7 @@ class Bars(Lines):
 
     def report(self, job: Job, record: dict[str, Any]) -> None:
         self.ended += 1
-        self.progress.console.print(f"{job.name}: {said(record)}", markup=False, highlight=False)
+        self.progress.console.print(f"{job.name}: {outcome_of(record)}", markup=False, highlight=False)
         self.progress.update(self.task, completed=self.ended, refresh=True)
 
     def tick(self, running: list[Job]) -> None:
@@ -185,7 +187,7 @@ class Bars(Lines):
         self.progress.stop()
 
 
-def said(record: dict[str, Any]) -> str:
+def outcome_of(record: dict[str, Any]) -> str:
     message = " ".join(record["message"].split())
     return f"{record['outcome']}, {record['seconds']:.0f} s" + (f": {message[:200]}" if message else "")
 
@@ -210,25 +212,19 @@ def progress(total: int):
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if {"-h", "--help"} & set(arguments):
-            print(__doc__)
-            print(
-                "Studies: "
-                + ", ".join(sorted(path.stem for path in (CONFIG_DIR / "ablation").glob("*.yaml")))
-            )
-            return OK
-        options, extra = parse(arguments)
-        of_result = [
-            a for a in arguments if a.split("=")[0] not in ("run_dir", "workers", "keep_checkpoints")
-        ]
-        return ablate(options, extra, command=shlex.join(["triquetra", "ablate", *of_result]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        print("interrupted before the first job; the same command starts it", file=sys.stderr)
-        return STOPPED
+    codes = {ConfigError: REFUSED, KeyboardInterrupt: STOPPED}
+    interrupted = "interrupted before the first job; the same command starts it"
+    return terminal.run(partial(command, arguments), codes, interrupted=interrupted)
+
+
+def command(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        studies = sorted(path.stem for path in (CONFIG_DIR / "ablation").glob("*.yaml"))
+        print(f"{__doc__}\nStudies: {', '.join(studies)}")
+        return OK
+    options, extra = parse(arguments)
+    of_result = [a for a in arguments if a.split("=")[0] not in ("run_dir", "workers", "keep_checkpoints")]
+    return ablate(options, extra, command=shlex.join(["triquetra", "ablate", *of_result]))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
+from trainer.run.directory import flat
 
 TAKES = ("mean", "spread", "lag_1", "max", "min", "last", "first_below", "first_above")
 # change no number
@@ -159,16 +160,8 @@ def jobs_of(study: Study, program: Any, directory: Path) -> list[Job]:
 
 def settings(config: Any) -> dict[str, Any]:
     """Every value of a configuration that its numbers depend on, by its dotted key."""
-    values = flat(OmegaConf.to_container(OmegaConf.structured(config)))
+    values = flat(OmegaConf.structured(config))
     return {key: value for key, value in values.items() if not key.startswith(NEUTRAL)}
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {prefix.removesuffix("."): node}
-    return {
-        key: value for name, child in node.items() for key, value in flat(child, f"{prefix}{name}.").items()
-    }
 
 
 def differences(
@@ -188,7 +181,7 @@ def differences(
 
 def refuse_changed(job: Job, before: dict[str, Any]) -> None:
     """Raises: ConfigError if a job that was started has other settings now."""
-    defaults = flat(OmegaConf.to_container(OmegaConf.structured(type(job.config))))
+    defaults = flat(OmegaConf.structured(type(job.config)))
     now = settings(job.config)
     if keys := differences(before, now, defaults):
         shown = ", ".join(

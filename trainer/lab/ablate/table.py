@@ -42,8 +42,8 @@ def results_of(
 
 def values_of(results: Results, arm: str, metric: str) -> dict[int, float]:
     """Seed -> value, of the seeds that have one."""
-    found = {seed: record["values"][metric] for (a, seed), record in results.items() if a == arm}
-    return {seed: value for seed, value in sorted(found.items()) if value is not None}
+    by_seed = {seed: record["values"][metric] for (a, seed), record in results.items() if a == arm}
+    return {seed: value for seed, value in sorted(by_seed.items()) if value is not None}
 
 
 def paired(results: Results, arm: str, reference: str, metric: str) -> Estimate | None:
@@ -59,10 +59,10 @@ def as_json(study: Study, results: Results, *, name: str, command: str) -> dict[
         arms[arm] = {"overrides": overrides, "outcomes": dict(outcomes), "metrics": {}, "differences": {}}
         for metric in study.metrics:
             values = values_of(results, arm, metric)
-            found, change = estimate(list(values.values())), paired(results, arm, study.reference, metric)
+            mean, change = estimate(list(values.values())), paired(results, arm, study.reference, metric)
             arms[arm]["metrics"][metric] = {
                 "values": values,
-                **(found.as_dict() if found else {"num_seeds": 0}),
+                **(mean.as_dict() if mean else {"num_seeds": 0}),
             }
             if arm != study.reference and change is not None:
                 arms[arm]["differences"][metric] = {**change.as_dict(), "excludes_zero": change.excludes_zero}
@@ -146,12 +146,12 @@ def means(study: Study, results: Results, arms: list[str], seen: Counter) -> str
 def changes(study: Study, results: Results, arms: list[str]) -> str:
     rows = []
     for arm in arms:
-        found = [paired(results, arm, study.reference, m) for m in study.metrics]
+        differences = [paired(results, arm, study.reference, m) for m in study.metrics]
         pairs = sum(
             all(ended(results, a, seed) for a in (arm, study.reference)) for seed in range(study.seeds)
         )
         rows.append(
-            [f"`{arm}`", *(cell(e, of=pairs) + (" *" if e and e.excludes_zero else "") for e in found)]
+            [f"`{arm}`", *(cell(e, of=pairs) + (" *" if e and e.excludes_zero else "") for e in differences)]
         )
     return grid(["arm", *study.metrics], rows)
 
@@ -160,10 +160,10 @@ def ended(results: Results, arm: str, seed: int) -> bool:
     return (arm, seed) in results and results[arm, seed]["outcome"] in FINISHED
 
 
-def cell(found: Estimate | None, *, of: int) -> str:
-    if found is None:
+def cell(mean: Estimate | None, *, of: int) -> str:
+    if mean is None:
         return "none"
-    return f"{found}" if found.num_seeds == of else f"{found} ({found.num_seeds} of {of})"
+    return f"{mean}" if mean.num_seeds == of else f"{mean} ({mean.num_seeds} of {of})"
 
 
 def grid(header: list[str], rows: list[list[str]]) -> str:

@@ -83,7 +83,7 @@ def run_jobs(
 
     report: gets each job that ended and its record. tick: gets the running jobs about twice a second.
     """
-    waiting, running, told = list(jobs), {}, False
+    waiting, running, is_stopping = list(jobs), {}, False
     with Stop() as stop:
         while running or (waiting and not stop.asked):
             while waiting and len(running) < workers and not stop.asked:
@@ -96,8 +96,8 @@ def run_jobs(
                     process.join()
                     del running[name]
                     report(job, conclude(job, process, stopping=stop.asked))
-            if stop.asked and not told:
-                told = True
+            if stop.asked and not is_stopping:
+                is_stopping = True
                 print("stopping: each running job finishes its step and saves", flush=True)
                 for _, process in running.values():
                     with suppress(ProcessLookupError):

@@ -16,14 +16,16 @@ import math
 import os
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+from trainer import terminal
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.lab.preview.page import write_page
 from trainer.lab.preview.table import Preview, stretches, table, totals
 from trainer.program import program_of
 from trainer.run.directory import run_directory
-from trainer.train import OK, REFUSED
+from trainer.train import INTERRUPTED, OK, REFUSED
 
 OWN = ("tokens_per_s", "ranks", "out")
 ELSE_WIDTH = 24  # [characters] at least, of the column that wraps
@@ -31,19 +33,20 @@ ELSE_WIDTH = 24  # [characters] at least, of the column that wraps
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    codes = {ConfigError: REFUSED, KeyboardInterrupt: INTERRUPTED}
+    return terminal.run(partial(command, arguments), codes)
+
+
+def command(arguments: list[str]) -> int:
     own = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in OWN}
     overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN]
-    try:
-        if (text := looked_up(overrides, __doc__)) is not None:
-            print(text)
-            return OK
-        preview = preview_of(overrides, own)
-        print_table(preview)
-        out = Path(own["out"]) if "out" in own else run_directory(preview.config) / "preview.html"
-        write(preview, out, command=" ".join(["triquetra preview", *arguments]))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
+    if (text := looked_up(overrides, __doc__)) is not None:
+        print(text)
+        return OK
+    preview = preview_of(overrides, own)
+    print_table(preview)
+    out = Path(own["out"]) if "out" in own else run_directory(preview.config) / "preview.html"
+    write(preview, out, command=" ".join(["triquetra preview", *arguments]))
     print(f"{out}: the page")
     return OK
 

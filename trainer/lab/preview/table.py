@@ -56,12 +56,12 @@ class Preview(NamedTuple):
 
 def stretches(program: Program) -> list[Stretch]:
     """What the run goes through until its last step, which `steps` may set before the program's end."""
-    found, step, last_step = [], 0, program.last_step()
+    passed, step, last_step = [], 0, program.last_step()
     for span, start, num_steps in program.walk():
         if num_steps := min(num_steps, last_step - step):
-            found.append(Stretch(span, step + 1, num_steps, start, start + num_steps * span.now.tokens))
+            passed.append(Stretch(span, step + 1, num_steps, start, start + num_steps * span.now.tokens))
             step += num_steps
-    return found
+    return passed
 
 
 def short(value: float) -> str:
@@ -93,9 +93,11 @@ def changes(stretch: Stretch, before: Stretch | None) -> str:
     """What is new in a span and has no column; in the first one, whatever is on."""
     now, old = vars(stretch.span.now), vars(before.span.now) if before else dict.fromkeys(SHOWN, 0) | OFF
     words = {key: value for key in SHOWN if (value := now[key]) != old[key]}
-    found = [f"{key} {mixture(value) if key == 'mixture' else short(value)}" for key, value in words.items()]
+    changed = [
+        f"{key} {mixture(value) if key == 'mixture' else short(value)}" for key, value in words.items()
+    ]
     rate, last = stretch.along(stretch.span.bias_rate), before.along(before.span.bias_rate) if before else "1"
-    return " · ".join(found + [f"bias_rate {rate}"] * (rate != last.split(" → ")[-1]))
+    return " · ".join(changed + [f"bias_rate {rate}"] * (rate != last.split(" → ")[-1]))
 
 
 def mixture(weights: dict[str, float]) -> str:

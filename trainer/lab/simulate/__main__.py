@@ -13,9 +13,10 @@ Exit codes: 0 done · 2 refused configuration · 3 with ci=true: experts collaps
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
-from trainer import train
+from trainer import terminal, train
 from trainer.config import CONFIG_DIR, ConfigError, resolved_yaml
 from trainer.lab.page import number
 from trainer.lab.simulate.config import arms, load
@@ -43,23 +44,17 @@ WITH_INTERVAL = ("excess_run", "excess_mean")  # the others have theirs in simul
 
 def main(arguments: list[str] | None = None) -> int:
     overrides = sys.argv[1:] if arguments is None else arguments
-    try:
-        if {"-h", "--help"} & set(overrides):
-            print(usage())
-            return train.OK
-        if "--cfg" in overrides:
-            print(resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])), end="")
-            return train.OK
-        return run(overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return train.REFUSED
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return train.INTERRUPTED
+    codes = {ConfigError: train.REFUSED, KeyboardInterrupt: train.INTERRUPTED}
+    return terminal.run(partial(run, overrides), codes, interrupted="interrupted; nothing was written")
 
 
 def run(overrides: list[str]) -> int:
+    if {"-h", "--help"} & set(overrides):
+        print(usage())
+        return train.OK
+    if "--cfg" in overrides:
+        print(resolved_yaml(load([o for o in overrides if o not in ("--cfg", "job")])), end="")
+        return train.OK
     config = load(overrides)
     compared = arms(config, overrides)
     result = simulate(config, arms=compared, command=" ".join(["triquetra simulate", *overrides]))
@@ -72,9 +67,12 @@ def run(overrides: list[str]) -> int:
         print(f"FAILED {failure}")
     collapsed = sum(run["collapsed"] for run in result["runs"])
     num_experts = sum(run["experts"] for run in result["runs"])
-    print(
-        f"balance: {'FAILED' if result['failures'] else 'ok'}, {collapsed} of {num_experts} experts collapsed"
-    )
+    too_short = [run["too_short"] for run in result["runs"] if run["too_short"]]
+    if too_short and not result["failures"]:
+        print(too_short[0])
+    else:
+        state = "FAILED" if result["failures"] else "ok"
+        print(f"balance: {state}, {collapsed} of {num_experts} experts collapsed")
     return train.COLLAPSED if config.ci and result["failures"] else train.OK
 
 

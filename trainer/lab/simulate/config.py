@@ -20,7 +20,8 @@ class Thresholds:
 
     # [even shares] of MaxVio over its floor, mean over the last fifth of the steps
     excess_mean: float | None = None
-    steps_to_balance: int | None = None  # until MaxVio is below `balanced_below`
+    # until MaxVio, mean of 10 steps, is below `balanced_below`; counted to the first of the 10 steps
+    steps_to_balance: int | None = None
     recovery_steps: int | None = None  # the same after the shift of the scores
 
 
@@ -111,6 +112,16 @@ def _check(c: SimulateConfig) -> None:
     for key, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ConfigError(f"{key}={value}: must be 0 or more")
+    of_training = {
+        "balance.trace": c.balance.trace,
+        "balance.trace_required": c.balance.trace_required,
+        "guard.stop": c.guard.stop,
+    }
+    for key, value in of_training.items():
+        if value:
+            raise ConfigError(
+                f"{key}={value}: is for training runs, a simulation has no use for it; leave it out"
+            )
     for name, value in vars(c.thresholds).items():
         if value is not None and not math.isfinite(value):
             raise ConfigError(f"thresholds.{name}={value}: must be a finite number, or null for none")

@@ -166,26 +166,26 @@ class History:
                 self.reached[name] = step - WINDOW + 1 - first  # the first step of the window
 
     def summary(self) -> dict[str, float | None]:
-        found: dict[str, float | None] = dict(self.reached)
+        summary: dict[str, float | None] = dict(self.reached)
         if self.level.shift_step is None:
-            del found["recovery_steps"]
-        found["excess_run"] = self.all_excess / self.steps
+            del summary["recovery_steps"]
+        summary["excess_run"] = self.all_excess / self.steps
         for name in TAIL_MEANS:
             values = [row[name] for row in self.tail if name in row]
             if values:
-                found["excess_mean" if name == "excess" else name] = sum(values) / len(values)
+                summary["excess_mean" if name == "excess" else name] = sum(values) / len(values)
         excesses = sorted(row["excess"] for row in self.tail)
-        found["excess_p99"] = excesses[min(len(excesses) - 1, math.ceil(0.99 * len(excesses)) - 1)]
-        found["bias_chatter"] = self.reversals / self.moves if self.moves else 0.0
-        found |= {
+        summary["excess_p99"] = excesses[min(len(excesses) - 1, math.ceil(0.99 * len(excesses)) - 1)]
+        summary["bias_chatter"] = self.reversals / self.moves if self.moves else 0.0
+        summary |= {
             "collapse_step": self.collapse_step,
             "first_alarm": self.first_alarm,
             "alarms": float(self.num_alarms),
         }
         losses = [row["loss"] for row in self.tail if "loss" in row]
-        found |= {"loss": sum(losses) / len(losses)} if losses else {}
+        summary |= {"loss": sum(losses) / len(losses)} if losses else {}
         return {
-            name: value if value is None or math.isfinite(value) else None for name, value in found.items()
+            name: value if value is None or math.isfinite(value) else None for name, value in summary.items()
         }
 
     def as_dict(self, *, with_loads: bool) -> dict[str, Any]:

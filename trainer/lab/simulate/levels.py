@@ -266,12 +266,10 @@ class Replay:
             RoutingLayer(config.experts, config.top_k, LossWeights()) for _ in range(config.layers)
         ]
         rule = make_rule(config.balance, (config.layers, config.experts))
-        needing = [f"balance={config.balance.name}"] if getattr(rule, "needs_required", False) else []
-        needing += ["guard.ladder=[solve]"] if "solve" in config.guard.ladder else []
-        if needing and not self.trace.has_required:
+        if getattr(rule, "needs_required", False) and not self.trace.has_required:
             raise ConfigError(
-                f"{needing[0]} needs the histograms of required biases, and {trace} has none; "
-                "record with balance.trace_required=true"
+                f"balance={config.balance.name} needs the histograms of required biases, and {trace} has "
+                "none; record with balance.trace_required=true"
             )
         self.balancer = Balancer(self.layers, rule, steps=config.steps, guard=make_guard(config))
         self.steps: Iterator[RoutingStats] = iter(self.trace)

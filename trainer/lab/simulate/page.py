@@ -100,6 +100,8 @@ def verdict(runs: Sequence[Mapping[str, Any]]) -> Cell:
         detail, tone = f"✗ collapsed{of_seeds} ({most} expert{'s' * (most != 1)})", "bad"
     elif failed:
         detail, tone = f"! missed a threshold{of_seeds}", "warn"
+    elif any(run.get("too_short") for run in runs):
+        detail, tone = "– too short to judge", "warn"
     return Cell(runs[0]["arm"], detail, tone=tone)
 
 
@@ -124,10 +126,10 @@ def _summary(
     """Arms with intervals if they were ranked, and every run below; else every run."""
     ranking, runs = result["ranking"] or [], result["runs"]
     entries = [run["summary"] for run in runs] + [rank["metrics"] for rank in ranking]
-    found = dict.fromkeys(key for entry in entries for key in entry)
+    keys = dict.fromkeys(key for entry in entries for key in entry)
     if result["config"].get("shift_step") is None:
-        found.pop("recovery_steps", None)  # nothing to recover from
-    known_first = [key for key in [*METRICS, *found] if key in found]
+        keys.pop("recovery_steps", None)  # nothing to recover from
+    known_first = [key for key in [*METRICS, *keys] if key in keys]
     metrics = {key: METRICS.get(key) or Metric(key.replace("_", " "), better="") for key in known_first}
     seeds = ["Seed"] * (len(runs) > len(arms))
     each = [Row([run], [str(run["seed"])] * len(seeds), run["summary"]) for run in runs]

@@ -30,7 +30,8 @@ METRICS = {  # "at the end": the last fifth of the steps
     "steps_to_balance": Metric(
         "Balanced",
         "steps to MaxVio < limit",
-        "Steps until MaxVio, mean of 10 steps, is under the limit (0.6 unless set). MaxVio is "
+        "Steps until MaxVio, mean of 10 steps, is under the limit (0.6 unless set); counted to the first of "
+        "these 10 steps, so a router that is even from the start has 1. MaxVio is "
         "the load of the busiest expert "
         "minus 1, mean over layers.",
     ),
@@ -38,12 +39,15 @@ METRICS = {  # "at the end": the last fifth of the steps
         "At the floor",
         "steps to MaxVio < 1.25 × floor",
         (
-            "Steps until MaxVio is under 1.25 times the floor: what chance alone would give independent "
-            "tokens. Others may never be."
+            "Steps until MaxVio, mean of 10 steps, is under 1.25 times the floor: what chance alone would "
+            "give independent tokens. Others may never be. Counted to the first of the 10 steps."
         ),
     ),
     "recovery_steps": Metric(
-        "Recovery", "steps after the shift", "Steps after the shift until MaxVio is under the limit again."
+        "Recovery",
+        "steps after the shift",
+        "Steps after the shift until MaxVio, mean of 10 steps, is under the limit again; counted to the "
+        "first of these 10 steps.",
     ),
     "excess_run": Metric(
         "Excess, run",

@@ -88,6 +88,7 @@ def run_one(config: SimulateConfig, seed: int, advance: Callable[[], None]) -> d
         "arm": config.balance.name,
         "seed": seed,
         "ok": verdict.ok,
+        "too_short": None if verdict.is_known else str(verdict),
         "collapsed": len(verdict.collapsed),
         "experts": verdict.num_experts,
         "seconds": round(time.perf_counter() - start_s, 1),
@@ -154,15 +155,17 @@ def progress(num_steps: int) -> Iterator[Callable[..., None]]:
 
 def failures_of(run: dict[str, Any], config: SimulateConfig) -> list[str]:
     who = f"{run['arm']} seed {run['seed']}"
-    found = [f"{who}: {run['collapsed']} of {run['experts']} experts collapsed"] if run["collapsed"] else []
+    failures = (
+        [f"{who}: {run['collapsed']} of {run['experts']} experts collapsed"] if run["collapsed"] else []
+    )
     for name, limit in vars(config.thresholds).items():
         value = run["summary"].get(name)
         if limit is not None and (value is None or not value <= limit):
-            found.append(
+            failures.append(
                 f"{who}: {name} is {'never reached' if value is None else f'{value:.4g}'}, the limit is "
                 f"{limit:g}"
             )
-    return found
+    return failures
 
 
 def ranking(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -175,9 +178,9 @@ def ranking(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         metrics = {}
         for name in dict.fromkeys(key for run in own for key in run["summary"]):
             values = [run["summary"][name] for run in own if run["summary"].get(name) is not None]
-            found = estimate(values)
+            interval = estimate(values)
             metrics[name] = (
-                found.as_dict() if found else {"mean": None, "low": None, "high": None, "num_seeds": 0}
+                interval.as_dict() if interval else {"mean": None, "low": None, "high": None, "num_seeds": 0}
             )
         collapsed = sum(not run["ok"] for run in own)
         rows.append({"arm": arm, "num_seeds": len(own), "collapsed_runs": collapsed, "metrics": metrics})

@@ -1,0 +1,61 @@
+"""How does a command speak to a terminal that may be gone or lack letters, and how does it end?"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+
+def run(
+    command: Callable[[], int], codes: Mapping[type[BaseException], int], *, interrupted: str = "interrupted"
+) -> int:
+    """Runs a command and returns its exit code. An error named in `codes` becomes one line on stderr (and its
+    notes) and that code; `interrupted` is what is said of a KeyboardInterrupt. All other errors pass through.
+    """
+    outlive_terminal()
+    try:
+        return command()
+    except tuple(codes) as error:
+        line = interrupted if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+        print("\n".join([line, *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
+
+
+def outlive_terminal() -> None:
+    """From now on stdout and stderr take everything: what cannot be written is dropped, a letter that the
+    encoding lacks becomes a question mark. Streams that somebody has put in their place are left alone.
+    """
+    for number in (0, 1, 2):  # else the next file that is opened gets the number, and is printed into
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is original:
+            kept = lasting(number, stream)
+            setattr(sys, name, kept)
+            setattr(sys, f"__{name}__", kept)
+
+
+def lasting(number: int, like: io.TextIOWrapper | None) -> io.TextIOWrapper:
+    """A text stream on this descriptor, buffered as `like` is. like: None where the descriptor was closed."""
+    kept = {}
+    if like is not None:
+        kept = {name: getattr(like, name) for name in ("encoding", "line_buffering", "write_through")}
+        with suppress(OSError, ValueError):
+            like.flush()
+    buffer = io.BufferedWriter(_Lasting(number, "w", closefd=False))
+    return io.TextIOWrapper(buffer, errors="replace", **kept)
+
+
+class _Lasting(io.FileIO):
+    """The lowest layer, so that no buffer above it keeps what could not be written and fails at the exit."""
+
+    def write(self, data) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written
