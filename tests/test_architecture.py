@@ -13,6 +13,8 @@ MAX_LINES = 400
 LAYERS = [
     "config",
     "ranks.lock",
+    "ranks.stop",
+    "ranks.launcher",
     "ranks.agree",
     "program",
     "balance",
@@ -30,7 +32,6 @@ LAYERS = [
     "checkpoint",
     "weights",
     "metrics",
-    "ranks.stop",
     "ranks.watchdog",
     "run.health",
     "run.directory",
@@ -72,6 +73,7 @@ ONLY = {
     "lab.intervals": [],
     "ranks.stop": [],
     "ranks.lock": [],
+    "ranks.launcher": [],
     "ranks.watchdog": [],
     "run.health": [],
 }

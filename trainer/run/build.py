@@ -32,7 +32,7 @@ from trainer.model.parallelize import build_parallel, local
 from trainer.optim import Optimizers
 from trainer.program import Now, Program, check_sources, program_of
 from trainer.ranks import device
-from trainer.ranks.agree import compare_clocks, refuse_disagreement
+from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.device import ParallelDims
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
@@ -73,9 +73,13 @@ class Run:
         return run_directory(self.config)
 
 
-def build(config: Config) -> Run:
-    """Joins the process group and builds everything on this rank. Raises: ConfigError before any training."""
+def build(config: Config, *, stop: StopRequest | None = None) -> Run:
+    """Joins the process group and builds everything on this rank. stop: may end the start between its phases.
+    Raises: ConfigError before any training; Stopped.
+    """
+    stop = stop or StopRequest()
     on = device.start(timeout_s=config.timeout_s)
+    end_if_told(stop)
     refuse_disagreement({**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__})
     compare_clocks()
     has_experts = config.model.num_dense_layers < config.model.num_layers
@@ -88,6 +92,7 @@ def build(config: Config) -> Run:
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
+    end_if_told(stop)
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
@@ -123,7 +128,7 @@ def build(config: Config) -> Run:
         balancer=balancer,
         stream=stream,
         group=group,
-        stop=StopRequest(),
+        stop=stop,
         checkpoints=checkpoints_of(config),
         health=health,
         last_step=program.last_step(),
