@@ -13,6 +13,8 @@ MAX_LINES = 400
 LAYERS = [
     "config",
     "ranks.lock",
+    "ranks.stop",
+    "ranks.launcher",
     "ranks.agree",
     "program",
     "terminal",
@@ -32,7 +34,6 @@ LAYERS = [
     "checkpoint",
     "weights",
     "metrics",
-    "ranks.stop",
     "ranks.watchdog",
     "run.health",
     "run.directory",
@@ -79,6 +80,7 @@ ONLY = {
     "lab.intervals": [],
     "ranks.stop": [],
     "ranks.lock": [],
+    "ranks.launcher": [],
     "ranks.watchdog": [],
     "run.health": [],
 }

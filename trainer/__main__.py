@@ -12,9 +12,11 @@
 """
 
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 from trainer import __version__
+from trainer.ranks.stop import StopRequest
 from trainer.terminal import outlive_terminal
 
 COMMANDS = {
@@ -41,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: {command!r} is no command; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return REFUSED
-    return import_module(COMMANDS[command]).main(rest)
+    with StopRequest() if command == "train" else nullcontext():  # a signal counts while torch is imported
+        return import_module(COMMANDS[command]).main(rest)
 
 
 if __name__ == "__main__":

@@ -8,31 +8,50 @@ stop by SIGTERM: saved, or the last checkpoint stands; start it again · 130 by 
 all again while restarts are left, unless its exit code says that this cannot help.
 """
 
-import logging
 import os
 import signal
+
+from trainer.ranks.launcher import LAUNCHER
+from trainer.ranks.stop import exit_code as stopped_by
+from trainer.ranks.stop import heard_signals
+
+if __name__ == "__main__":  # torch takes seconds to be imported; no rank has been started yet
+    for number in heard_signals():
+        signal.signal(number, lambda number, frame: os._exit(stopped_by(number)))
+
+import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar
 
 from torch.distributed.elastic.agent.server.api import DEFAULT_ROLE, RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
-from trainer.ranks.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, PREEMPTED, REFUSED, UNSOUND
+from trainer.ranks.stop import (
+    CANNOT_SAVE,
+    COLLAPSED,
+    INTERRUPTED,
+    NO_DATA,
+    PREEMPTED,
+    REFUSED,
+    SAVING,
+    UNSOUND,
+)
 
 FINAL = {REFUSED, COLLAPSED, NO_DATA, CANNOT_SAVE, UNSOUND, PREEMPTED, INTERRUPTED}
 # How a rank ends that was told to, or did not in time:
 TOLD = {
     PREEMPTED,
     INTERRUPTED,
-    *(-n for n in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL)),
+    *(-number for number in (*SAVING, signal.SIGKILL)),
 }
 AFTERMATH = {1, -signal.SIGABRT, *TOLD} - {-signal.SIGKILL}  # how a rank may end because another is gone
 UNTOLD = ("Sending process", "failed (exitcode")  # what torch logs on top of our line
@@ -53,14 +72,16 @@ class Agent(LocalElasticAgent):
 
     torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none
     of its lists, and live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the
-    agent waits for other nodes.
+    agent waits for other nodes. torch passes the first signal on to the ranks; those that come while it waits
+    for their end are passed on here.
     """
 
-    told: signal.Signals | None = None
-    may_raise = True
+    told: ClassVar[signal.Signals | None] = None
+    may_raise: ClassVar[bool] = True
+    current: ClassVar["Agent | None"] = None
 
     def run(self, role: str = DEFAULT_ROLE) -> RunResult:
-        Agent.may_raise = False
+        Agent.may_raise, Agent.current = False, self
         try:
             return super().run(role)
         except SignalException as told:
@@ -112,11 +133,18 @@ class Agent(LocalElasticAgent):
 
     def _codes(self) -> dict[int, int | None]:
         """Of this node's ranks; None: still running."""
-        handlers = getattr(self._pcontext, "subprocess_handlers", {})
         return {
             self._worker_group.workers[local].global_rank: handler.proc.poll()
-            for local, handler in handlers.items()
+            for local, handler in self._handlers().items()
         }
+
+    def _handlers(self) -> dict[int, SubprocessHandler]:
+        return getattr(self._pcontext, "subprocess_handlers", {})
+
+    def pass_on(self, number: int) -> None:
+        for handler in self._handlers().values():
+            with suppress(ProcessLookupError):
+                os.killpg(handler.proc.pid, number)
 
 
 def cause(codes: dict[int, int]) -> int:
@@ -136,10 +164,6 @@ def verdict(codes: dict[int, int | None], *, told: int) -> int:
     return 0 if codes and not any(codes.values()) else told
 
 
-def stopped_by(number: int) -> int:
-    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
-
-
 def exit_code(code: int) -> int:
     return code if code >= 0 else 128 - code  # as a shell has it
 
@@ -153,9 +177,11 @@ def describe(rank: int, code: int) -> str:
 
 
 def tell(number: int, frame: Any = None) -> None:
-    Agent.told = signal.Signals(number)
+    again, Agent.told = Agent.told is not None, signal.Signals(number)
     if Agent.may_raise:
         raise SignalException(f"signal {number}", sigval=Agent.told)
+    if again and Agent.current is not None:
+        Agent.current.pass_on(number)
 
 
 @contextmanager
@@ -171,15 +197,20 @@ def interruptible() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):  # torch listens only once the nodes have met
+    os.environ[LAUNCHER] = str(os.getpid())
+    for number in heard_signals():  # torch listens only once the nodes have met
         signal.signal(number, tell)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heard_signals())
     processes._terminate_process_handler = tell  # what torch listens with
     launcher.LocalElasticAgent = Agent
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(
         lambda r: not str(r.msg).startswith(UNTOLD)
     )
     try:
-        run(parse_args(arguments))
+        options = parse_args(arguments)
+        if options.log_dir is None and options.redirects == options.tee == "0":
+            options.log_dir = os.devnull  # torch would leave a directory behind for what nobody writes
+        run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(describe(rank, failure.exitcode), file=sys.stderr)

@@ -5,8 +5,15 @@
 
 Exit codes: 0 done and balanced · 2 refused configuration · 3 experts collapsed · 4 data cannot be read · 5
 checkpoints cannot be written · 6 steps cannot be applied, or the guard ended it · 7 a rank hung · 75 told to
-end (SIGTERM), saved · 130 Ctrl-C, saved.
+end (SIGTERM, SIGHUP and their like), saved · 130 Ctrl-C, saved.
 """
+
+from trainer.ranks.launcher import end_with_launcher
+from trainer.ranks.stop import StopRequest
+
+if __name__ == "__main__":  # the imports below take seconds
+    end_with_launcher()
+    StopRequest().__enter__()
 
 import logging
 import sys
@@ -29,8 +36,17 @@ from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.model.hf import export_problems
 from trainer.ranks import device
-from trainer.ranks.agree import refusing_on_all
-from trainer.ranks.stop import CANNOT_SAVE, COLLAPSED, INTERRUPTED, NO_DATA, OK, REFUSED, UNSOUND
+from trainer.ranks.agree import end_if_told, refusing_on_all
+from trainer.ranks.stop import (
+    CANNOT_SAVE,
+    COLLAPSED,
+    INTERRUPTED,
+    NO_DATA,
+    OK,
+    REFUSED,
+    UNSOUND,
+    Stopped,
+)
 from trainer.ranks.watchdog import Watchdog
 from trainer.run.build import build, refusing
 from trainer.run.directory import open_directory, record_start
@@ -88,16 +104,18 @@ def due(run: Run) -> bool:
 # -- entry point ------------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> int:
-    """The whole run on this rank. Returns the exit code."""
+def train(config: Config, *, stop: StopRequest | None = None) -> int:
+    """The whole run on this rank. Returns the exit code. Raises: Stopped."""
+    stop = stop or StopRequest()
+    end_if_told(stop)
     refuse_early(config)
-    run = build(config)
+    run = build(config, stop=stop)
+    end_if_told(stop)
     is_first = dist.get_rank() == 0
     opened = open_directory(
         config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
     )
     run.about, run.texts = opened.about, opened.texts
-    run.stop.listen()
     if opened.origin is not None:
         with refusing():
             resume(run, opened.origin)
@@ -105,6 +123,7 @@ def train(config: Config) -> int:
         with refusing():
             weights = run.state_dict(["model"])
             run.load_state_dict(start_from(config, weights, run.stream.tokenizer))
+    end_if_told(stop)
     directory, resumed = run.directory, run.step
     metrics = None
     refusing_on_all(
@@ -128,6 +147,7 @@ def train(config: Config) -> int:
         directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s
     )
     watchdog.start()
+    stop.has_started()
     try:
         loop(run, metrics, watchdog)
     except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before
@@ -205,15 +225,18 @@ CODES = {
     DataError: NO_DATA,
     SaveError: CANNOT_SAVE,
     FloatingPointError: UNSOUND,
-    KeyboardInterrupt: INTERRUPTED,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     overrides = sys.argv[1:] if arguments is None else arguments
-    interrupted = "interrupted before the first step; nothing to save"
+    end_with_launcher()
     try:
-        return terminal.run(partial(command, overrides), CODES, interrupted=interrupted)
+        return terminal.run(partial(command, overrides), CODES)
+    except Stopped as stopped:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(stopped, file=sys.stderr)
+        return stopped.code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -224,7 +247,8 @@ def command(overrides: list[str]) -> int:
     if (text := looked_up(overrides, __doc__)) is not None:
         print(text)
         return OK
-    return train(load(overrides))
+    with StopRequest() as stop:
+        return train(load(overrides), stop=stop)
 
 
 if __name__ == "__main__":

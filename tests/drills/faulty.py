@@ -28,9 +28,13 @@ import trainer.checkpoint.storage as storage
 import trainer.data.sources
 import trainer.ranks.agree
 import trainer.run.build
+import trainer.run.step
 from trainer import train
+from trainer.checkpoint.transfer import StagedPlanner
 from trainer.model.parallelize import local
+from trainer.optim import Optimizers
 from trainer.ranks import device
+from trainer.ranks.stop import StopRequest
 
 
 def main(spec: dict[str, Any], overrides: list[str]) -> int:
@@ -45,7 +49,8 @@ def main(spec: dict[str, Any], overrides: list[str]) -> int:
             before=lambda run, step: os.kill(os.getpid(), signal.SIGTERM) if step == spec["stop_at"] else None
         )
     sys.argv = ["train", *overrides]
-    return train.main()
+    with StopRequest():  # as the program itself has, from its first line on
+        return train.main()
 
 
 def around_steps(
@@ -161,6 +166,49 @@ def pause(where: Path, *, hook: str, step: int) -> None:
     wrapped(*hooks[hook])
 
 
+# -- signals ----------------------------------------------------------------------------------------------
+
+# a call just before which a signal comes, in the order of a run
+MOMENTS = {
+    "the configuration": (train, "load"),
+    "early refusals": (train, "refuse_early"),
+    "joining": (device, "start"),
+    "agreeing": (trainer.run.build, "refuse_disagreement"),
+    "the mesh": (device, "build_mesh"),
+    "the data": (trainer.run.build, "build_stream"),
+    "the model": (trainer.run.build, "build_parallel"),
+    "the weights": (trainer.run.build, "initialize"),
+    "the optimizer": (trainer.run.build, "Optimizers"),
+    "the directory": (train, "open_directory"),
+    "watching": (train, "Watchdog"),
+    "the peak": (device, "peak_flops"),
+    "rows": (train, "next_batches"),
+    "a step": (train, "train_step"),
+    "the gradient": (trainer.run.step, "squared_gradient_norm"),
+    "the update": (Optimizers, "step"),
+    "copying": (StagedPlanner, "stage"),
+    "loading": (train, "resume"),
+    "writing": (storage, "save_file"),
+    "the last save": (train, "finish_saving"),
+    "the verdict": (train, "conclude"),
+    "leaving": (torch.distributed, "destroy_process_group"),
+}
+
+
+def signal_at(where: Path, *, moment: str, number: int) -> None:
+    """This rank is sent a signal just before the first call."""
+    owner, name = MOMENTS[moment]
+    original, sent = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
 # -- data, disk ---------------------------------------------------------------------------------------------
 
 
@@ -263,7 +311,8 @@ def other_code(where: Path, *, version: str) -> None:
 
 
 FAULTS: dict[str, Callable[..., None]] = {
-    of.__name__: of for of in (hang_in_step, hold, pause, source, full_disk, wrong_numbers, other_code)
+    of.__name__: of
+    for of in (hang_in_step, hold, pause, signal_at, source, full_disk, wrong_numbers, other_code)
 }
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ class Job:
 def _rank(rank: int, num: int, port: int, log: Path, spec: dict[str, Any], overrides: list[str]) -> None:
     """In the new process."""
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -4,9 +4,10 @@ import signal
 import time
 from pathlib import Path
 
+from tests.drills.faulty import MOMENTS
 from tests.drills.jobs import STEPS, Job, Launch, Where, same_losses, undisturbed
 from tests.drills.table import Facts, drill
-from trainer.ranks.stop import INTERRUPTED, PREEMPTED
+from trainer.ranks.stop import INTERRUPTED, OK, PREEMPTED, exit_code
 
 GRACE_S = 30.0  # clusters give 30 s or more
 
@@ -62,4 +63,28 @@ def signal_to_one_rank(directory: Path, short: bool) -> Facts:
     went_on(where, job)
     facts.note = f"ended in {max(ends_s):.1f} s"
     facts.equal = same_losses(where, undisturbed(2))
+    return facts
+
+
+@drill(limit_s=600, short=True)
+def a_signal_at_every_moment(directory: Path, short: bool) -> Facts:
+    """SIGINT, SIGTERM, SIGHUP to one of two ranks, at 22 moments of the start, of a step, of a save, of the
+    end; each life goes on from the one before · both ranks end with 130 and 75, with one line and no
+    traceback; after the last step a signal changes nothing"""
+    facts, numbers = Facts(), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for first in range(1 if short else len(numbers)):
+        where = Where(directory / str(first))
+        for turn, moment in enumerate(list(MOMENTS)[:: 3 if short else 1]):
+            number, trained = numbers[(first + turn) % len(numbers)], where.trained()
+            is_end = moment in ("the last save", "the verdict", "leaving")
+            job = where.finish(fault={"fault": "signal_at", "moment": moment, "number": number, "rank": 1})
+            code = OK if is_end else exit_code(number)
+            assert set(job.codes) == {code}, f"{number.name} at {moment}: {job.codes}\n{job.output}"
+            assert "Traceback" not in job.output, f"{number.name} at {moment}:\n{job.output}"
+            ends = [line for line in job.output.splitlines() if "told to end" in line or "stopped at" in line]
+            assert len(ends) == (not is_end), f"{number.name} at {moment}:\n{job.output}"
+            assert where.trained() == trained or where.checkpoints()[-1] == where.last_trained()
+            facts.lost.append(0)
+        facts.equal = same_losses(where, undisturbed(2))
+    facts.note = f"{len(facts.lost)} signals"
     return facts

@@ -1,6 +1,7 @@
 """Do all ranks see, decide and have the same? All functions are collective: every rank calls them."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.config import ConfigError
+from trainer.ranks.stop import Stopped, StopRequest
 
 MAX_CLOCK_S = 5.0  # [s] between clocks; more makes the times in logs of several hosts misleading
 log = logging.getLogger(__name__)
@@ -62,6 +64,19 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the ranks do not agree: {shown}. Start all of them with one command, from one state of the code"
         )
+
+
+def end_if_told(stop: StopRequest) -> None:
+    """Between two phases of a start. Raises: Stopped, on all ranks, if any was told to end."""
+    if dist.is_initialized():
+        codes = gathered(stop.code)
+    elif int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        codes = [stop.code]
+    else:  # the others cannot be asked yet
+        return
+    if heard := [code for code in codes if code is not None]:
+        stop.agreed = max(heard)  # Ctrl-C before a preemption: somebody wanted it to end
+        raise Stopped(stop.agreed)
 
 
 def compare_clocks() -> None:

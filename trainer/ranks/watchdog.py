@@ -2,19 +2,17 @@
 
 `Watchdog` is a thread that counts how long the current phase lasts. Over its limit, the stacks of all threads
 are written and the process ends with HUNG. It counts its own turns, not the clock: a process that was stopped
-(SIGSTOP, a paused container, a suspended laptop) is not to blame for the time.
+(SIGSTOP, a paused container, a suspended laptop) is not to blame for the time. Of a turn, only the share of a
+core that a process of this host gets is counted: a rank on a busy machine is slow, and not hung, and so is
+one that waits for it.
 
-A Python thread has no turn while C code holds the interpreter lock, or if writing the report itself blocks
-it. So each turn is told to an observer: this file, run as a small process of its own, which ends a rank whose
-thread has gone silent.
+A Python thread has no turn while C code holds the interpreter lock. So each turn sets faulthandler's timer
+anew, a thread in C: where no turn comes, it writes the stacks to stderr and ends the process with 1.
 """
 
 import faulthandler
 import os
-import select
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,9 +22,8 @@ from pathlib import Path
 
 HUNG = 7  # exit code; those of runs that end by themselves are in stop.py
 STDERR = 2  # the descriptor: nothing here may wait for the lock of sys.stderr, which a stuck thread may hold
-# writes the stacks of all threads to stderr, in C, whoever holds the interpreter lock
-DUMP_SIGNAL = signal.SIGUSR2
-DUMP_S = 1.0  # what the stacks may take to be written to stderr
+LAST_WORDS_S = 1.0  # what the stacks may take to be written to stderr
+MAX_LIMIT_S = 1e6  # eleven days; faulthandler's timer goes no further than 9e9 s
 
 
 class Watchdog:
@@ -36,8 +33,9 @@ class Watchdog:
     a phase, and of the time between `start` and the first `beat`; grace_s: [s] between the report and the
     end, in which the other ranks reach their limit and report too. A rank that goes on within it was merely
     slow and lives: if no other has ended, the job is saved, and if one has, the next collective fails or
-    reaches the limit. Start it once the data workers are forked: threads do not live on in a fork, and the
-    fork would hold the observer's pipe open.
+    reaches the limit. Where the thread has no turn, first_limit_s more may pass by the clock: a process may
+    have been stopped for so long, as collectives have that limit by the clock, too. Start it once the data
+    workers are forked: threads do not live on in a fork.
     Raises: ValueError if a limit is not above 0.
     """
 
@@ -59,17 +57,9 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._reporter = threading.Thread()
-        self._observer: subprocess.Popen | None = None
 
     def start(self) -> None:
-        faulthandler.register(DUMP_SIGNAL, file=STDERR, all_threads=True, chain=False)
-        command = [sys.executable, "-I", "-S", __file__, str(self.rank), str(os.getpid())]
-        with suppress(OSError):  # no process to be had: the thread alone has to do
-            self._observer = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0
-            )
-            os.set_blocking(self._observer.stdin.fileno(), False)
-        self._tell(self.first_limit_s)
+        self._set_timer()
         self._thread.start()
 
     def close(self) -> None:
@@ -77,29 +67,20 @@ class Watchdog:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
-        if self._observer is not None:
-            self._observer.stdin.close()  # and so it ends
-            self._observer.wait()
-            self._observer = None
-            faulthandler.unregister(DUMP_SIGNAL)
+        faulthandler.cancel_dump_traceback_later()
 
     def beat(self, phase: str, *, limit_s: float | None = None) -> None:
-        """The rank is now in `phase`, which may take limit_s [s]. Without a limit of its own, this costs next
-        to nothing.
-        """
-        if limit_s is None:
-            self._phase = (phase, self.limit_s)
-            return
-        self._phase = (phase, limit_s)
-        self._tell(limit_s)  # at once: C code may take the interpreter lock before the thread's next turn
+        """The rank is now in `phase`, which may take limit_s [s]; None: as long as any step."""
+        self._phase = (phase, self.limit_s if limit_s is None else limit_s)
 
     def _watch(self) -> None:
         seen, quiet_s, reported, last_s = ("", 0.0), 0.0, False, time.monotonic()
         while not self._closed.wait(turn_s := min(1.0, self._phase[1] / 10, self.limit_s / 10)):
             now_s = time.monotonic()
-            passed_s, last_s = min(now_s - last_s, 2 * turn_s), now_s  # longer: the process was stopped
+            # longer than two turns: the process was stopped
+            passed_s, last_s = min(now_s - last_s, 2 * turn_s) * core_share(), now_s
             phase = self._phase
-            self._tell(phase[1])
+            self._set_timer()
             if phase is not seen:
                 if reported:
                     self._note(
@@ -114,12 +95,11 @@ class Watchdog:
             elif reported and quiet_s >= phase[1] + self.grace_s:
                 self._end(phase[0], quiet_s)
 
-    def _tell(self, limit_s: float) -> None:
-        """Tells the observer how long the thread may be silent from now on."""
-        margin_s = min(10.0, limit_s)
-        if self._observer is not None:
-            with suppress(OSError):
-                self._observer.stdin.write(f"{limit_s + self.grace_s + margin_s}\n".encode())
+    def _set_timer(self) -> None:
+        """Ends this process unless the thread has a turn before; 40 us."""
+        if not self._closed.is_set():
+            silent_s = (self._phase[1] + self.grace_s) / core_share() + self.first_limit_s
+            faulthandler.dump_traceback_later(min(silent_s, MAX_LIMIT_S), exit=True, file=STDERR)
 
     def _report(self, phase: str, quiet_s: float) -> None:
         """In a thread of its own: the file system may be what hangs."""
@@ -157,7 +137,7 @@ class Watchdog:
             )
             last = threading.Thread(target=say, args=("\n".join([line, *stacks(), ""]),), daemon=True)
             last.start()
-            last.join(timeout=DUMP_S)
+            last.join(timeout=LAST_WORDS_S)
         os._exit(HUNG)
 
 
@@ -183,46 +163,10 @@ def say(text: str) -> None:
         os.write(STDERR, text.encode())
 
 
-# -- the observer: a process of its own --------------------------------------------------------------------
-
-
-def observe(*, rank: int, pid: int) -> None:
-    """Reads from stdin how long [s] the parent `pid` may be silent, again and again; ends it when it was
-    silent for longer.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # a group is told to stop as a whole, and the rank still has to save
-        signal.signal(number, signal.SIG_IGN)
-    limit_s, quiet_s, warned, last_s = 3600.0, 0.0, False, time.monotonic()
-    while os.getppid() == pid:  # 3600: until the parent has said its own
-        turn_s = min(1.0, limit_s / 10)
-        if select.select([0], [], [], turn_s)[0]:
-            told = os.read(0, 2**16).split()
-            if not told:
-                return
-            limit_s, quiet_s, warned = float(told[-1]), 0.0, False
-        elif not is_stopped(pid):
-            quiet_s += min(time.monotonic() - last_s, 2 * turn_s)
-        last_s = time.monotonic()
-        if quiet_s >= limit_s and not warned:
-            warned = True
-            say(
-                f"rank {rank}: its watchdog had no turn for {quiet_s:.1f} s (C code holds the interpreter "
-                "lock?); it is killed\n"
-            )
-            os.kill(pid, DUMP_SIGNAL)
-        elif warned and quiet_s >= limit_s + DUMP_S:
-            os.kill(pid, signal.SIGKILL)
-            return
-
-
-def is_stopped(pid: int) -> bool:
-    """By SIGSTOP or a debugger. Where there is no /proc: nobody knows."""
+def core_share() -> float:
+    """How much of a core a process of this host gets that wants one, at most 1. Where nobody knows: 1."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        return False
-
-
-if __name__ == "__main__":
-    observe(rank=int(sys.argv[1]), pid=int(sys.argv[2]))
+        running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])
+    except (OSError, ValueError, IndexError):
+        return 1.0
+    return min(1.0, (os.cpu_count() or 1) / max(1, running - 1))  # this thread is one of them

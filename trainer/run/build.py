@@ -22,7 +22,7 @@ from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
 from trainer.program import LOSSES, Now, check_sources, program_of
 from trainer.ranks import device
-from trainer.ranks.agree import compare_clocks, refuse_disagreement
+from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
 from trainer.run.health import Health
@@ -30,9 +30,13 @@ from trainer.run.memory import refuse_too_large
 from trainer.run.state import Groups, Run
 
 
-def build(config: Config) -> Run:
-    """Joins the process group and builds everything on this rank. Raises: ConfigError before any training."""
+def build(config: Config, *, stop: StopRequest | None = None) -> Run:
+    """Joins the process group and builds everything on this rank. stop: may end the start between its phases.
+    Raises: ConfigError before any training; Stopped.
+    """
+    stop = stop or StopRequest()
     on = device.start(timeout_s=config.timeout_s)
+    end_if_told(stop)
     refuse_disagreement({**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__})
     compare_clocks()
     has_experts = config.model.num_dense_layers < config.model.num_layers
@@ -55,6 +59,7 @@ def build(config: Config) -> Run:
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
+    end_if_told(stop)
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
@@ -93,7 +98,7 @@ def build(config: Config) -> Run:
         program=program,
         balancer=balancer,
         stream=stream,
-        stop=StopRequest(),
+        stop=stop,
         checkpoints=checkpoints_of(config),
         health=health,
         last_step=program.last_step(),
