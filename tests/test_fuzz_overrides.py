@@ -42,7 +42,7 @@ def broken(how):
         (lambda: print("error: a\nerror: b", file=sys.stderr), "2 lines of error with code 2"),
         (lambda: print("error: a\nb", file=sys.stderr), "several lines"),
         (lambda: print("WARNING a\nerror: b", file=sys.stderr), None),
-        (lambda: fuzz.os.kill(fuzz.os.getpid(), fuzz.signal.SIGABRT), "ended by SIGABRT"),
+        (lambda: fuzz.os.kill(fuzz.os.getpid(), fuzz.signal.SIGKILL), "ended by SIGKILL"),
         (lambda: fuzz.os.kill(fuzz.os.getpid(), fuzz.signal.SIGXCPU), f"no answer in {fuzz.CPU_S} s"),
     ],
 )

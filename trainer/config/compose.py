@@ -150,7 +150,8 @@ def _explain(error: Exception, overrides: list[str], root: str) -> str:
     meant = [override for override, key in keys.items() if key and (key in text or override in text)]
     if not meant:
         return message
-    override = max(meant, key=lambda override: len(keys[override]))  # optim.lr=x rather than optim=muon
+    # the one that is quoted, or optim.lr=x rather than optim=muon
+    override = max(meant, key=lambda override: (override in text, len(keys[override])))
     groups = [other for other, key in keys.items() if "." not in key and other != override]
     return f"{override!r}: {message}{_nearest(keys[override], root, groups)}"
 
