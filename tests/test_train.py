@@ -43,7 +43,19 @@ METRICS = [
     "balance/bias_rms",
     "balance/gain",
     "balance/logit_rms",
-    *(f"data/{name}" for name in ("documents", "open", "padding", "truncated", "skipped", "wait_s")),
+    *(
+        f"data/{name}"
+        for name in (
+            "documents",
+            "open",
+            "padding",
+            "truncated",
+            "skipped",
+            "step_tokens",
+            "step_flop",
+            "wait_s",
+        )
+    ),
     *(f"balance/stability/{layer}" for layer in range(4)),
 ]
 

@@ -20,7 +20,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError
 from trainer.metrics import MetricsLog
-from trainer.model.afmoe import count_parameters, flops_per_token
+from trainer.model.afmoe import count_parameters
 from trainer.model.hf import export_problems
 from trainer.ranks import device
 from trainer.ranks.agree import end_if_told, refusing_on_all
@@ -63,10 +63,9 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
     config = run.config
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
-    flop_at = cache(partial(flops_per_token, config.model))
     start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
-        now, before = run.program.at(run.tokens), run.stream.state_dict()
+        now, before = run.program.at(run.tokens), run.stream.snapshot()
         compiles = shape != (shape := (now.micro_batch, now.seq_len))
         watchdog.beat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
         if (batches := next_batches(run)) is None:
@@ -78,10 +77,11 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         if values is None:
             watchdog.beat("saving", limit_s=config.timeout_s)
-            leave_unread(run, before)
-        tokens_per_s = now.tokens / (time.perf_counter() - start_s)
-        mfu = flop_at(seq_len=now.seq_len) * tokens_per_s / peak
-        values |= {"tokens_per_s": tokens_per_s, "mfu": mfu, "memory_gib": device.memory_gib(run.device)}
+            leave_unread(run, before.state_dict())
+        step_s = time.perf_counter() - start_s
+        values["tokens_per_s"] = values["data/step_tokens"] / step_s
+        values["mfu"] = values["data/step_flop"] / step_s / peak
+        values["memory_gib"] = device.memory_gib(run.device)
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.health.is_lost:
@@ -104,18 +104,21 @@ def due(run: Run) -> bool:
 # -- entry point ------------------------------------------------------------------------------------------
 
 
-def train(config: Config, *, stop: StopRequest | None = None) -> int:
-    """The whole run on this rank. Returns the exit code. Raises: Stopped."""
-    stop = stop or StopRequest()
+def start(config: Config, *, stop: StopRequest | None = None) -> Run:
+    """The run on this rank, ready for its next step: the first, or where its newest checkpoint left it.
+
+    Joins the process group, or makes one of this process. stop: what listens to signals; None: from here on
+    the run does. Collective. Raises: ConfigError, SaveError, Stopped.
+    """
+    stop = stop or StopRequest().__enter__()
     end_if_told(stop)
     refuse_early(config)
     run = build(config, stop=stop)
     end_if_told(stop)
-    is_first = dist.get_rank() == 0
     opened = open_directory(
         config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
     )
-    run.about, run.texts = opened.about, opened.texts
+    run.about, run.texts, run.held = opened.about, opened.texts, opened.held
     if opened.origin is not None:
         with refusing():
             resume(run, opened.origin)
@@ -124,30 +127,37 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
             weights = run.state_dict(["model"])
             run.load_state_dict(start_from(config, weights, run.stream.tokenizer))
     end_if_told(stop)
-    directory, resumed = run.directory, run.step
-    metrics = None
     refusing_on_all(
         partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)
     )
-    if is_first:
+    if dist.get_rank() == 0:
         announce(run, opened.origin.path if opened.origin else None)
         run.checkpoints.warn_if_short(run.model.parameters())
+    stop.has_started()
+    return run
+
+
+def train(config: Config, *, stop: StopRequest | None = None) -> int:
+    """The whole run on this rank. Returns the exit code. Raises: as `start`, and what ends a run early."""
+    run = start(config, stop=stop)
+    directory, metrics = run.directory, None
+    if dist.get_rank() == 0:
         if config.balance.trace is not None:
-            run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
+            trace = TraceWriter(directory / config.balance.trace, after_step=run.step)
+            run.balancer.observers += (trace,)
         tracker = instantiate(config.logging.tracker)
-        start = partial(tracker, directory, asdict(config)) if tracker else None
+        start_tracker = partial(tracker, directory, asdict(config)) if tracker else None
         metrics = MetricsLog(
             directory / "metrics.jsonl",
             steps=run.last_step,
             interval=config.logging.interval,
-            after_step=resumed,
-            start_tracker=start,
+            after_step=run.step,
+            start_tracker=start_tracker,
         )
     watchdog = Watchdog(
         directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s
     )
     watchdog.start()
-    stop.has_started()
     try:
         loop(run, metrics, watchdog)
     except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before

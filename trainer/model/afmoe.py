@@ -11,7 +11,9 @@ Letters: B sequences, L tokens each, T = B L, D model dim, N heads, H head dim, 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -337,7 +339,13 @@ class ParameterCount:
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Exact counts, from the model built on the meta device."""
+    """Exact counts, from the model built on the meta device, once for each shape."""
+    return _count_parameters(tuple(asdict(model).items()))
+
+
+@cache
+def _count_parameters(shape: tuple[tuple[str, Any], ...]) -> ParameterCount:
+    model = ModelConfig(**dict(shape))
     with torch.device("meta"):
         built = afmoe_config(model, flex=False).build()
     total = sum(p.numel() for p in built.parameters())

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,7 @@ class Run:
     unread: BadDocument | DataError | None = None  # why this rank has no rows for the step
     about: dict[str, Any] = field(default_factory=dict)  # for the manifests of its checkpoints
     texts: dict[str, str] = field(default_factory=dict)  # files that go into each of them
+    held: TextIO | None = None  # the lock of the run's directory, on rank 0
 
     @property
     def directory(self) -> Path:

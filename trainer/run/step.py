@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainer.data import BAD_KINDS, COUNTED, BadDocument, Batch, DataError, SourcedBatch
 from trainer.metrics import batch_heterogeneity
+from trainer.model.afmoe import step_flops
 from trainer.model.loss import IGNORE
 from trainer.model.loss import Groups as LossGroups
 from trainer.model.parallelize import scale_gradients, squared_gradient_norm
@@ -72,6 +73,8 @@ class StepSums:
     stop: Tensor  # ranks that were told to stop, and by hand (Ctrl-C)
     unread: Tensor  # ranks that could not read their rows
     waited_s: Tensor  # [s] for rows
+    tokens: Tensor  # of this step, without padding
+    flop: Tensor  # that the model needs for them
     counts: Tensor  # what was read since the start of the run, in the order of COUNTED
     loss_2S: Tensor  # loss [nats] and targets of each source
     loss_2U: Tensor  # loss [nats] and targets of each microbatch
@@ -141,6 +144,7 @@ def train_step(
             run.stop.agreed = UNSOUND
     values["skipped_steps"] = run.health.total
     values |= data_metrics(sums, run.stream.names)
+    values |= {"data/step_tokens": sums.tokens.item(), "data/step_flop": sums.flop.item()}
     values["data/wait_s"] = sums.waited_s.item() / run.groups.num_readers
     values |= balance
     return {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no NaN
@@ -151,8 +155,10 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
     on, groups = run.device, run.groups
     loss_2S = torch.zeros(2, len(run.stream.names), dtype=torch.float64, device=on)
     loss_2U = torch.zeros(2, groups.num_readers * len(batches), dtype=torch.float64, device=on)
+    flop = 0.0
     for m, batch in enumerate(batches, start=groups.reader * len(batches)):
         tokens_BL, labels_BL, positions_BL, *sources = (plane.to(on, non_blocking=True) for plane in batch)
+        flop += step_flops(run.config.model, batch.positions_BL)
         by_source = LossGroups(sources[0].flatten(), loss_2S) if sources else None
         loss = run.model(tokens_BL, positions_BL, labels_BL, by_source)
         loss.backward()
@@ -165,6 +171,8 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
         stop=torch.tensor([signal is not None, signal == SIGINT]),
         unread=torch.tensor(run.unread is not None),
         waited_s=torch.tensor(waited_s * once, dtype=torch.float64),
+        tokens=torch.tensor(run.stream.step_tokens * once),
+        flop=torch.tensor(flop, dtype=torch.float64),
         counts=torch.tensor(run.stream.state_counts, dtype=torch.float64) * once,
         loss_2S=loss_2S,
         loss_2U=loss_2U,
