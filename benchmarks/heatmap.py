@@ -33,7 +33,8 @@ def loads(balance: str, run_dir: Path) -> Tensor:
     """(M, E) Load of each expert in even shares over the last tenth of a run."""
     settings = ["experiment=synthetic", f"balance={balance}", f"run_dir={run_dir}", "balance.trace=trace"]
     config = load(settings)
-    train.train(config)
+    if (code := train.train(config)) not in (train.OK, train.COLLAPSED):
+        raise SystemExit(f"the run with {settings} was stopped, exit code {code}; start again")
     counts_SME = torch.stack([stats.counts_ME for stats in Trace(run_dir / config.name / "trace")])
     counts_ME = counts_SME[-len(counts_SME) // 10 :].sum(0).double()
     return counts_ME / counts_ME.mean(-1, keepdim=True)
