@@ -92,6 +92,11 @@ REFUSED = {  # override: what the message must contain
     "model=huge": (
         "Could not find 'model/huge' Available options in 'model': debug large mini nano small tiny"
     ),
+    "stage=[1]": "'stage=[1]': must be one of constant, cosine, trinity_large",
+    "stage=[[]]": "'stage=[[]]': must be one of",
+    "logging=[nan]": "'logging=[nan]': must be one of jsonl, tensorboard, wandb",
+    "optim=nan": "'optim=nan': must be one of adamw, muon",
+    "~data": "data",
     "optim.betas=5": "optim.betas=5: trainer.optim.adamw wants",
     "experiment=dmeo": "demo",
     "steps=0": "steps=0: must be at least 1",

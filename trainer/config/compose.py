@@ -19,6 +19,10 @@ from trainer.config.plain import read_plain
 from trainer.config.schema import Config, SpanConfig
 from trainer.config.targets import check_targets
 
+# Hydra and OmegaConf have errors of their own; what they did not think of fails inside them as the others.
+THEIRS = (HydraException, OmegaConfBaseException, YAMLError)
+REFUSALS = (*THEIRS, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
+
 CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
 if not CONFIG_DIR.is_dir():  # installed from a wheel, where the folder lies inside the package
     CONFIG_DIR = Path(__file__).parent.parent / "configs"
@@ -73,7 +77,7 @@ def composed(root: str, overrides: list[str]) -> Any:
         return OmegaConf.to_object(node)
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except REFUSALS as error:
         raise ConfigError(_explain(error, overrides, root)) from None
 
 
@@ -141,6 +145,8 @@ Any value of the configuration can be overridden: steps=100 model.dim=64 optim.l
 
 def _explain(error: Exception, overrides: list[str], root: str) -> str:
     """Hydra's message, shortened, with the nearest valid keys for the override that it is about."""
+    if not isinstance(error, THEIRS) and (choice := _no_choice(overrides)):
+        return choice
     text = str(error.__cause__ or error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     noise = ("full_key", "object_type", "reference_type", "Config search path", "provider=", "See https")
@@ -156,11 +162,21 @@ def _explain(error: Exception, overrides: list[str], root: str) -> str:
     return f"{override!r}: {message}{_nearest(keys[override], root, groups)}"
 
 
+def _no_choice(overrides: list[str]) -> str | None:
+    """The first override that chooses what its group does not have; Hydra takes names and lists of names."""
+    groups = {path.name: path for path in CONFIG_DIR.iterdir() if path.is_dir()}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in groups and value not in (names := sorted(of.stem for of in groups[key].glob("*.yaml"))):
+            return f"{override!r}: must be one of {', '.join(names)}"
+    return None
+
+
 def _nearest(key: str, root: str, groups: list[str]) -> str:
     """groups: overrides that choose what the keys are, like optim=muon."""
     try:
         valid = list(_all_keys(root, groups))
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except REFUSALS:
         valid = list(_all_keys(root, []))
     if key in valid:
         return ""
