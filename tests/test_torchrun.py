@@ -2,7 +2,8 @@
 restarts are for crashes.
 
 Workers are small scripts that do not import torch. What they do: `code` or `-signal` for each rank; `wait`:
-until told.
+until told; `start`: as a start that hangs, until told twice; `deaf`: for ever. A rank fails once all others
+have started.
 """
 
 import os
@@ -17,24 +18,35 @@ import pytest
 from trainer import torchrun
 
 REPOSITORY = Path(__file__).parent.parent
-WORKER = """
+WORKER = r"""
 import os, signal, sys, time
+from trainer.ranks.launcher import end_with_launcher
+end_with_launcher()
 rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-with open(os.path.join(os.path.dirname(__file__), f"lives.{rank}"), "a") as file:
-    file.write(f"{life}\\n")
+def path_of(rank):
+    return os.path.join(os.path.dirname(__file__), f"lives.{rank}")
+def has_started(rank):
+    return os.path.exists(path_of(rank)) and f"{life}\n" in open(path_of(rank))
+with open(path_of(rank), "a") as file:
+    file.write(f"{life}\n")
 what = sys.argv[1 + rank].split("/")[min(life, sys.argv[1 + rank].count("/"))]
 def told(*_):
-    print("told", flush=True)
+    os.write(1, b"told\n")
     sys.exit(int(os.environ["TOLD"]))
-if what == "wait":
-    signal.signal(signal.SIGTERM, told)
-    signal.signal(signal.SIGINT, told)
-    print("ready", flush=True)
-    time.sleep(60)
+def told_once(number, frame):
+    signal.signal(number, told)
+    os.write(1, b"once\n")
+if what in ("wait", "start"):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, told if what == "wait" else told_once)
+    os.write(1, b"ready\n")
+    time.sleep(600)
 if what == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print("ready", flush=True)
-    time.sleep(60)
+    os.write(1, b"ready\n")
+    time.sleep(600)
+while int(what) and not all(has_started(rank) for rank in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.01)
 if int(what) < 0:
     os.kill(os.getpid(), -int(what))
 sys.exit(int(what))
@@ -57,7 +69,7 @@ def start(directory, *arguments, told="75", ranks=2, options=("--standalone",)):
     return subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env=os.environ | {"TOLD": told},
+        env=os.environ | {"TOLD": told, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(directory)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -67,7 +79,7 @@ def start(directory, *arguments, told="75", ranks=2, options=("--standalone",)):
 def finish(process):
     """Exit code and the lines on stderr."""
     try:
-        return process.communicate(timeout=60)[1].splitlines(), process.returncode
+        return process.communicate(timeout=200)[1].splitlines(), process.returncode
     finally:
         if process.poll() is None:
             process.terminate()  # it ends its ranks, which a killed one could not
@@ -113,13 +125,45 @@ def test_the_code_of_the_rank_that_failed_first_once_the_restarts_are_used_up(tm
 
 
 @pytest.mark.parametrize(
-    ("number", "told", "expected"), [(signal.SIGTERM, "75", 75), (signal.SIGINT, "130", 130)]
+    ("number", "told", "expected"),
+    [
+        (signal.SIGTERM, "75", 75),
+        (signal.SIGINT, "130", 130),
+        (signal.SIGHUP, "75", 75),
+        (signal.SIGUSR1, "75", 75),
+    ],
 )
 def test_a_request_to_stop_reaches_the_ranks_and_is_the_exit_code(tmp_path, number, told, expected):
     process = start(tmp_path, "wait", "wait", told=told, options=["--standalone", "--max-restarts", "2"])
     errors, code = told_once_ready(process, number)
     assert (errors, code) == ([], expected)
     assert lives(tmp_path) == [1, 1]
+
+
+def test_a_second_signal_is_passed_on(tmp_path):
+    """Ranks whose start hangs end at the second one."""
+    process = start(tmp_path, "start", "start", told="130")
+    try:
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        process.send_signal(signal.SIGINT)
+        assert [process.stdout.readline() for _ in range(2)] == ["once\n"] * 2
+        process.send_signal(signal.SIGINT)
+    finally:
+        errors, code = finish(process)
+    assert code == 130, errors
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    """They would run for 600 s, and hold its stdout open."""
+    process = start(tmp_path, "deaf", "wait")
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    process.kill()
+    assert process.communicate(timeout=60)[0] == ""
+
+
+def test_no_directory_is_left_behind(tmp_path):
+    assert finish(start(tmp_path, "0", "-9/0", options=["--standalone", "--max-restarts", "1"]))[1] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"worker.py", "lives.0", "lives.1"}
 
 
 def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
