@@ -125,11 +125,6 @@ def why_refused(file: Path, *, is_absolute: bool, base: Path, line_of: dict[Path
     return None if os.access(found, os.R_OK) else "permission denied"
 
 
-def cache_path(given: str | Path | None) -> Path:
-    """Where what is made once is kept: as given, else below $XDG_CACHE_HOME."""
-    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triquetra").expanduser()
-
-
 def hashed(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
