@@ -250,7 +250,7 @@ def test_a_full_disk_is_told_with_file_bytes_and_remedy_and_leaves_nothing(
         message.startswith("EFBIG")
         and f"{path}: File too large; 1,000,000 bytes of it were unpacked to {cache}" in message
     )
-    assert "are free; cache_dir= names another place" in message
+    assert "are free; data.cache_dir= names another place" in message
     assert list(cache.iterdir()) == []
 
 

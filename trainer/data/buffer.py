@@ -53,7 +53,8 @@ class DocumentBuffer:
     def look(self, size: int) -> tuple[int, int]:
         """The slot to read on from, and the count of draws after it was used."""
         if not size:
-            self.drop_front()
+            if self.numbers[0] == EMPTY:
+                self.drop_front()
             return 0, self.draws
         if 2 * self.num_open <= len(self.numbers):
             self.close_up()
@@ -70,7 +71,9 @@ class DocumentBuffer:
 
     def close_up(self) -> None:
         """Takes the empty slots out."""
-        if self.num_open < len(self.numbers):
+        if not self.num_open:
+            self.numbers, self.read, self.tokens = [], [], []
+        elif self.num_open < len(self.numbers):
             is_open = [number != EMPTY for number in self.numbers]
             self.numbers = list(compress(self.numbers, is_open))
             self.read = list(compress(self.read, is_open))
@@ -79,11 +82,7 @@ class DocumentBuffer:
     def drop_front(self) -> None:
         """Takes the empty slots before the oldest open document out."""
         first = next(slot for slot, number in enumerate(self.numbers) if number != EMPTY)
-        if first:
-            del self.numbers[:first], self.read[:first], self.tokens[:first]
-
-    def open_slots(self) -> list[int]:
-        return [slot for slot, number in enumerate(self.numbers) if number != EMPTY]
+        del self.numbers[:first], self.read[:first], self.tokens[:first]
 
     def draw(self, k: int, n: int) -> int:
         """Number k, uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at

@@ -45,8 +45,26 @@ def hash_in_name(path: Path) -> str:
 
 
 def new_hash() -> xxhash.xxh3_128:
-    """xxh3 finds every accident at the speed of memory; it does not stop somebody who forges."""
+    """xxh3 finds every accident at the speed of memory; xxh3 does not stop somebody who forges."""
     return xxhash.xxh3_128()
+
+
+def hash_of(content: bytes) -> str:
+    return xxhash.xxh3_128(content).hexdigest()
+
+
+def unwritable(cache: Path, error: OSError) -> CacheError:
+    return CacheError(f"data.cache_dir={cache}: cannot be written to ({error.strerror}); {REMEDY}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises: CacheError where the system refuses to read what is kept."""
+    try:
+        yield
+    except OSError as error:
+        message = f"data.cache_dir={path.parent}: {path.name} cannot be read ({error.strerror})"
+        raise CacheError(f"{message}; make it readable or take it out; {REMEDY}") from error
 
 
 @contextmanager
@@ -57,8 +75,7 @@ def draft(cache: Path, name: str) -> Iterator[Path]:
         cache.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        message = f"data.cache_dir={cache}: cannot be written to ({error.strerror}); {REMEDY}"
-        raise CacheError(message) from error
+        raise unwritable(cache, error) from error
     try:
         yield path
     finally:

@@ -8,23 +8,23 @@ read.
 
 import io
 import json
+import logging
 import math
 import os
 import random
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.data.cache import REMEDY, cache_path, draft, hash_in_name, keep, kept, new_hash, reading
 from trainer.data.sources import (
     BadDocument,
     Document,
-    cache_path,
     decoded,
     find_files,
     from_field,
@@ -35,8 +35,10 @@ from trainer.data.sources import (
 
 SCAN_BYTES = 1 << 26  # of a file at once, when its lines are indexed
 PIECE_BYTES = 1 << 16  # that are unpacked at once
+WHOLE, DAMAGED = ".lines", ".damaged"  # of unpacked copies: no *.jsonl, wherever the cache lies
 CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
 JSONL = (".jsonl", ".json", *(f"{plain}{packed}" for plain in (".jsonl", ".json") for packed in CODECS))
+log = logging.getLogger(__name__)
 UNDECODABLE = (ValueError, NotImplementedError, OSError)  # what pyarrow raises
 
 
@@ -61,22 +63,21 @@ class JsonlSource:
     """One line, one JSON object, one document. `path`: a file, a directory (JSONL below it), a glob or a
     *.manifest.
 
-    Compressed files are unpacked once into `cache_dir` (default: ~/.cache/triquetra), which takes their whole
-    size. Where one is damaged, the lines before are documents, and one more says so: BadDocument("corrupt").
+    Compressed files are unpacked once into `cache_dir` (default: ~/.cache/triquetra), which takes their
+    whole size. A copy there is hashed while its lines are indexed, and made anew if it has changed. Where a
+    compressed file is damaged, the lines before are documents, and one more says so: BadDocument("corrupt").
     """
 
     def __init__(self, path: str, field: str = "text", cache_dir: str | None = None) -> None:
         self.files, self.field = find_files(path, suffixes=JSONL), field
-        cache = cache_path(cache_dir)
-        packed = [file for file in self.files if file.suffix in CODECS]
         refuse_twins(self.files)
-        # In an own order: the processes of a machine, which all need them, unpack different ones most of the
-        # time.
-        plain = {
-            file: unpacked(file, cache) for file in random.Random(os.getpid()).sample(packed, len(packed))
-        }
-        self.plain = [plain.get(file, (file, False)) for file in self.files]
-        self.offsets = [line_offsets(file) for file, _ in self.plain]
+        packed = [file for file in self.files if file.suffix in CODECS]
+        # In a random order: the processes of a machine all need the copies, and make different ones most of
+        # the time.
+        random.Random(os.getpid()).shuffle(packed)
+        copies = {file: unpacked(file, cache_path(cache_dir)) for file in packed}
+        self.plain = [copies.get(file) or Plain(file, line_offsets(file), False) for file in self.files]
+        self.offsets = [plain.offsets for plain in self.plain]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
         self.opened = lru_cache(maxsize=64)(lambda path: path.open("rb", buffering=0))
         self.fingerprint = hashed_files(self.files, field)
@@ -86,8 +87,9 @@ class JsonlSource:
 
     def __getitem__(self, i: int) -> Document:
         part, line = locate(self.starts, i)
-        where, (start, end) = f"{self.files[part]}:{line + 1}", self.offsets[part][line : line + 2]
-        path, is_damaged = self.plain[part]
+        where = f"{self.files[part]}:{line + 1}"
+        start, end = self.offsets[part][line : line + 2]
+        path, _, is_damaged = self.plain[part]
         try:
             # moves no position: forked readers share the file
             data = os.pread(self.opened(path).fileno(), end - start, start)
@@ -117,45 +119,59 @@ def refuse_twins(files: list[Path]) -> None:
             )
 
 
-def line_offsets(path: Path) -> np.ndarray:
-    """Byte at which each line starts, then the file's size: line k is [k] to [k + 1]. 8 bytes a line."""
-    found, size = [np.zeros(1, np.int64)], 0
+class Plain(NamedTuple):
+    """A file of lines. `is_damaged`: it is the copy of a damaged one, and its last line says how."""
+
+    path: Path
+    offsets: np.ndarray  # see line_offsets
+    is_damaged: bool
+
+
+def line_offsets(path: Path, digest: Any = None) -> np.ndarray:
+    """Byte at which each line starts, then the file's size: line k is [k] to [k + 1]. 8 bytes a line.
+
+    digest: a hash that takes the content along: the file is read once.
+    """
+    starts, size = [np.zeros(1, np.int64)], 0
     with path.open("rb") as file:
         while chunk := file.read(SCAN_BYTES):
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size + 1)
+            starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size + 1)
             size += len(chunk)
-    offsets = np.concatenate(found)
+            if digest is not None:
+                digest.update(chunk)
+    offsets = np.concatenate(starts)
     return offsets if offsets[-1] == size else np.append(offsets, size)
 
 
-def unpacked(path: Path, cache: Path) -> tuple[Path, bool]:
-    """The plain copy of a compressed file, and whether the file is damaged: then the copy's last line says
-    how.
+def unpacked(path: Path, cache: Path) -> Plain:
+    """The plain copy of a compressed file: the one in the cache if it is what was written there, else a new
+    one. Raises: CacheError, or an OSError with the file and the room that is left.
     """
     stat = path.stat()
-    key = hashed(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    # no *.jsonl, wherever it lies
-    whole, damaged = cache / f"unpacked-{key}.lines", cache / f"unpacked-{key}.damaged"
-    if not whole.exists() and not damaged.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = cache / f"unpacked-{key}.{uuid.uuid4().hex}"
+    name = f"unpacked-{hashed(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}"
+    copies = kept(cache, name)
+    for copy in copies:
+        digest = new_hash()
+        with reading(copy):
+            offsets = line_offsets(copy, digest)
+        if digest.hexdigest() == hash_in_name(copy):
+            return Plain(copy, offsets, copy.suffix == DAMAGED)
+    for copy in copies:
+        log.warning("%s is not what was written there; %s is unpacked again", copy, path)
+    return newly_unpacked(path, cache, name)
+
+
+def newly_unpacked(path: Path, cache: Path, name: str) -> Plain:
+    with draft(cache, name) as target:
         try:
-            is_damaged = unpack(path, unfinished)
-            # a second process puts the same bytes there
-            os.replace(unfinished, damaged if is_damaged else whole)
+            is_damaged, digest = unpack(path, target), new_hash()
+            offsets = line_offsets(target, digest)
+            copy = keep(target, name, digest.hexdigest(), suffix=DAMAGED if is_damaged else WHOLE)
         except OSError as error:
-            size, free = (
-                unfinished.stat().st_size if unfinished.exists() else 0,
-                shutil.disk_usage(cache).free,
-            )
-            place = (
-                f"{size:,} bytes of it were unpacked to {cache}, where {free:,} are free; cache_dir= "
-                "names another place"
-            )
-            raise OSError(error.errno, f"{path}: {error.strerror}; {place}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
-    return (whole, False) if whole.exists() else (damaged, True)
+            size, free = target.stat().st_size, shutil.disk_usage(cache).free
+            room = f"{size:,} bytes of it were unpacked to {cache}, where {free:,} are free"
+            raise OSError(error.errno, f"{path}: {error.strerror}; {room}; {REMEDY}") from error
+    return Plain(copy, offsets, is_damaged)
 
 
 def unpack(path: Path, target: Path) -> bool:

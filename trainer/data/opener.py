@@ -30,9 +30,8 @@ class Opener:
     def start_at(self, next_S: list[int]) -> None:
         self.next_S = next_S  # the document that is opened next
         self.queue_S = [deque[Ticket]() for _ in next_S]  # requested: that document, and those behind it
-        self.peeked_S: list[Tokens | None] = [None] * len(
-            next_S
-        )  # that document, once its length was asked for
+        # that document, once its length was asked for
+        self.peeked_S: list[Tokens | None] = [None] * len(next_S)
         self.num_refused_S = [0] * len(next_S)  # bad documents in a row
 
     # -- the next document --
@@ -77,7 +76,8 @@ class Opener:
 
     def take(self, source: int) -> Tokens:
         """The document whose length `next_length` has told; the one behind it is the next from now on."""
-        tokens = self.peeked(source)
+        tokens = self.peeked_S[source]
+        assert tokens is not None
         self.peeked_S[source] = None
         self.advance(source)
         self.intake.count_length(source, len(tokens.ids))

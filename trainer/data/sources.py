@@ -64,23 +64,31 @@ class Source(Protocol):
 
 def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
     """The files that a file name, a directory or a glob stands for, sorted; those of a manifest in its own
-    order.
+    order. Raises: ValueError, or the system's OSError with the path and a remedy.
     """
+    try:
+        return matching_files(path, suffixes=suffixes)
+    except OSError as error:
+        remedy = "make it readable for this user, or give another path="
+        raise type(error)(f"path={path}: {error.filename}: {error.strerror}; {remedy}") from error
+
+
+def matching_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
     if not path.strip():
         raise ValueError(
             "path is empty (an unset shell variable?); give a file, a directory or a quoted glob"
         )
-    root = Path(path).expanduser()
+    root = expanded(path)
     if root.suffix == ".manifest" and root.is_file():
         return manifest_files(root)
     if root.is_dir():
-        below = os.walk(root, onerror=raised)  # `rglob` passes over what it may not list
-        found = [
+        below = os.walk(root, onerror=raise_it)  # `rglob` passes over what it may not list
+        matches = [
             Path(folder, name) for folder, _, names in below for name in names if name.endswith(suffixes)
         ]
     else:
-        found = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]
-    files = sorted(file for file in found if not file.is_dir())
+        matches = [root] if root.is_file() else [Path(name) for name in glob.glob(str(root), recursive=True)]
+    files = sorted(file for file in matches if not file.is_dir())
     if not files:
         wanted = ", ".join(f"*{suffix}" for suffix in suffixes)
         raise ValueError(
@@ -93,7 +101,17 @@ def find_files(path: str, *, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def raised(error: OSError) -> None:
+def expanded(path: str) -> Path:
+    """Raises: ValueError where `~` stands for a home directory that is not there."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"path={path}: there is no home directory (HOME is not set); give the whole path"
+        ) from error
+
+
+def raise_it(error: OSError) -> None:
     raise error
 
 
@@ -107,7 +125,8 @@ def manifest_files(manifest: Path) -> list[Path]:
         if not name or name.startswith("#"):
             continue
         file = manifest.parent / name
-        if refused := why_refused(file, is_absolute=os.path.isabs(name), base=base, line_of=line_of):
+        refused = why_refused(file, is_absolute=os.path.isabs(name), base=base, line_of=line_of)
+        if refused:
             remedy = f"give each file once, by its path below {manifest.parent}"
             raise ValueError(f"{manifest}:{i}: {name}: {refused}; {remedy}")
         line_of[file.resolve()] = i
@@ -124,16 +143,12 @@ def why_refused(file: Path, *, is_absolute: bool, base: Path, line_of: dict[Path
         return "an absolute path"
     if not os.path.isfile(file):  # unlike a Path's, it does not raise where a name cannot be one
         return "a directory" if os.path.isdir(file) else "no such file"
-    if not (found := file.resolve()).is_relative_to(base):
-        return f"leads out of the manifest's directory, to {found}"
-    if found in line_of:
-        return f"the file of line {line_of[found]} again"
-    return None if os.access(found, os.R_OK) else "permission denied"
-
-
-def cache_path(given: str | Path | None) -> Path:
-    """Where what is made once is kept: as given, else below $XDG_CACHE_HOME."""
-    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "triquetra").expanduser()
+    target = file.resolve()
+    if not target.is_relative_to(base):
+        return f"leads out of the manifest's directory, to {target}"
+    if target in line_of:
+        return f"the file of line {line_of[target]} again"
+    return None if os.access(target, os.R_OK) else "permission denied"
 
 
 def hashed(*parts: object) -> str:
@@ -202,11 +217,11 @@ class PythonSource(TextSource):
         except re.error as error:
             raise ValueError(f"match={match}: is no regular expression ({error})") from None
         files = [root.glob("*.py"), *(package.rglob("*.py") for package in packages)]
-        found = sorted(file for file in chain.from_iterable(files) if file.is_file())
-        self.files = [file for file in found if wanted.fullmatch(file.relative_to(root).as_posix())]
+        modules = sorted(file for file in chain.from_iterable(files) if file.is_file())
+        self.files = [file for file in modules if wanted.fullmatch(file.relative_to(root).as_posix())]
         if not self.files:
             raise ValueError(
-                f"match={match}: none of the library's {len(found)} files; an example is json/decoder.py"
+                f"match={match}: none of the library's {len(modules)} files; an example is json/decoder.py"
             )
         self.fingerprint = hashed_files(self.files)
 

@@ -1,7 +1,6 @@
 """How does text become token ids?"""
 
-import os
-import uuid
+import logging
 from collections.abc import Iterator, Sized
 from itertools import chain, count, takewhile
 from pathlib import Path
@@ -9,7 +8,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer
 
-from trainer.data.sources import BadDocument, Source, cache_path, hashed, permutation
+from trainer.data.cache import cache_path, draft, hash_in_name, hash_of, keep, kept, reading, unwritable
+from trainer.data.sources import BadDocument, Source, hashed, permutation
+
+log = logging.getLogger(__name__)
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 START_OF_TEXT = ("<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "<|bos|>")
@@ -31,14 +33,10 @@ def load_tokenizer(
     """
     if spec is None:
         return None
-    path = cached_tokenizer(source, vocab_size, cache_dir) if spec == "train" else Path(spec).expanduser()
-    file = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        tokenizer = Tokenizer.from_file(str(file)) if path.exists() else Tokenizer.from_pretrained(spec)
-    except Exception as error:  # `tokenizers` raises bare Exceptions
-        remedy = "give train, a tokenizer.json, its directory or a hub name (network, HF_HUB_OFFLINE?)"
-        raise ValueError(f"data.tokenizer={spec}: cannot load it ({error}); {remedy}") from error
-    if (needed := max(tokenizer.get_vocab().values()) + 1) > vocab_size:
+    is_trained = spec == "train"
+    tokenizer = cached_tokenizer(source, vocab_size, cache_dir) if is_trained else ready_tokenizer(spec)
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if needed > vocab_size:
         raise ValueError(f"data.tokenizer={spec} needs model.vocab_size={needed}, which is {vocab_size}")
     end_of_text_id(tokenizer)
     tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
@@ -47,11 +45,23 @@ def load_tokenizer(
     return tokenizer
 
 
+def ready_tokenizer(spec: str) -> Tokenizer:
+    """Of a tokenizer.json, its directory or a hub name. Raises: ValueError."""
+    try:
+        path = Path(spec).expanduser()
+        file = path / "tokenizer.json" if path.is_dir() else path
+        return Tokenizer.from_file(str(file)) if path.exists() else Tokenizer.from_pretrained(spec)
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        remedy = "give train, a tokenizer.json, its directory or a hub name (network, HF_HUB_OFFLINE?)"
+        raise ValueError(f"data.tokenizer={spec}: cannot load it ({error}); {remedy}") from error
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     ids = [tokenizer.token_to_id(name) for name in END_OF_TEXT]
-    if not (found := [i for i in ids if i is not None]):
+    known = [i for i in ids if i is not None]
+    if not known:
         raise ValueError(f"the tokenizer has no end-of-text token; looked for {', '.join(END_OF_TEXT)}")
-    return found[0]
+    return known[0]
 
 
 def roles(tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
@@ -70,21 +80,32 @@ def roles(tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
 
 def cached_tokenizer(
     source: Source | dict[str, Source], vocab_size: int, cache_dir: str | Path | None
-) -> Path:
-    """The file of the tokenizer trained on this source or these, trained now if it is the first time."""
-    prints = (
-        {name: of.fingerprint for name, of in source.items()}
-        if isinstance(source, dict)
-        else source.fingerprint
-    )
-    key = hashed(prints, vocab_size, tokenizers.__version__, FORMAT)
-    path = cache_path(cache_dir) / f"tokenizer-{key}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        train_tokenizer(source, vocab_size).save(str(unfinished))
-        os.replace(unfinished, path)  # training is deterministic: a second process puts the same bytes there
-    return path
+) -> Tokenizer:
+    """The tokenizer trained on this source or these: the one in the cache if it is what was written there,
+    else trained now. Training is deterministic. Raises: CacheError.
+    """
+    if isinstance(source, dict):
+        prints = {name: part.fingerprint for name, part in source.items()}
+    else:
+        prints = source.fingerprint
+    name = f"tokenizer-{hashed(prints, vocab_size, tokenizers.__version__, FORMAT)}"
+    cache = cache_path(cache_dir)
+    copies = kept(cache, name)
+    for copy in copies:
+        with reading(copy):
+            content = copy.read_bytes()
+        if hash_of(content) == hash_in_name(copy):
+            return Tokenizer.from_str(content.decode())
+    for copy in copies:
+        log.warning("%s is not what was written there; the tokenizer is trained again", copy)
+    with draft(cache, name) as target:  # opened first: training takes long
+        content = train_tokenizer(source, vocab_size).to_str(pretty=True).encode()
+        try:
+            target.write_bytes(content)
+            keep(target, name, hash_of(content), suffix=".json")
+        except OSError as error:
+            raise unwritable(cache, error) from error
+    return Tokenizer.from_str(content.decode())
 
 
 def train_tokenizer(source: Source | dict[str, Source], vocab_size: int) -> Tokenizer:
@@ -102,7 +123,8 @@ def train_tokenizer(source: Source | dict[str, Source], vocab_size: int) -> Toke
     parts = list(source.values()) if isinstance(source, dict) else [source]
     texts = chain.from_iterable(sample(part, size_mb=SAMPLE_MB / len(parts)) for part in parts)
     tokenizer.train_from_iterator(texts, trainer)
-    if (size := tokenizer.get_vocab_size()) != vocab_size:
+    size = tokenizer.get_vocab_size()
+    if size != vocab_size:
         remedy = f"use model.vocab_size={size}" if size > 257 else "use a larger vocabulary or corpus"
         raise ValueError(f"model.vocab_size={vocab_size}: the corpus gives a vocabulary of {size}; {remedy}")
     return tokenizer

@@ -66,6 +66,7 @@ class VirtualStream:
     def concatenate(self, rows_NT: np.ndarray, now: Settings) -> None:
         """The rows of one step, in place: documents one after another, cut where a row ends."""
         pieces = Pieces([], [], [], [], [], [])
+        all_ids, positions, ends, targets, sources, masks = pieces
         filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
         index_L, is_mixed = up_to(seq_len), len(now.weights_S) > 1
         self.looked.clear()
@@ -80,23 +81,24 @@ class VirtualStream:
             ids, mask = buffer.tokens[slot] or self.reread(source, slot)
             read = buffer.read[slot]
             length = min(len(ids) - read, row_rest)
-            after = buffer.read[slot] = read + length
-            pieces.ids.append(ids[read:after])
-            pieces.positions.append(index_L[:length])
-            pieces.sources.append(source)
+            after = read + length
+            all_ids.append(ids[read:after])
+            positions.append(index_L[:length])
+            sources.append(source)
             if mask is not None:
-                pieces.masks.append((filled, mask[read + 1 : after + 1]))
-            if after < len(ids):
-                pieces.targets.append(int(ids[after]))
+                masks.append((filled, mask[read + 1 : after + 1]))
+            if after < len(ids):  # cut at the end of the row
+                targets.append(int(ids[after]))
+                buffer.read[slot] = after
             else:
-                pieces.targets.append(IGNORED)
+                targets.append(IGNORED)
                 buffer.finish(slot)
             if is_mixed:
                 self.charge(source, length, now)
             filled += length
-            pieces.ends.append(filled)
+            ends.append(filled)
         self.totals["open"] -= filled
-        self.totals["documents"] += pieces.targets.count(IGNORED)
+        self.totals["documents"] += targets.count(IGNORED)
         self.write(pieces, rows_NT, seq_len)
 
     def best_fit(self, rows_NT: np.ndarray, now: Settings) -> None:
@@ -228,13 +230,14 @@ class VirtualStream:
         if room > 1:
             self.opener.request(source, room)
         buffer.close_up()
+        opener = self.opener
         for _ in range(room):
-            if self.opener.next_length(source) is None:
+            length = opener.next_length(source)
+            if length is None:
                 return
-            number = self.opener.next_S[source]
-            tokens = self.opener.take(source)
-            buffer.add(number, tokens)
-            self.totals["open"] += len(tokens.ids)
+            number = opener.next_S[source]
+            buffer.add(number, opener.take(source))
+            self.totals["open"] += length
 
     def reread(self, source: int, slot: int) -> Tokens:
         """The tokens of a document that was open before a resume."""
