@@ -74,7 +74,7 @@ def test_truncation_at_three_std():
 
 def test_norm_gains_and_biases():
     """1, but 1 / sqrt(layers) after a sublayer (eq. 33-35): 2 of them in each of 4 layers. Biases, sums: 0;
-    loads: 1.
+    loads and the share of labels: 1.
     """
     model = start(seed=0)
     gains = {name: p for name, p in model.named_parameters() if p.ndim == 1}
@@ -83,9 +83,9 @@ def test_norm_gains_and_biases():
     for name, gain in gains.items():
         assert (gain == (0.5 if name in post else 1.0)).all(), name
     buffers = dict(model.named_buffers())
-    assert len(buffers) == 3 * 3
+    assert len(buffers) == 3 * 4
     for name, buffer in buffers.items():
-        assert (buffer == (1.0 if name.endswith("load_E") else 0.0)).all(), name
+        assert (buffer == (1.0 if name.endswith(("load_E", "label_share")) else 0.0)).all(), name
 
 
 def test_no_two_matrices_are_alike():

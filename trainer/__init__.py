@@ -1,3 +1,62 @@
-"""Triquetra: mixture-of-experts pretraining with HSDP x EP, from a laptop CPU to a GPU cluster."""
+"""Triquetra: mixture-of-experts pretraining with HSDP x EP, from a laptop CPU to a GPU cluster.
+
+The names of `__all__` are the library (docs/library.md). `import trainer` imports nothing else: each name is
+fetched from its module when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.balance import RoutingStats, centered
+    from trainer.config import Config, ConfigError, load
+    from trainer.data import BadDocument, Document, Source
+    from trainer.metrics import Tracker
+    from trainer.run.build import Run, finish_saving, save
+    from trainer.run.recover import leave_unread
+    from trainer.run.step import next_batches, train_step
+    from trainer.train import conclude, due, start
 
 __version__ = "0.1.0"
+__all__ = [
+    "BadDocument",
+    "Config",
+    "ConfigError",
+    "Document",
+    "RoutingStats",
+    "Run",
+    "Source",
+    "Tracker",
+    "__version__",
+    "centered",
+    "conclude",
+    "due",
+    "finish_saving",
+    "leave_unread",
+    "load",
+    "next_batches",
+    "save",
+    "start",
+    "train_step",
+]
+_HOMES = {
+    "trainer.balance": ("RoutingStats", "centered"),
+    "trainer.config": ("Config", "ConfigError", "load"),
+    "trainer.data": ("BadDocument", "Document", "Source"),
+    "trainer.metrics": ("Tracker",),
+    "trainer.run.build": ("Run", "finish_saving", "save"),
+    "trainer.run.recover": ("leave_unread",),
+    "trainer.run.step": ("next_batches", "train_step"),
+    "trainer.train": ("conclude", "due", "start"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module 'trainer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

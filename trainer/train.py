@@ -85,15 +85,17 @@ def due(run: Run) -> bool:
 # -- entry point ------------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> int:
-    """The whole run on this rank. Returns the exit code."""
+def start(config: Config) -> Run:
+    """The run on this rank, ready for its next step: the first one, or where its newest checkpoint left it.
+
+    Joins the process group, or makes one of this process. Collective. Raises: ConfigError.
+    """
     refuse_early(config)
     run = build(config)
-    is_first = dist.get_rank() == 0
     opened = open_directory(
         config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
     )
-    run.about, run.texts = opened.about, opened.texts
+    run.about, run.texts, run.held = opened.about, opened.texts, opened.held
     run.stop.listen()
     if opened.origin is not None:
         with refusing():
@@ -101,23 +103,29 @@ def train(config: Config) -> int:
     elif config.init_from is not None:
         with refusing():
             start_from(config, run.model, run.stream.tokenizer)
-    directory, resumed = run.directory, run.step
-    metrics = None
     refusing_on_all(
         partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)
     )
-    if is_first:
+    if dist.get_rank() == 0:
         announce(run, opened.origin.path if opened.origin else None)
+    return run
+
+
+def train(config: Config) -> int:
+    """The whole run on this rank. Returns the exit code."""
+    run = start(config)
+    directory, resumed, metrics = run.directory, run.step, None
+    if dist.get_rank() == 0:
         if config.balance.trace is not None:
             run.balancer.observers += (TraceWriter(directory / config.balance.trace, after_step=resumed),)
         tracker = instantiate(config.logging.tracker)
-        start = partial(tracker, directory, asdict(config)) if tracker else None
+        start_tracker = partial(tracker, directory, asdict(config)) if tracker else None
         metrics = MetricsLog(
             directory / "metrics.jsonl",
             steps=run.last_step,
             interval=config.logging.interval,
             after_step=resumed,
-            start_tracker=start,
+            start_tracker=start_tracker,
         )
     watchdog = Watchdog(
         directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s

@@ -4,7 +4,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,7 @@ class Run:
     unread: BadDocument | DataError | None = None  # why this rank has no rows for the step
     about: dict[str, Any] = field(default_factory=dict)  # for the manifests of its checkpoints
     texts: dict[str, str] = field(default_factory=dict)  # files that go into each of them
+    held: TextIO | None = None  # the lock of the run's directory, on rank 0
 
     def end_here(self) -> None:
         """There is nothing left to train on."""
