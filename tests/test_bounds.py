@@ -33,7 +33,8 @@ from trainer.data import SyntheticSource, TextSource
 from trainer.model.afmoe import count_parameters
 from trainer.program import program_of
 from trainer.run import memory
-from trainer.run.build import loss_weights
+from trainer.run.build import loss_weights, sources_of
+from trainer.run.directory import take
 
 RUN = ["experiment=demo", "steps=1"]
 
@@ -338,3 +339,37 @@ def test_a_shape_that_no_model_has_is_refused_from_a_checkpoint_too(tmp_path):
     path.write_text(resolved_yaml(load(RUN)).replace("vocab_size: 8192", "vocab_size: 10000000000000", 1))
     with pytest.raises(ConfigError, match="config.yaml: model.vocab_size=10000000000000: must be at most"):
         reread(path)
+
+
+# -- the data's own refusals, and directories ------------------------------------------------------------
+
+
+def test_spans_follow_one_another_so_only_the_largest_counts():
+    """Its rows: 8 x 512 tokens of 24 bytes. Those of the run's own length, 16 x 256, are as many."""
+    config = load([*RUN, "steps=10", "stage.decay.seq_len=512", "stage.decay.global_batch=8"])
+    parts = memory.parts_of(config, program_of(config), num_shards=1, on_cpu=True)
+    [rows] = [part for part in parts if part.what == "the rows of a step"]
+    assert rows.num_bytes == 8 * 512 * 24 == 16 * 256 * 24
+    [masks] = [part for part in parts if part.what == "masks of attention"]
+    assert (masks.keys, masks.num_bytes) == ("stage.decay: seq_len=512 x micro_batch=4", 2 * 4 * 512**2)
+
+
+def test_tokens_beyond_the_models_vocabulary_are_refused_at_the_source():
+    config = load(["experiment=synthetic", "data.source.vocab_size=2000"])
+    with pytest.raises(ConfigError, match="data.source.vocab_size exceeds model.vocab_size=1024"):
+        sources_of(config.data, vocab_size=config.model.vocab_size)
+
+
+def test_what_makes_no_source_is_refused():
+    config = load([*RUN, "data.source={_target_: pathlib.Path}"])
+    with pytest.raises(ConfigError, match="data.source=pathlib.Path: makes no source"):
+        sources_of(config.data, vocab_size=config.model.vocab_size)
+
+
+def test_a_run_directory_that_cannot_be_made_names_the_key_and_the_remedy(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = load([*RUN, f"run_dir={tmp_path}/file"])
+    with pytest.raises(ConfigError) as error:
+        take(config)
+    assert str(error.value).startswith(f"run_dir={tmp_path}/file, name=demo: cannot be written to (")
+    assert str(error.value).endswith("; choose another directory with run_dir=")
