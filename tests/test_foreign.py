@@ -349,6 +349,21 @@ def test_ranks_judge_together_and_name_each_damage_once(run):
     assert len(read_index(run / "checkpoints/step-00000001")) == 3
 
 
+def test_a_file_that_changes_after_it_was_verified_is_one_line_too(run):
+    """`refusing` of run/build.py says the cause of an error, where there is one."""
+    length(0)(run / "checkpoints/step-00000002")
+
+    def worker() -> tuple[str, object]:
+        blank = {"a": torch.zeros(4, 6), "b": torch.zeros(4, 6), "step": torch.tensor(0)}
+        with pytest.raises(DamagedError) as refusal:
+            Checkpoints(run / "checkpoints").load(2, blank)
+        return str(refusal.value), refusal.value.__cause__
+
+    ((message, cause),) = run_ranks(worker, 1)
+    assert_line(message, "step-00000002 cannot be read: rank 0: SafetensorError: ")
+    assert cause is None
+
+
 # -- what else may lie beside checkpoints --------------------------------------------------------------------
 
 

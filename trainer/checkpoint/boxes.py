@@ -84,7 +84,7 @@ def read_header(path: Path) -> dict[str, Kind]:
     try:
         shapes = read_shapes(path)
     except DamagedError as error:
-        raise DamagedError(f"{error}; fetch it again") from error
+        raise DamagedError(f"{error}; fetch it again") from None
     if other := [name for name, (code, _) in shapes.items() if code not in DTYPES]:
         code = shapes[other[0]][0]
         raise DamagedError(f"{path}: {shown(other[0])} is {code}; weights must be one of {', '.join(DTYPES)}")

@@ -61,7 +61,7 @@ def reading(where: Path | str) -> Iterator[None]:
         raise
     except FAILURES as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise DamagedError(f"{where}: {kind}{shown(error)}") from error
+        raise DamagedError(f"{where}: {kind}{shown(error)}") from None
 
 
 def shown(value: Any) -> str:
@@ -143,7 +143,7 @@ def read_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no dict
             return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except FAILURES as error:
-        raise DamagedError(f"{path}: cannot be read as safetensors: {shown(error)}") from error
+        raise DamagedError(f"{path}: cannot be read as safetensors: {shown(error)}") from None
 
 
 # -- values -------------------------------------------------------------------------------------------------

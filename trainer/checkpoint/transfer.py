@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from trainer.checkpoint.foreign import DamagedError
+from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.storage import Index, SafetensorsReader, read_index
 
 
@@ -99,10 +99,10 @@ def _load(
     try:
         dcp.load(state, storage_reader=reader, planner=planner, no_dist=alone)
     except CheckpointException as error:  # a BaseException: nobody else would catch it
-        raise DamagedError(f"{reader.directory} cannot be read: {first_failure(error)}") from error
+        raise DamagedError(f"{reader.directory} cannot be read: {first_failure(error)}") from None
 
 
 def first_failure(error: CheckpointException) -> str:
     """What the first rank failed with, without the traceback."""
     rank, (cause, _) = min(error.failures.items())
-    return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"rank {rank}: {type(cause).__name__}: {shown(cause)}"
