@@ -17,9 +17,9 @@ from trainer.config.limits import check
 from trainer.config.schema import Config, ConfigError, SpanConfig
 from trainer.config.targets import check_targets
 
-CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
-if not CONFIG_DIR.is_dir():  # installed from a wheel, where the folder lies inside the package
-    CONFIG_DIR = Path(__file__).parent.parent / "configs"
+CONFIG_DIR = Path(__file__).parent.parent / "configs"  # of a wheel; beside a wheel may lie anybody's folder
+if not CONFIG_DIR.is_dir():  # a checkout
+    CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
 
 
 def load(overrides: list[str]) -> Config:
