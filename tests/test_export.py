@@ -49,8 +49,8 @@ from trainer.data import roles
 from trainer.model.afmoe import afmoe_config
 from trainer.model.hf import config_misfits, to_hf
 from trainer.ranks import device
-from trainer.weights import pretrained
-from trainer.weights.export import DAMAGED, OK, REFUSED, main, texts, verify, weights
+from trainer.weights import pretrained, tensors, texts, verify
+from trainer.weights.export import DAMAGED, OK, REFUSED, main
 
 BASE = ["model=debug", "seq_len=32", "global_batch=4", "micro_batch=1", "data=txt", "data.workers=0"]
 UP, BIAS = "model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.2.mlp.expert_bias"
@@ -201,7 +201,7 @@ def test_the_plan_of_the_published_sizes(name, tmp_path):
     with torch.device("meta"):
         hf = AfmoeForCausalLM(AutoConfig.from_pretrained(tmp_path))
         theirs = revert_weight_conversion(hf, hf.state_dict())
-    shards = weights.plan(model, dtype=torch.bfloat16, shard_bytes=5e9)
+    shards = tensors.plan(model, dtype=torch.bfloat16, shard_bytes=5e9)
     planned = [(name, kind) for shard in shards for name, kind in shard.kinds.items()]
     assert {name: kind.shape for name, kind in planned} == {
         name: tuple(tensor.shape) for name, tensor in theirs.items()
@@ -321,10 +321,10 @@ def test_verify_compares_and_prompt_continues(root, tmp_path, capsys):
 
 
 def swapped_experts(monkeypatch):
-    read = weights.Weights.read
+    read = tensors.Weights.read
     other = {UP: UP.replace("experts.2", "experts.3")}
     monkeypatch.setattr(
-        weights.Weights, "read", lambda self, name, dtype: read(self, other.get(name, name), dtype)
+        tensors.Weights, "read", lambda self, name, dtype: read(self, other.get(name, name), dtype)
     )
 
 
@@ -335,7 +335,7 @@ def truncated_rounding(monkeypatch):
             tensor = (tensor.view(torch.int32) & -65536).view(torch.float32).to(dtype)
         return tensor
 
-    monkeypatch.setattr(weights.Weights, "read", read)
+    monkeypatch.setattr(tensors.Weights, "read", read)
 
 
 def another_angle(monkeypatch):
@@ -348,7 +348,7 @@ def another_angle(monkeypatch):
     )
 
 
-READ, HF_CONFIG = weights.Weights.read, texts.hf_config
+READ, HF_CONFIG = tensors.Weights.read, texts.hf_config
 
 
 @pytest.mark.parametrize("damage", [swapped_experts, truncated_rounding, another_angle])

@@ -31,8 +31,13 @@ OK, REFUSED = 0, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Hands the arguments to the command that they name, imported only then. Returns its exit code."""
+    """Hands the arguments to the command that they name, imported only then. Returns its exit code.
+
+    A user's own rules and sources are found in the working directory, as with `python -m`.
+    """
     outlive_terminal()
+    if "" not in sys.path:
+        sys.path.append("")
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.rstrip())

@@ -23,9 +23,9 @@ from trainer.config.targets import check_targets
 THEIRS = (HydraException, OmegaConfBaseException, YAMLError)
 REFUSALS = (*THEIRS, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
 
-CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
-if not CONFIG_DIR.is_dir():  # installed from a wheel, where the folder lies inside the package
-    CONFIG_DIR = Path(__file__).parent.parent / "configs"
+CONFIG_DIR = Path(__file__).parent.parent / "configs"  # of a wheel; beside a wheel may lie anybody's folder
+if not CONFIG_DIR.is_dir():  # a checkout
+    CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
 
 
 def load(overrides: list[str]) -> Config:
