@@ -42,11 +42,13 @@ def test_the_nodes_meet_at_the_first_and_a_crash_is_restarted(tmp_path):
     assert status == 0
     assert srun.startswith(".venv/bin/python -m trainer.torchrun --nnodes 2 ")
     assert srun.endswith(" -m trainer.train experiment=demo")
+    assert "--nproc-per-node gpu " in srun  # one for each GPU of the node
     assert "--rdzv-endpoint node0:22345 " in srun and "--max-restarts 3 " in srun
 
 
-def test_the_number_of_restarts_can_be_chosen(tmp_path):
-    assert "--max-restarts 0 " in calls(tmp_path, status=0, RESTARTS="0")[0][0]
+def test_the_number_of_restarts_and_of_ranks_can_be_chosen(tmp_path):
+    (srun,), _ = calls(tmp_path, status=0, RESTARTS="0", RANKS_PER_NODE="2")
+    assert "--max-restarts 0 " in srun and "--nproc-per-node 2 " in srun
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,9 @@ def test_a_request_to_stop_reaches_the_ranks_and_is_the_exit_code(tmp_path, numb
 
 def test_a_second_signal_is_passed_on(tmp_path):
     """Ranks whose start hangs end at the second one."""
-    process = start(tmp_path, "start", "start", told="130")
+    process = start(
+        tmp_path, "start", "start", told="130", options=["--standalone", "--shutdown-timeout", "500"]
+    )
     try:
         assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
         process.send_signal(signal.SIGINT)

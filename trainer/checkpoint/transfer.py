@@ -1,5 +1,6 @@
 """How do tensors get from a running model into a checkpoint's files, and from there into another layout?"""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.storage import Index, SafetensorsReader, read_index
+
+# A single rank's saves and loads have no process group.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class StagedPlanner(DefaultSavePlanner):

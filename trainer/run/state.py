@@ -10,7 +10,6 @@
 some parts. Whatever saves, resumes, goes back or starts from other weights uses this pair.
 """
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +39,6 @@ from trainer.ranks.device import ParallelDims
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import run_directory
 from trainer.run.health import Health
-
-# A single rank's saves have no process group.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 PARTS = ("model", "optimizer", "balancer", "step", "tokens", "window", "health", "stream")
 
