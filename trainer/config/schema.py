@@ -60,7 +60,7 @@ class DataConfig:
     # share of a rank's documents that may be bad, from the 11th on; empty ones are not counted
     max_bad: float = 0.01
     max_document_mb: float = 100.0  # [MB] a larger document is a bad document
-    cache_dir: str | None = None  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
+    cache_dir: str | None = None  # trained tokenizers, unpacked corpora; null: $XDG_CACHE_HOME/triquetra
     backend: str = "tokenizers"  # tokenizers | fastokens | gigatoken: who turns text into the tokenizer's ids
     workers: int = 1  # processes of each rank that read and tokenise ahead; 0: in the step
     prefetch: int = 4  # [steps] how far ahead
