@@ -389,7 +389,7 @@ def test_real_training_two_steps_and_a_divergence(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"""question: Does it run?
 {base}
-arms: {{smebu: [], diverging: [optim.lr=1e38]}}
+arms: {{smebu: [], diverging: [optim.lr=1e6, model.route_scale=1e6]}}
 reference: smebu
 metrics: {{loss: {{of: loss, take: max}}, excess: {{of: balance/max_violation, minus: balance/floor}}}}
 """)

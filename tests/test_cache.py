@@ -202,12 +202,12 @@ def test_data_cache_dir_holds_for_sources_unless_they_name_another_place(
 ) -> None:
     node = {"_target_": "trainer.data.JsonlSource", "path": str(corpus)}
     own = {**node, "cache_dir": str(tmp_path / "own")}
-    sources_of(DataConfig(source=node, cache_dir=str(tmp_path / "all")))
-    sources_of(DataConfig(source=own, cache_dir=str(tmp_path / "all")))
+    sources_of(DataConfig(source=node, cache_dir=str(tmp_path / "all")), vocab_size=256)
+    sources_of(DataConfig(source=own, cache_dir=str(tmp_path / "all")), vocab_size=256)
     assert len(list((tmp_path / "all").iterdir())) == len(list((tmp_path / "own").iterdir())) == 1
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(ConfigError, match=rf"^data\.source: data\.cache_dir={tmp_path}/file/x: cannot be"):
-        sources_of(DataConfig(source=node, cache_dir=str(tmp_path / "file" / "x")))
+        sources_of(DataConfig(source=node, cache_dir=str(tmp_path / "file" / "x")), vocab_size=256)
 
 
 def test_a_path_that_may_not_be_looked_at_is_refused_with_key_and_remedy(
@@ -222,7 +222,7 @@ def test_a_path_that_may_not_be_looked_at_is_refused_with_key_and_remedy(
     where = rf"path={tmp_path}: {tmp_path}: Permission denied; make it readable .*another path="
     node = {"_target_": "trainer.data.TextSource", "path": str(tmp_path)}
     with pytest.raises(ConfigError, match=rf"^data\.source: {where}"):
-        sources_of(DataConfig(source=node))
+        sources_of(DataConfig(source=node), vocab_size=256)
 
 
 class Refusing:

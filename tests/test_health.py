@@ -88,7 +88,7 @@ def test_a_run_goes_back_as_often_as_it_may():
         ("skip.spike=0", r"skip.spike=0.0: must be above 0"),
         ("skip.most=-1", "skip.most=-1"),
         ("skip.rollbacks=-2", "rollbacks=-2"),
-        ("heartbeat_s=0", "heartbeat_s=0.0: must be above 0"),
+        ("heartbeat_s=0", "heartbeat_s=0.0: must be at least 1"),
         ("checkpoint.keep_every=0", "checkpoint.keep_every=0: must be at least 1"),
         ("checkpoint.retries=-1", "checkpoint.retries=-1"),
         ("checkpoint.retry_s=-1", "checkpoint.retry_s=-1"),

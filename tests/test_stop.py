@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import free_port, run_ranks
+from trainer import train
+from trainer.config import ConfigError
 from trainer.ranks.agree import end_if_told
 from trainer.ranks.stop import SAVING, Stopped, StopRequest
 
@@ -155,3 +157,15 @@ def test_one_rank_that_was_told_ends_the_start_of_all():
         return stopped.value.code
 
     assert run_ranks(worker, 3) == [130, 130, 130]
+
+
+def test_a_start_that_is_refused_leaves_signals_as_they_were(monkeypatch):
+    def refuse(config):
+        assert StopRequest.current is not None
+        raise ConfigError("no")
+
+    monkeypatch.setattr(train, "refuse_early", refuse)
+    before = [signal.getsignal(n) for n in SAVING]
+    with pytest.raises(ConfigError, match="no"):
+        train.start(None)
+    assert StopRequest.current is None and [signal.getsignal(n) for n in SAVING] == before

@@ -143,6 +143,26 @@ def test_an_error_is_one_line_its_notes_and_its_code(capsys):
         terminal.run(refuse, {ValueError: 4})
 
 
+def test_lines_come_in_their_order_from_an_unbuffered_interpreter():
+    """Containers set PYTHONUNBUFFERED; the stream that is put in stdout's place must not hold lines back."""
+    code = """
+import sys
+from trainer.terminal import outlive_terminal
+outlive_terminal()
+outlive_terminal()
+print(1)
+print(2, file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.stdout == "1\n2\n"
+
+
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["preview", "experiment=demo"], ["nonsense"]])
 def test_commands_speak_ascii_and_outlive_a_full_disk(tmp_path, arguments):
     """The code is that of a good terminal: 2 of what is refused, else 0."""

@@ -43,7 +43,9 @@ def lasting(number: int, like: io.TextIOWrapper | None) -> io.TextIOWrapper:
     """A text stream on this descriptor, buffered as `like` is. like: None where the descriptor was closed."""
     kept = {}
     if like is not None:
-        kept = {name: getattr(like, name) for name in ("encoding", "line_buffering", "write_through")}
+        # python -u and PYTHONUNBUFFERED write through to a raw file; here there is a buffer below
+        by_line = like.line_buffering or like.write_through
+        kept = {"encoding": like.encoding, "line_buffering": by_line}
         with suppress(OSError, ValueError):
             like.flush()
     buffer = io.BufferedWriter(_Lasting(number, "w", closefd=False))

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # the imports below take seconds
 import logging
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,14 @@ def start(config: Config, *, stop: StopRequest | None = None) -> Run:
     Joins the process group, or makes one of this process. stop: what listens to signals; None: from here on
     the run does. Collective. Raises: ConfigError, SaveError, Stopped.
     """
-    stop = stop or StopRequest().__enter__()
+    with ExitStack() as if_refused:
+        stop = stop or if_refused.enter_context(StopRequest())
+        run = _start(config, stop)
+        if_refused.pop_all()  # the run goes on listening
+    return run
+
+
+def _start(config: Config, stop: StopRequest) -> Run:
     end_if_told(stop)
     refuse_early(config)
     run = build(config, stop=stop)
@@ -235,6 +242,7 @@ CODES = {
     DataError: NO_DATA,
     SaveError: CANNOT_SAVE,
     FloatingPointError: UNSOUND,
+    KeyboardInterrupt: INTERRUPTED,
 }
 
 
