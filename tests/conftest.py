@@ -11,7 +11,8 @@ IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_XDIST_WORKER:  # the workers inherit it, so a tokenizer is trained once for all
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="triquetra-test-cache-")
 
-import torch  # noqa: E402  # after the environment is set
+import pytest  # noqa: E402  # after the environment is set
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -19,3 +20,14 @@ torch.set_num_threads(1)
 def pytest_unconfigure() -> None:
     if not IS_XDIST_WORKER:
         shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """Byte-level BPE of 300 entries, trained on a few sentences."""
+    from tests.streams import TextListSource
+    from trainer import data
+
+    texts = TextListSource(["the quick brown fox jumps over the lazy dog; who packs five dozen liquor jugs?"])
+    cache_dir = tmp_path_factory.mktemp("cache")
+    return data.load_tokenizer("train", source=texts, vocab_size=300, cache_dir=cache_dir)

@@ -18,6 +18,13 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 import trainer.train  # noqa: F401  # and with it torchtitan: before the fork, or every rank imports it again
+from trainer.config import load
+from trainer.ranks import device
+
+load(["experiment=synthetic"])  # the first time takes four times as long as all that follow, in a fork too
+
+MEASURE = device.peak_flops
+PEAK_FLOPS = 1e11  # [FLOP/s] that a rank's `mfu` is reckoned with; to measure it takes longer than two steps
 
 
 def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
@@ -68,6 +75,7 @@ def _run_rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    device.peak_flops = lambda *_: PEAK_FLOPS
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         torch.save(worker(*args), directory / f"result-{rank}")

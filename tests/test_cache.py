@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from tests.test_sources import TEXTS, forked, outcomes, write
+from tests.corpora import TEXTS, forked, outcomes, write
 from trainer import data
 from trainer.config import ConfigError, DataConfig
 from trainer.data import files

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tests.arms import GatedLayer, Lab, batch, make_lab
 from tests.arms import train as feed
 from tests.ranks import run_ranks
-from tests.test_resume import metrics
+from tests.runs import metrics
 from trainer import train
 from trainer.balance import Balancer, Guard, RoutingStats
 from trainer.config import GuardConfig, load

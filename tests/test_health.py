@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.test_resume import BASE, metrics, tensors
+from tests.runs import BASE, NAN, Scaled, metrics, tensors
 from trainer import train
 from trainer.balance import Balancer
 from trainer.checkpoint import Checkpoints, problems, storage
@@ -21,7 +21,7 @@ from trainer.ranks.agree import refuse_disagreement
 from trainer.ranks.stop import PREEMPTED
 from trainer.run.health import FLOOR, LEAST, Health
 
-NAN, INF = math.nan, math.inf
+INF = math.inf
 
 
 def judged(health: Health, applied: list[tuple[float, float]], loss: float, grad_norm: float) -> str | None:
@@ -100,19 +100,6 @@ def test_settings_that_cannot_be_are_refused(change, message):
 
 
 # -- in a run ---------------------------------------------------------------------------------------------
-
-
-class Scaled(torch.autograd.Function):
-    """The same loss; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx, loss, factor):
-        ctx.factor = factor
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.factor, None
 
 
 def faulty(overrides: list[str], *, wrong_at: tuple[int, ...], factor: float, rank: int = 0) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models import GQA
 from tests.ranks import run_ranks
-from tests.test_model import GQA
 from trainer import train
 from trainer.balance import RoutingStats, SignRule, SmebuRule
 from trainer.checkpoint import Checkpoints

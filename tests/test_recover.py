@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tests.ranks import run_ranks
-from tests.test_health import NAN, Scaled
-from tests.test_resume import BASE, metrics
+from tests.runs import BASE, NAN, Scaled, metrics
 from trainer import train
 from trainer.config import load
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import trainer.config
 from tests.ranks import run_ranks
-from tests.test_resume import tensors
+from tests.runs import tensors
 from trainer import train
 from trainer.balance import RoutingStats
 from trainer.balance.trace import Trace

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import MEASURE, run_ranks
+from tests.runs import run_main
 from trainer import train
 from trainer.config import load
+from trainer.ranks import device
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = [
@@ -60,11 +62,6 @@ METRICS = [
 ]
 
 
-def run_main(overrides):
-    sys.argv = ["train", *overrides]
-    return train.main()
-
-
 def logged(directory, arm="smebu"):
     return [
         json.loads(line)
@@ -93,7 +90,11 @@ def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
 
 
 def test_every_step_has_every_metric_in_its_unit(tmp_path):
-    assert run_ranks(run_main, 1, [*QUICK, f"run_dir={tmp_path}"])[0] in (train.OK, train.COLLAPSED)
+    def measuring() -> int:
+        device.peak_flops = MEASURE
+        return run_main([*QUICK, f"run_dir={tmp_path}"])
+
+    assert run_ranks(measuring, 1)[0] in (train.OK, train.COLLAPSED)
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:

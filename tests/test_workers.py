@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_data import (
+from tests.streams import (
+    LENGTHS,
+    PHASES,
     ListSource,
     TextListSource,
     equal,
@@ -25,10 +27,10 @@ from tests.test_data import (
     load,
     make_stream,
     numbered,
+    ragged_sources,
+    settings,
     step_rows,
 )
-from tests.test_data import tokenizer as tokenizer  # a fixture
-from tests.test_stream import LENGTHS, PHASES, ragged_sources, settings
 from trainer import data
 from trainer.data import BadDocument, DataError, Document, TokenStream
 from trainer.data.workers import Workers
@@ -305,7 +307,7 @@ def test_a_worker_that_crashes_is_an_error() -> None:
 
 PARENT = """
 import sys, time
-from tests.test_data import ListSource, make_stream, numbered, step_rows
+from tests.streams import ListSource, make_stream, numbered, step_rows
 class Slow(ListSource):
     def __getitem__(self, i):
         time.sleep(SLOW)
