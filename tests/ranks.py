@@ -27,7 +27,7 @@ MEASURE = device.peak_flops
 PEAK_FLOPS = 1e11  # [FLOP/s] that a rank's `mfu` is reckoned with; to measure it takes longer than two steps
 
 
-def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 600.0) -> list[Any]:
     """Calls `worker(*args)` in `num_ranks` new processes that share a gloo process group. Returns each rank's
     result.
 

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import statistics
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -201,14 +201,15 @@ def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(
     """A rule may give biases that are no numbers in the step after a save: what writes it must not die with
     the run.
     """
-    save_file, update = storage.save_file, Balancer.update
+    save_file, update, failed = storage.save_file, Balancer.update, threading.Event()
 
     def slow(*arguments, **options):
-        time.sleep(2)
+        failed.wait()
         return save_file(*arguments, **options)
 
     def failing(balancer, step, stats):
         if step == 5:
+            failed.set()
             raise FloatingPointError("step 5: biases that are not finite")
         return update(balancer, step, stats)
 

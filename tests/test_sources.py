@@ -347,9 +347,9 @@ def test_a_document_of_100_mb_takes_seconds(tmp_path: Path, name: str) -> None:
     source = next(source for source, own in NAMES.items() if Path(name).name.startswith(own))
     text = "0123456789" * 10_000_000
     path = write(source, tmp_path / name, [text])
-    start = time.perf_counter()
+    start_s = time.process_time()
     document = source(str(path))[0]
-    assert time.perf_counter() - start < 20  # measured: 1 s; quadratic: hours
+    assert time.process_time() - start_s < 60  # measured: 1 s; quadratic: hours
     assert document.text == text
 
 

@@ -51,7 +51,7 @@ def spoken(redirection: str, *arguments: str, **environment: str) -> tuple[int, 
         pass_fds=[writing],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     os.close(writing)
     with os.fdopen(reading) as file:
@@ -113,7 +113,7 @@ sys.exit(terminal.run(speak, {}))
         ["bash", "-c", '"$0" -c "$1" "$2" >&- 2>&- <&-', sys.executable, code, str(tmp_path / "file")],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         check=True,
-        timeout=120,
+        timeout=250,
     )
     assert (tmp_path / "file").read_text() == "content"
 
