@@ -166,6 +166,18 @@ def test_file_is_short_and_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(source))
 
 
+def test_no_test_imports_from_another() -> None:
+    """What several tests share lies in a module of its own."""
+    tests = Path(__file__).parent
+    shared = [
+        f"{path.name} imports {name}"
+        for path in tests.rglob("*.py")
+        for name in imports("", path.read_text())
+        if name.startswith("tests.test_")
+    ]
+    assert shared == []
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [

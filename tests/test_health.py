@@ -262,7 +262,10 @@ def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go
     )
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(1, ["data.workers=0"]), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)],
+)
 def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, layout):
     where = [
         f"run_dir={tmp_path}",
@@ -377,7 +380,8 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout", "at_end"), [(1, [], "repeat"), (4, ["parallel=hsdp_ep"], "stop")]
+    ("num_ranks", "layout", "at_end"),
+    [(1, [], "repeat"), pytest.param(4, ["parallel=hsdp_ep"], "stop", marks=pytest.mark.slow)],
 )
 def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path, num_ranks, layout, at_end):
     corpus = tmp_path / "corpus.jsonl"
@@ -399,6 +403,8 @@ def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path,
         "checkpoint.interval=5",
         "data.num_streams=4",
         "model=debug",
+        "model.num_layers=3",
+        "model.global_every=3",
         "seq_len=32",
         "global_batch=4",
         "micro_batch=1",

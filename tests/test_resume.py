@@ -4,6 +4,7 @@ others.
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,24 +38,24 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
 @pytest.mark.parametrize(
     ("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep", "activation_checkpoint=full"])]
 )
-def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, num_ranks, layout):
-    where = [f"run_dir={tmp_path}", *layout]
+def test_a_run_in_three_parts_is_the_whole_run_bit_for_bit(tmp_path, num_ranks, layout):
+    where = [f"run_dir={tmp_path}", "steps=8", *layout]
     assert set(run_ranks(train_worker, num_ranks, ["name=whole", *where], None)) <= {
         train.OK,
         train.COLLAPSED,
     }
-    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 7)) == {train.INTERRUPTED}
+    assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], 3)) == {train.INTERRUPTED}
     # trap 18: twice
-    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 13)) == {train.INTERRUPTED}
-    assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], None)) <= {
+    assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], 6)) == {train.INTERRUPTED}
+    assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], None)) <= {
         train.OK,
         train.COLLAPSED,
     }
-    assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
-    assert [line["step"] for line in metrics(tmp_path / "whole")] == list(range(1, 21))
-    whole, halves = tensors(tmp_path / "whole", 20), tensors(tmp_path / "halves", 20)
-    assert whole.keys() == halves.keys()
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == list(range(1, 9))
+    whole, parts = tensors(tmp_path / "whole", 8), tensors(tmp_path / "parts", 8)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
     # trap 8: what must be in a checkpoint is in it, and is not zero
     moments = [name for name in whole if name.endswith("exp_avg")]
     biases = [name for name in whole if name.endswith("expert_bias_E")]
@@ -71,7 +72,9 @@ def next_losses_worker(overrides: list[str]) -> list[float]:
     return [train.train_step(run, train.next_batches(run))["loss"] for _ in range(3)]
 
 
-@pytest.mark.parametrize("optimizer", [["optim=adamw"], ["optim=muon", "optim.lr=0.02"]])
+@pytest.mark.parametrize(
+    "optimizer", [["optim=adamw"], pytest.param(["optim=muon", "optim.lr=0.02"], marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimizer):
     where = ["name=moving", f"run_dir={tmp_path}", *optimizer]
     run_ranks(train_worker, 4, ["parallel=hsdp_ep", *where], 5)
@@ -230,7 +233,11 @@ PROGRAM = [
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, ["optim=muon"]), (4, ["optim=muon", "parallel=hsdp_ep"])]
+    ("num_ranks", "layout"),
+    [
+        (1, ["optim=muon"]),
+        pytest.param(4, ["optim=muon", "parallel=hsdp_ep"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks, layout):
     where = [f"run_dir={tmp_path}", "data.num_streams=4", *layout, *PROGRAM]
@@ -286,7 +293,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.slow)]
+)
 def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(
     tmp_path, num_ranks, layout, capfd
 ):
@@ -420,6 +429,14 @@ def test_a_branch_anneals_from_a_checkpoint_of_another_run(tmp_path):
     assert [span["end"] for span in starts[0]["program"]] == [1024, 1536]
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A run of two steps."""
+    root = tmp_path_factory.mktemp("two")
+    run_ranks(train_worker, 1, ["name=run", f"run_dir={root}", "steps=2"], None)
+    return root / "run"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -431,8 +448,8 @@ def test_a_branch_anneals_from_a_checkpoint_of_another_run(tmp_path):
         ("branch={0}/base optim=muon", "adamw.*muon"),
     ],
 )
-def test_a_branch_that_cannot_be_is_refused(tmp_path, change, message):
-    run_ranks(train_worker, 1, ["name=base", f"run_dir={tmp_path}", "steps=2"], None)
+def test_a_branch_that_cannot_be_is_refused(tmp_path, two_steps, change, message):
+    shutil.copytree(two_steps, tmp_path / "base")
     with pytest.raises(train.ConfigError, match=message):
         run_ranks(
             train_worker,
@@ -502,9 +519,9 @@ def test_only_the_newest_checkpoints_are_kept_and_a_draft_is_none(tmp_path):
         ("steps=1", "steps=1, but .* is at step 2; use steps=2 or more"),
     ],
 )
-def test_a_run_directory_refuses_another_model_or_stream(tmp_path, change, message):
+def test_a_run_directory_refuses_another_model_or_stream(tmp_path, two_steps, change, message):
     where = ["name=fixed", f"run_dir={tmp_path}", "steps=2"]
-    run_ranks(train_worker, 1, where, None)
+    shutil.copytree(two_steps, tmp_path / "fixed")
     with pytest.raises(train.ConfigError, match=message):
         run_ranks(train_worker, 1, [*where, change], None)
 
