@@ -177,7 +177,7 @@ def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
     hold stderr open.
     """
     worker = tmp_path / "worker.sh"
-    worker.write_text('#!/bin/sh\n[ "$RANK" != 0 ] || kill -TERM "$PPID"\nexec sleep 100\n')
+    worker.write_text('#!/bin/sh\n[ "$RANK" != 0 ] || kill -TERM "$PPID"\nexec sleep 3600\n')
     worker.chmod(0o755)
     launch = ["-m", "trainer.torchrun", "--standalone", "--nproc-per-node", "16", "--no-python", worker]
     process = subprocess.Popen([sys.executable, *launch], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)

@@ -437,13 +437,15 @@ def test_work_is_done_in_order_of_priority_and_errors_that_cannot_travel_are_tol
     def work(request: object) -> object:
         if request == "wrong":
             raise Local("here")
-        time.sleep(0.05)
+        all_are_waiting.wait()
         return (request, os.getpid())
 
+    all_are_waiting = multiprocessing.Event()
     workers, done = Workers(1, work), []
     for name, priority in (("first", 0), ("last", 2), ("next", 0), ("soon", 1)):
         future = workers.submit(name, priority=priority)
         future.add_done_callback(lambda f: done.append(f.result()))
+    all_are_waiting.set()
     with pytest.raises(RuntimeError, match="Local: here"):
         workers.submit("wrong", priority=3).result(timeout=300)
     assert [name for name, _ in done] == ["first", "next", "soon", "last"]
