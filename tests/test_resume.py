@@ -338,6 +338,7 @@ def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_buffered_mixture_of_four_ranks_goes_on_on_one_and_on_two(tmp_path):
     where = ["name=moving", f"run_dir={tmp_path}"]
     run_ranks(train_worker, 4, [*MIXED, "parallel=hsdp_ep", *where], 9)
