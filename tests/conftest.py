@@ -1,7 +1,10 @@
-"""Tests run on one thread, without network, on the CPU, and never write into the home directory's cache."""
+"""Tests run on one thread, without network, on the CPU, with the signals of a program in the foreground, and
+never write into the home directory's cache.
+"""
 
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +13,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are about the CPU
 IS_XDIST_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_XDIST_WORKER:  # the workers inherit it, so a tokenizer is trained once for all
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="triquetra-test-cache-")
+
+# What was started in the background or by nohup ignores these, and so would every run that a test starts.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 import pytest  # noqa: E402  # after the environment is set
 import torch  # noqa: E402

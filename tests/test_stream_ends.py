@@ -402,6 +402,8 @@ def test_losses_of_groups_are_those_of_their_tokens_alone() -> None:
 SMALL = [
     "experiment=synthetic",
     "model=debug",
+    "model.num_layers=3",
+    "model.global_every=3",
     "seq_len=32",
     "global_batch=4",
     "micro_batch=1",
