@@ -20,7 +20,7 @@ def marked(drill: Drill):
     return pytest.param(drill, id=drill.name, marks=() if drill.name in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("drill", map(marked, SHORT))
+@pytest.mark.parametrize("drill", [marked(drill) for drill in SHORT])
 def test_what_must_hold_holds(drill, tmp_path):
     drill.act(tmp_path, True)
 
