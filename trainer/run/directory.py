@@ -25,7 +25,7 @@ from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, r
 from trainer.config import Config, ConfigError, read_plain, resolved_yaml
 from trainer.data import BadDocument
 from trainer.program import Program
-from trainer.ranks.agree import agreed, refuse_disagreement, refusing_on_all
+from trainer.ranks.agree import broadcast_object, refuse_disagreement, refusing_on_all
 from trainer.ranks.lock import InUseError, lock
 from trainer.records import append_line, write_text
 
@@ -122,10 +122,10 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
         return checkpoint
     path = Path(config.branch)
     # a run may have such a name
-    if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):
+    if not path.name.startswith("step-") or broadcast_object((path / "checkpoints").is_dir()):
         checkpoint = Checkpoints(path / "checkpoints").newest_good()
     elif (step := path.name.removeprefix("step-")).isdecimal():
-        checkpoint = Found(int(step), path) if agreed(path.is_dir()) else None
+        checkpoint = Found(int(step), path) if broadcast_object(path.is_dir()) else None
         if checkpoint is not None and (problems := Checkpoints(path.parent).verify(checkpoint.step)):
             raise ConfigError(f"branch={config.branch}: " + "\n".join(problems))
     if checkpoint is None:

@@ -19,7 +19,7 @@ from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import DamagedError, Found, manifest_hash, write_durably
 from trainer.data import DataError, StreamState
 from trainer.metrics import MetricsLog
-from trainer.ranks.agree import agreed
+from trainer.ranks.agree import broadcast_object
 from trainer.run.directory import record_rollback
 from trainer.run.health import UnsoundError
 from trainer.run.saving import load_checkpoint, refuse_past_end, save
@@ -140,7 +140,7 @@ def write_record(run: Run, origin: Found, passed_over: list[int]) -> None:
 def read_record(run: Run, origin: Found) -> dict[str, Any]:
     """What a roll-back to exactly this checkpoint of this run left; {} if there was none. Collective."""
     path = run.directory / RECORD
-    return agreed(_read_record(path, origin) if dist.get_rank() == 0 else None)
+    return broadcast_object(_read_record(path, origin) if dist.get_rank() == 0 else None)
 
 
 def _read_record(path: Path, origin: Found) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from trainer.checkpoint import (
 from trainer.config import Config, ConfigError, ModelConfig
 from trainer.data import load_tokenizer
 from trainer.model.hf import KEYS, config_misfits, our_shapes, places, refuse_misfits
-from trainer.ranks.agree import agreed, gathered, refuse_disagreement, refusing_on_all
+from trainer.ranks.agree import all_gather_objects, broadcast_object, refuse_disagreement, refusing_on_all
 
 SINGLE, SEVERAL = "model.safetensors", "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -70,7 +70,7 @@ def start_from(config: Config, state: dict[str, Any], tokenizer: Any) -> dict[st
         except refusals as error:
             raise ConfigError(f"{where}: {error}") from error
 
-    index = agreed(refusing_on_all(found))
+    index = broadcast_object(refusing_on_all(found))
     refuse_disagreement(sizes(directory, index))
     return load_into(state, directory=directory, index=index)
 
@@ -84,7 +84,7 @@ def fetched(spec: str) -> Path:
                 path = directory_of(spec)
             except ConfigError as error:
                 problem = str(error)
-        if refusal := next(filter(None, gathered(problem)), None):
+        if refusal := next(filter(None, all_gather_objects(problem)), None):
             raise ConfigError(refusal)
     return path
 
