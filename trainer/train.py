@@ -67,7 +67,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     while run.step < run.last_step and run.stop.agreed is None:
         now, before = run.program.at(run.tokens), run.stream.snapshot()
         compiles = shape != (shape := (now.micro_batch, now.seq_len))
-        watchdog.beat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
+        watchdog.heartbeat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
         if (batches := next_batches(run)) is None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
@@ -76,7 +76,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
             break
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         if values is None:
-            watchdog.beat("saving", limit_s=config.timeout_s)
+            watchdog.heartbeat("saving", limit_s=config.timeout_s)
             leave_unread(run, before.state_dict())
         step_s = time.perf_counter() - start_s
         values["tokens_per_s"] = values["data/step_tokens"] / step_s
@@ -85,13 +85,13 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.health.is_lost:
-            watchdog.beat("going back", limit_s=config.timeout_s)
+            watchdog.heartbeat("going back", limit_s=config.timeout_s)
             roll_back(run, metrics)
         elif due(run):
-            watchdog.beat(f"saving step {run.step}", limit_s=config.timeout_s)
+            watchdog.heartbeat(f"saving step {run.step}", limit_s=config.timeout_s)
             save(run)
         start_s = time.perf_counter()
-    watchdog.beat("saving", limit_s=config.timeout_s)
+    watchdog.heartbeat("saving", limit_s=config.timeout_s)
     finish_saving(run)
 
 
@@ -168,7 +168,7 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
     try:
         loop(run, metrics, watchdog)
     except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before
-        watchdog.beat("saving", limit_s=config.timeout_s)
+        watchdog.heartbeat("saving", limit_s=config.timeout_s)
         with suppress(SaveError):
             run.checkpoints.finish()
         raise
