@@ -76,7 +76,7 @@ class Agent(LocalElasticAgent):
     for their end are passed on here.
     """
 
-    told: ClassVar[signal.Signals | None] = None
+    stop_signal: ClassVar[signal.Signals | None] = None
     may_raise: ClassVar[bool] = True
     current: ClassVar["Agent | None"] = None
 
@@ -84,15 +84,15 @@ class Agent(LocalElasticAgent):
         Agent.may_raise, Agent.current = False, self
         try:
             return super().run(role)
-        except SignalException as told:
+        except SignalException as stop:
             # Between two lives of the ranks there are only the codes of those that are to be replaced.
             codes = {} if self._worker_group.state is WorkerState.STOPPED else self._codes()
-            raise Ended(verdict(codes, told=stopped_by(told.sigval))) from None
+            raise Ended(verdict(codes, stop_code=stopped_by(stop.sigval))) from None
         except RendezvousError as error:
             print(f"the other nodes have ended or cannot be reached: {error}", file=sys.stderr)
-            told = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
+            stops = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
             # 1: srun reports the highest code, and another node has the cause
-            raise Ended(told[0] if told else 1) from None
+            raise Ended(stops[0] if stops else 1) from None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         # torch keeps the store over a restart: ranks find the addresses of those that are gone there (pytorch
@@ -152,16 +152,14 @@ def cause(codes: dict[int, int]) -> int:
     return min(codes, key=lambda rank: codes[rank] in AFTERMATH)
 
 
-def verdict(codes: dict[int, int | None], *, told: int) -> int:
-    """The exit code where the ranks were told to stop. `told`: if that is what they did, or had to be
-    killed.
-    """
+def verdict(codes: dict[int, int | None], *, stop_code: int) -> int:
+    """The exit code of ranks that were asked to stop. stop_code: if they did so or were killed."""
     failed = {rank: code for rank, code in codes.items() if code and code not in TOLD}
     if failed:
         rank = cause(failed)
         print(describe(rank, failed[rank]), file=sys.stderr)
         return exit_code(failed[rank])
-    return 0 if codes and not any(codes.values()) else told
+    return 0 if codes and not any(codes.values()) else stop_code
 
 
 def exit_code(code: int) -> int:
@@ -177,9 +175,9 @@ def describe(rank: int, code: int) -> str:
 
 
 def tell(number: int, frame: Any = None) -> None:
-    again, Agent.told = Agent.told is not None, signal.Signals(number)
+    again, Agent.stop_signal = Agent.stop_signal is not None, signal.Signals(number)
     if Agent.may_raise:
-        raise SignalException(f"signal {number}", sigval=Agent.told)
+        raise SignalException(f"signal {number}", sigval=Agent.stop_signal)
     if again and Agent.current is not None:
         Agent.current.pass_on(number)
 
@@ -189,8 +187,8 @@ def interruptible() -> Iterator[None]:
     """A signal raises SignalException here, also one that came before."""
     Agent.may_raise = True
     try:
-        if Agent.told is not None:
-            tell(Agent.told)
+        if Agent.stop_signal is not None:
+            tell(Agent.stop_signal)
         yield
     finally:
         Agent.may_raise = False
@@ -217,8 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(failure.exitcode)
     except Ended as ended:
         return ended.code
-    except SignalException as told:
-        return stopped_by(told.sigval)
+    except SignalException as stop:
+        return stopped_by(stop.sigval)
     return 0
 
 

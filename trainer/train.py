@@ -191,8 +191,8 @@ def announce(run: Run, loaded: Path | None) -> None:
         longer = "steps= trains on" if c.steps is not None else "a longer stage= trains on"
         print(f"{run.directory} is complete at step {run.step}; {longer}, name= starts a new run")
     elif loaded is not None:
-        how = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
-        print(f"{how} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
+        beginning = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
+        print(f"{beginning} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
     elif c.init_from is not None:
         print(f"starting from the weights of {c.init_from}")
     for problem in export_problems(c.model):

@@ -48,18 +48,18 @@ class BoxReader:
         part of it.
         """
         stored = self.index[name]
-        box, found = torch.empty(tuple(sizes), dtype=stored.dtype), 0
+        box, num_values = torch.empty(tuple(sizes), dtype=stored.dtype), 0
         for piece in stored.pieces:
             first, last = overlap(piece, offsets, sizes)
             if all(a < b for a, b in zip(first, last, strict=True)):
                 part = [b - a for a, b in zip(first, last, strict=True)]
-                where = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, offsets, strict=True))
+                target = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, offsets, strict=True))
                 inside = [a - o for a, o in zip(first, piece.offsets, strict=True)]
-                box[where] = self.part(piece, offsets=inside, sizes=part)
-                found += prod(part)
-        if found != box.numel():
+                box[target] = self.part(piece, offsets=inside, sizes=part)
+                num_values += prod(part)
+        if num_values != box.numel():
             raise DamagedError(
-                f"{name}: the checkpoint's pieces hold {found} of the {box.numel()} values at "
+                f"{name}: the checkpoint's pieces hold {num_values} of the {box.numel()} values at "
                 f"{tuple(offsets)}"
             )
         return box

@@ -195,7 +195,7 @@ class LoggingConfig:
 
 _SpanWeights = make_dataclass(
     "_SpanWeights",
-    [(of.name, float | None, number(None, **WEIGHT)) for of in fields(RouterLossWeights)],
+    [(loss.name, float | None, number(None, **WEIGHT)) for loss in fields(RouterLossWeights)],
     kw_only=True,
 )
 

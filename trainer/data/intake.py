@@ -207,8 +207,8 @@ class Intake:
 
     def answer(self, request: tuple[float, list[Any]]) -> TokenBatch:
         """`request`: the limit in MB, and documents, or (source, place) of them."""
-        limit_mb, wanted = request
-        documents = [self.document(*of) if type(of) is tuple else of for of in wanted]
+        limit_mb, entries = request
+        documents = [self.document(*entry) if type(entry) is tuple else entry for entry in entries]
         batch, texts = TokenBatch(), dict[int, str]()
         for i, document in enumerate(documents):
             entry = document

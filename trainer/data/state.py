@@ -56,10 +56,10 @@ class Snapshot:
         index_VC, read_VC = np.full(shape, BEYOND, np.int64), np.zeros(shape, np.int64)
         source_VC = np.zeros(shape, np.int64)
         for v, position in enumerate(positions_V):
-            own = slice(position.num_slots)
-            index_VC[v, own] = flat(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
-            read_VC[v, own] = flat(position.read_SC)
-            source_VC[v, own] = np.repeat(
+            filled = slice(position.num_slots)
+            index_VC[v, filled] = flat(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
+            read_VC[v, filled] = flat(position.read_SC)
+            source_VC[v, filled] = np.repeat(
                 np.arange(len(position.next_S)), list(map(len, position.numbers_SC))
             )
         return {

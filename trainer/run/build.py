@@ -156,17 +156,17 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
     nodes = {f"data.sources.{name}": d.sources[name] for name in sorted(d.sources)} or {
         "data.source": d.source
     }
-    found = dict[str, Source]()
+    sources = dict[str, Source]()
     for key, node in nodes.items():
         try:
-            found[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
+            sources[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
             raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
-        if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
+        if not hasattr(sources[key.removeprefix("data.sources.")], "fingerprint"):
             raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
-        if getattr(found[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
+        if getattr(sources[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
             raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
-    return found if d.sources else found["data.source"]
+    return sources if d.sources else sources["data.source"]
 
 
 def source_of(node: Any, *, cache_dir: str | None) -> Source:
@@ -175,10 +175,10 @@ def source_of(node: Any, *, cache_dir: str | None) -> Source:
     return instantiate(node, cache_dir=node.get("cache_dir") or cache_dir) if keeps else instantiate(node)
 
 
-def loss_weights(of: BalanceConfig | Now) -> LossWeights:
+def loss_weights(settings: BalanceConfig | Now) -> LossWeights:
     """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
     names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
-    return LossWeights(**{name: getattr(of, key) for key, name in names.items()})
+    return LossWeights(**{name: getattr(settings, key) for key, name in names.items()})
 
 
 @contextmanager

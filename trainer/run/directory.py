@@ -155,8 +155,13 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     ]
     loaded = str(opened.origin.path) if opened.origin else None
     init_from = config.init_from if opened.origin is None else None
-    how = {"loaded": loaded, "init_from": init_from, "changed": opened.changed, "code": opened.about["code"]}
-    line = {"step": step, "tokens": tokens, **how, "program": spans}
+    origin = {
+        "loaded": loaded,
+        "init_from": init_from,
+        "changed": opened.changed,
+        "code": opened.about["code"],
+    }
+    line = {"step": step, "tokens": tokens, **origin, "program": spans}
     append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
 
 

@@ -141,8 +141,8 @@ def cgroup_bytes() -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         base, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
-        own = base / path.lstrip("/")
-        for directory in (own, *own.parents):
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
             if directory.is_relative_to(base):
                 size = read_bytes(directory / name)
                 if size < NO_LIMIT:

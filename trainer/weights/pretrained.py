@@ -58,19 +58,19 @@ def start_from(config: Config, state: dict[str, Any], tokenizer: Any) -> dict[st
     tokenizer: of the run; None if its source has tokens. Raises: ConfigError, on all ranks; before anything
     is loaded.
     """
-    where = f"init_from={config.init_from}"
+    key = f"init_from={config.init_from}"
     directory = fetched(config.init_from)
     refusals = (ConfigError, DamagedError, OSError, ValueError)
 
-    def found() -> dict[str, Stored]:
+    def checked_index() -> dict[str, Stored]:
         try:
             refuse_other_model(directory, config.model)
             refuse_other_tokenizer(directory, tokenizer, vocab_size=config.model.vocab_size)
             return index_of(directory, config.model)
         except refusals as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{key}: {error}") from error
 
-    index = broadcast_object(refusing_on_all(found))
+    index = broadcast_object(refusing_on_all(checked_index))
     refuse_disagreement(sizes(directory, index))
     return load_into(state, directory=directory, index=index)
 
@@ -121,8 +121,10 @@ def refuse_other_model(directory: Path, model: ModelConfig) -> None:
     with reading(path):
         wrong = config_misfits(theirs, model)
     if wrong:
-        said = {key: theirs[name] for key, name in KEYS.items() if name in theirs}
-        fits = " ".join(f"model.{key}={value}" for key, value in said.items() if value != getattr(model, key))
+        values = {key: theirs[name] for key, name in KEYS.items() if name in theirs}
+        fits = " ".join(
+            f"model.{key}={value}" for key, value in values.items() if value != getattr(model, key)
+        )
         raise ConfigError(
             "\n".join([f"{path} is of another model:", *wrong, *([f"use {fits}"] if fits else [])])
         )
@@ -152,8 +154,8 @@ def index_of(directory: Path, model: ModelConfig) -> dict[str, Stored]:
         pieces.setdefault(ours, []).append(Piece(file=file_of[name], key=name, **box))
         dtypes[ours] = kinds[name].dtype
     index = {
-        f"model.{ours}": Stored(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(of))
-        for ours, of in pieces.items()
+        f"model.{ours}": Stored(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(parts))
+        for ours, parts in pieces.items()
     }
     refuse_uncovered(index, where=directory)
     return index
@@ -163,15 +165,15 @@ def tensors_of(directory: Path) -> tuple[dict[str, Kind], dict[str, str]]:
     """{name: kind} and {name: file} of all tensors in the files of a directory. Raises: DamagedError,
     ConfigError.
     """
-    said = weight_map(directory)
-    files = sorted(set(said.values())) if said is not None else [SINGLE]
+    listed = weight_map(directory)
+    files = sorted(set(listed.values())) if listed is not None else [SINGLE]
     if missing := [file for file in files if not (directory / file).is_file()]:
         raise DamagedError(f"{directory}: {', '.join(missing)} missing; fetch it again")
     headers = {file: read_header(directory / file) for file in files}
     held = {(name, file) for file, header in headers.items() for name in header}
-    if said is not None and (wrong := sorted(held ^ set(said.items()))):
-        where = ", ".join(f"{name} in {file}" for name, file in wrong[:8])
-        raise DamagedError(f"{directory / SEVERAL} and the files do not agree on {where}")
+    if listed is not None and (wrong := sorted(held ^ set(listed.items()))):
+        differences = ", ".join(f"{name} in {file}" for name, file in wrong[:8])
+        raise DamagedError(f"{directory / SEVERAL} and the files do not agree on {differences}")
     return {name: headers[file][name] for name, file in held}, dict(held)
 
 

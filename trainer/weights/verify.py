@@ -51,21 +51,21 @@ def compare(checkpoint: Path, config: Config, exported: Path, *, dtype: torch.dt
     limit = LIMIT * logits_BLV.abs().max().item()
     rows, length = tokens_BL.shape
     kind = "" if rows_are_aligned(config.model) else " eager experts"
-    told = (
+    comparison = (
         f"logits of {rows} x {length} tokens differ from transformers'{kind} by at most {difference:.2g} "
         f"(limit {limit:.2g})"
     )
     if not difference <= limit:  # a NaN is none, either
-        raise VerifyError(f"{told}: the exported weights are not those of {checkpoint}")
+        raise VerifyError(f"{comparison}: the exported weights are not those of {checkpoint}")
     begun_BL = tokens_BL[:, : max(1, length // 2)]
-    own = greedy(ours, begun_BL)
-    other = continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)
-    if own != other:
+    our_tokens = greedy(ours, begun_BL)
+    their_tokens = continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)
+    if our_tokens != their_tokens:
         raise VerifyError(
-            f"{told}, but {NUM_NEW} tokens after each row's first {begun_BL.shape[1]} do: {own}, "
-            f"theirs {other}"
+            f"{comparison}, but {NUM_NEW} tokens after each row's first {begun_BL.shape[1]} do: "
+            f"{our_tokens}, theirs {their_tokens}"
         )
-    return f"verified: {told}, {NUM_NEW} greedy tokens are the same"
+    return f"verified: {comparison}, {NUM_NEW} greedy tokens are the same"
 
 
 def text_tokens(config: Config, tokenizer: Any) -> Tensor:
@@ -110,9 +110,9 @@ def their_model(exported: Path, shape: ModelConfig) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     load: Any = AutoModelForCausalLM.from_pretrained
     experts = {} if rows_are_aligned(shape) else {"experts_implementation": "eager"}
-    model, told = load(exported, dtype=torch.float32, output_loading_info=True, **experts)
-    if any(told.values()):
-        raise VerifyError(f"transformers does not load {exported} as it is: {told}")
+    model, report = load(exported, dtype=torch.float32, output_loading_info=True, **experts)
+    if any(report.values()):
+        raise VerifyError(f"transformers does not load {exported} as it is: {report}")
     return model.eval()
 
 
