@@ -323,7 +323,7 @@ def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
     while run.step < run.last_step:
         rows = [torch.stack(list(batch)) for batch in train.next_batches(run)]
         seen.append(torch.cat(rows, dim=1))
-        run.tokens, run.step = run.tokens + run.program.at(run.tokens).tokens, run.step + 1
+        run.tokens, run.step = run.tokens + run.program.settings_at(run.tokens).tokens, run.step + 1
     return seen
 
 

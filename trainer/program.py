@@ -56,7 +56,7 @@ _Losses = make_dataclass("_Losses", [(key, float) for key in LOSSES], frozen=Tru
 
 
 @dataclass(frozen=True, kw_only=True)
-class Now(_Losses):
+class StepSettings(_Losses):
     """What holds in one step, the weights of the router's losses among it."""
 
     span: str
@@ -81,7 +81,7 @@ class Span(NamedTuple):
     name: str
     start: int
     end: int
-    now: Now  # its lr and bias_rate are those at the span's start
+    now: StepSettings  # its lr and bias_rate are those at the span's start
     lr: Curve
     bias_rate: Curve
 
@@ -99,7 +99,7 @@ class Program:
     def end(self) -> int:
         return self.spans[-1].end
 
-    def at(self, position: int) -> Now:
+    def settings_at(self, position: int) -> StepSettings:
         """What holds in the step that begins after `position` tokens; after the program's end, what held
         last.
         """
@@ -174,7 +174,7 @@ def program_of(config: Config) -> Program:
         "buffer": config.data.buffer,
         "drain": config.data.drain,
     }
-    nows = list(settings(stage, Now(span="", lr=1.0, bias_rate=1.0, **first)))
+    nows = list(settings(stage, StepSettings(span="", lr=1.0, bias_rate=1.0, **first)))
     bounds = boundaries(stage, nows, config.steps)
     curves = {key: curves_of(key, stage, bounds) for key in CURVES}
     starts = [0, *bounds[:-1]]
@@ -201,7 +201,7 @@ def program_of(config: Config) -> Program:
     return program
 
 
-def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
+def settings(stage: dict[str, SpanConfig], now: StepSettings) -> Iterator[StepSettings]:
     """What each span keeps and what it changes, curves aside."""
     for name, span in stage.items():
         check_values(span, where=named(name))
@@ -234,7 +234,7 @@ def check_sources(config: Config, program: Program) -> None:
             )
 
 
-def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None) -> list[int]:
+def boundaries(stage: dict[str, SpanConfig], nows: Sequence[StepSettings], steps: int | None) -> list[int]:
     """Where each span ends. One span may be without a length: it gets the steps that the others leave of
     `steps`.
     """
@@ -285,7 +285,7 @@ def check_length(name: str, lengths: dict[str, float]) -> None:
 
 
 def lay_out(
-    stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None, *, rest: int
+    stage: dict[str, SpanConfig], nows: Sequence[StepSettings], steps: int | None, *, rest: int
 ) -> tuple[list[int], int]:
     """Where each span ends, and the steps of all of them. `rest`: steps of the span without a length."""
     # first: where the span's first step begins; the one before may overshoot

@@ -65,7 +65,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
-        now, before = run.program.at(run.tokens), run.stream.snapshot()
+        now, before = run.program.settings_at(run.tokens), run.stream.snapshot()
         compiles = shape != (shape := (now.micro_batch, now.seq_len))
         watchdog.heartbeat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
         if (batches := next_batches(run)) is None:
@@ -181,7 +181,7 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
 
 
 def announce(run: Run, loaded: Path | None) -> None:
-    c, now, count = run.config, run.program.at(run.tokens), count_parameters(run.config.model)
+    c, now, count = run.config, run.program.settings_at(run.tokens), count_parameters(run.config.model)
     print(
         f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
         f"on {dist.get_world_size()} x {run.device.type}, "

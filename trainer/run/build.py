@@ -20,7 +20,7 @@ from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSSES, Now, check_sources, program_of
+from trainer.program import LOSSES, StepSettings, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.stop import StopRequest
@@ -106,7 +106,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
 
 
 def build_stream(
-    d: DataConfig, *, first: Now, seed: int, vocab_size: int, directory: Path, groups: Groups
+    d: DataConfig, *, first: StepSettings, seed: int, vocab_size: int, directory: Path, groups: Groups
 ) -> TokenStream:
     """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
     documents.
@@ -175,7 +175,7 @@ def source_of(node: Any, *, cache_dir: str | None) -> Source:
     return instantiate(node, cache_dir=node.get("cache_dir") or cache_dir) if keeps else instantiate(node)
 
 
-def loss_weights(settings: BalanceConfig | Now) -> LossWeights:
+def loss_weights(settings: BalanceConfig | StepSettings) -> LossWeights:
     """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
     names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
     return LossWeights(**{name: getattr(settings, key) for key, name in names.items()})

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from trainer.config import Config, ConfigError, ModelConfig
-from trainer.program import Now, Program, named
+from trainer.program import Program, StepSettings, named
 
 GIB = 2**30
 WEIGHT, GRADIENT = 4, 4  # [bytes] of a parameter
@@ -65,7 +65,7 @@ def parts_of(config: Config, program: Program, *, num_shards: int, on_cpu: bool)
     return parts + max(of_spans, key=lambda of_span: sum(part.num_bytes for part in of_span))
 
 
-def parts_of_step(config: Config, now: Now, *, num_shards: int, on_cpu: bool) -> list[Part]:
+def parts_of_step(config: Config, now: StepSettings, *, num_shards: int, on_cpu: bool) -> list[Part]:
     m, tokens = config.model, now.micro_batch * now.seq_len
     inputs = tokens * m.dim * m.num_layers * getattr(torch, config.dtype).itemsize
     parts = [
@@ -81,7 +81,7 @@ def parts_of_step(config: Config, now: Now, *, num_shards: int, on_cpu: bool) ->
     return parts
 
 
-def written(config: Config, now: Now, *keys: str) -> str:
+def written(config: Config, now: StepSettings, *keys: str) -> str:
     """The keys with the values that a span has, which is named where these are its own."""
     where = "" if all(getattr(now, key) == getattr(config, key) for key in keys) else named(now.span)
     return where + " x ".join(f"{key}={getattr(now, key)}" for key in keys)

@@ -115,7 +115,9 @@ def pass_over(run: Run, *, steps: int) -> None:
         next_batches(run)
         if run.over_documents(int(run.unread is not None)):
             raise run.unread or DataError("another rank could not read its data")
-        run.tokens += run.program.at(run.tokens).tokens  # the program may have changed them on the way
+        run.tokens += run.program.settings_at(
+            run.tokens
+        ).tokens  # the program may have changed them on the way
     run.tokens = back_at
 
 
