@@ -19,13 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.checkpoint.foreign import CODES, DamagedError, read_shapes, shown
-from trainer.checkpoint.storage import Index, Piece, read_box
+from trainer.checkpoint.storage import Index, TensorPiece, read_box
 
 MAX_OPEN = 64  # files at a time
 DTYPES = {CODES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}  # of weights
 
 
-class Kind(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a tensor is, before anything of it is read."""
 
     dtype: torch.dtype
@@ -64,11 +64,11 @@ class BoxReader:
             )
         return box
 
-    def part(self, piece: Piece, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    def part(self, piece: TensorPiece, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         return read_box(self.opened(piece.file), piece.key, offsets=offsets, sizes=sizes)
 
 
-def overlap(piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+def overlap(piece: TensorPiece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
     """First corner and, exclusive, last corner of what a piece and a box have in common, in the whole
     tensor's numbers.
     """
@@ -77,7 +77,7 @@ def overlap(piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple
     return first, [min(a + n, b + m) for a, n, b, m in ends]
 
 
-def read_header(path: Path) -> dict[str, Kind]:
+def read_header(path: Path) -> dict[str, TensorSpec]:
     """What a safetensors file holds. Raises: DamagedError, naming the file, if it is none, cut off, or of
     other dtypes.
     """
@@ -88,10 +88,10 @@ def read_header(path: Path) -> dict[str, Kind]:
     if other := [name for name, (code, _) in shapes.items() if code not in DTYPES]:
         code = shapes[other[0]][0]
         raise DamagedError(f"{path}: {shown(other[0])} is {code}; weights must be one of {', '.join(DTYPES)}")
-    return {name: Kind(DTYPES[code], shape) for name, (code, shape) in shapes.items()}
+    return {name: TensorSpec(DTYPES[code], shape) for name, (code, shape) in shapes.items()}
 
 
-def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tensor]) -> None:
+def write_file(path: Path, kinds: Mapping[str, TensorSpec], make: Callable[[str], Tensor]) -> None:
     """Writes the tensors that `make` gives one by one, and makes the file durable. Wider dtypes come first:
     all lie aligned.
 
@@ -103,7 +103,7 @@ def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tens
         file.write(header_of({name: kinds[name] for name in names}))
         for name in names:
             tensor = make(name)
-            if (has := Kind(tensor.dtype, tuple(tensor.shape))) != kinds[name]:
+            if (has := TensorSpec(tensor.dtype, tuple(tensor.shape))) != kinds[name]:
                 raise ValueError(
                     f"{name}: is {has.dtype} {has.shape}, must be {kinds[name].dtype} {kinds[name].shape}"
                 )
@@ -113,7 +113,7 @@ def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tens
         os.fsync(file.fileno())
 
 
-def header_of(kinds: Mapping[str, Kind]) -> bytes:
+def header_of(kinds: Mapping[str, TensorSpec]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, kind in kinds.items():

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from trainer.checkpoint import (
     DamagedError,
-    Kind,
-    Piece,
-    Stored,
+    StoredTensor,
+    TensorPiece,
+    TensorSpec,
     load_into,
     plain_name,
     read_header,
@@ -62,7 +62,7 @@ def start_from(config: Config, state: dict[str, Any], tokenizer: Any) -> dict[st
     directory = fetched(config.init_from)
     refusals = (ConfigError, DamagedError, OSError, ValueError)
 
-    def checked_index() -> dict[str, Stored]:
+    def checked_index() -> dict[str, StoredTensor]:
         try:
             refuse_other_model(directory, config.model)
             refuse_other_tokenizer(directory, tokenizer, vocab_size=config.model.vocab_size)
@@ -139,29 +139,29 @@ def refuse_other_tokenizer(directory: Path, tokenizer: Any, *, vocab_size: int) 
         raise ConfigError(f"the run's tokenizer is not that of the weights; use data.tokenizer={path}")
 
 
-def index_of(directory: Path, model: ModelConfig) -> dict[str, Stored]:
+def index_of(directory: Path, model: ModelConfig) -> dict[str, StoredTensor]:
     """Where each of our tensors lies, under the names of a run's state. Raises: DamagedError, ConfigError,
     ValueError.
     """
     kinds, file_of = tensors_of(directory)
     on_disk, shapes = places(model), our_shapes(model)
     refuse_misfits(kinds, {name: place.shape for name, place in on_disk.items()})
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorPiece]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for name, (ours, expert, shape) in on_disk.items():
         offsets, sizes = ((), ()) if expert is None else ((expert,), (1,))
         box = {"offsets": (*offsets, *[0] * len(shape)), "sizes": (*sizes, *shape)}
-        pieces.setdefault(ours, []).append(Piece(file=file_of[name], key=name, **box))
+        pieces.setdefault(ours, []).append(TensorPiece(file=file_of[name], key=name, **box))
         dtypes[ours] = kinds[name].dtype
     index = {
-        f"model.{ours}": Stored(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(parts))
+        f"model.{ours}": StoredTensor(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(parts))
         for ours, parts in pieces.items()
     }
     refuse_uncovered(index, where=directory)
     return index
 
 
-def tensors_of(directory: Path) -> tuple[dict[str, Kind], dict[str, str]]:
+def tensors_of(directory: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """{name: kind} and {name: file} of all tensors in the files of a directory. Raises: DamagedError,
     ConfigError.
     """
@@ -201,7 +201,7 @@ def weight_map(directory: Path) -> dict[str, str] | None:
         raise DamagedError(f"{path}: {error}") from error
 
 
-def sizes(directory: Path, index: Mapping[str, Stored]) -> dict[str, int]:
+def sizes(directory: Path, index: Mapping[str, StoredTensor]) -> dict[str, int]:
     """{file: bytes, -1 if it is not there}: are they the same on all hosts?"""
     paths = {
         file: directory / file
