@@ -115,9 +115,8 @@ def pass_over(run: Run, *, steps: int) -> None:
         next_batches(run)
         if run.over_documents(int(run.unread is not None)):
             raise run.unread or DataError("another rank could not read its data")
-        run.tokens += run.program.settings_at(
-            run.tokens
-        ).tokens  # the program may have changed them on the way
+        now = run.program.settings_at(run.tokens)  # the program may change the batch on the way
+        run.tokens += now.tokens
     run.tokens = back_at
 
 
@@ -129,7 +128,7 @@ def write_record(run: Run, origin: Found, passed_over: list[int]) -> None:
         "step": origin.step,
         "checkpoint": manifest_hash(origin.path),
         "passed_over_steps": passed_over,
-        "health": run.health.counts_3.tolist(),
+        "health": run.health.state_dict()["counts_3"].tolist(),
     }
     draft = run.directory / f".{RECORD}.draft"
     try:
