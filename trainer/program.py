@@ -108,7 +108,7 @@ class Program:
         return replace(span.now, lr=span.lr.at(middle), bias_rate=span.bias_rate.at(middle))
 
     def walk(self, position: int = 0) -> Iterator[tuple[Span, int, int]]:
-        """Each span that is still ahead, the position of its first step and its number of steps."""
+        """Yields each span that is still ahead, the position of its first step and its number of steps."""
         for span in self.spans:
             if num_steps := span.steps_from(position):
                 yield span, position, num_steps

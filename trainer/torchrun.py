@@ -1,11 +1,10 @@
-"""torchrun, but what became of the ranks is its exit code, and one line.
+"""How does torchrun end with the exit code of the rank that failed, and one line about it?
 
-    python -m trainer.torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m trainer.train
-    experiment=demo
+    python -m trainer.torchrun --standalone --nproc-per-node 4 -m trainer.train experiment=demo
 
-Exit code: of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75 told to
-stop by SIGTERM: saved, or the last checkpoint stands; start it again · 130 by SIGINT. A failed rank starts
-all again while restarts are left, unless its exit code says that this cannot help.
+Exit code: that of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75
+asked to stop by SIGTERM: saved, or the last checkpoint stands; start it again · 130 the same by SIGINT. After
+a failure all ranks start again while restarts are left, unless the exit code says that this cannot help.
 """
 
 import os
@@ -47,7 +46,7 @@ from trainer.ranks.stop import (
 )
 
 FINAL = {REFUSED, COLLAPSED, NO_DATA, CANNOT_SAVE, UNSOUND, PREEMPTED, INTERRUPTED}
-# How a rank ends that was told to, or did not in time:
+# How a rank ends that was asked to stop, or that did not stop in time:
 TOLD = {
     PREEMPTED,
     INTERRUPTED,
@@ -70,10 +69,10 @@ class Ended(SignalException):
 class Agent(LocalElasticAgent):
     """Starts, watches and ends the ranks of this node.
 
-    torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none
-    of its lists, and live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the
-    agent waits for other nodes. torch passes the first signal on to the ranks; those that come while it waits
-    for their end are passed on here.
+    torch's signal handler raises asynchronously. Ranks that are being started at that moment are not tracked
+    yet and would be orphaned. Here a signal waits until the agent next looks at the ranks, 0.1 s at most,
+    unless the agent waits for other nodes. torch passes the first signal on to the ranks; this class passes
+    on the signals that arrive while torch waits for their end.
     """
 
     stop_signal: ClassVar[signal.Signals | None] = None
@@ -85,7 +84,7 @@ class Agent(LocalElasticAgent):
         try:
             return super().run(role)
         except SignalException as stop:
-            # Between two lives of the ranks there are only the codes of those that are to be replaced.
+            # While the ranks are being restarted, the only codes are those of the ranks to be replaced.
             codes = {} if self._worker_group.state is WorkerState.STOPPED else self._codes()
             raise Ended(verdict(codes, stop_code=stopped_by(stop.sigval))) from None
         except RendezvousError as error:
@@ -95,8 +94,8 @@ class Agent(LocalElasticAgent):
             raise Ended(stops[0] if stops else 1) from None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        # torch keeps the store over a restart: ranks find the addresses of those that are gone there (pytorch
-        # #135712, #167288). With this forgotten, it makes another one, on another port.
+        # torch keeps the store over a restart, so ranks would find the addresses of the dead ones in it
+        # (pytorch #135712, #167288). With this field reset, torch makes a new store on another port.
         worker_group.spec.rdzv_handler._bootstrap_store_info = None
         with interruptible():
             super()._rendezvous(worker_group)

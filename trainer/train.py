@@ -96,7 +96,9 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
 
 
 def due(run: Run) -> bool:
-    """Is a checkpoint to be written? Not while steps are being skipped: the newest one is from before."""
+    """Whether to write a checkpoint now. While steps are being skipped none is written, so the newest one is
+    from before them.
+    """
     at_interval = run.step % run.config.checkpoint.interval == 0 and not run.health.in_row
     return at_interval or run.step == run.last_step or run.stop.agreed is not None
 
@@ -222,11 +224,9 @@ def conclude(run: Run) -> int:
 
 
 def left_open(read: dict[str, int], *, num_open: int, tokens_read: int) -> str:
-    """Draws are uniform, so documents that are still open are the long ones: the user should know."""
-    of_open, of_ended = (
-        (tokens_read + read["open"]) / num_open,
-        (read["tokens"] - tokens_read) / max(1, read["documents"]),
-    )
+    """Tells the user that the documents still open are the long ones, because draws are uniform."""
+    of_open = (tokens_read + read["open"]) / num_open
+    of_ended = (read["tokens"] - tokens_read) / max(1, read["documents"])
     share = read["open"] / (read["open"] + read["tokens"])
     text = (
         f"buffer: {num_open} documents are still open, {read['open']} of their tokens unread "

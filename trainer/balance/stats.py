@@ -28,7 +28,8 @@ NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE
 NUM_REQUIRED = 1000
 LOGIT_UNIT = 2.0**-20
 MAX_SQUARE = 2.0**16  # of a token's mean squared logit, nan too: the sum of 2^26 such tokens fits into int64
-# of an expert per token: the gain is read from margins up to where so many have been seen
+# The gain is read from the smallest margins, up to the first bin edge that this many chosen experts per token
+# lie below.
 DENSITY_WINDOW = 0.25
 
 

@@ -26,7 +26,7 @@ DTYPES = {CODES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor is, before anything of it is read."""
+    """A tensor's dtype and shape, known before any of its values is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -69,8 +69,8 @@ class BoxReader:
 
 
 def overlap(piece: TensorPiece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """First corner and, exclusive, last corner of what a piece and a box have in common, in the whole
-    tensor's numbers.
+    """The intersection of a piece and a box: its first corner and, exclusive, its last one, in coordinates of
+    the whole tensor.
     """
     first = [max(a, b) for a, b in zip(piece.offsets, offsets, strict=True)]
     ends = zip(piece.offsets, piece.sizes, offsets, sizes, strict=True)

@@ -1,7 +1,7 @@
-"""What must be remembered for a stream to go on?
+"""What must be remembered for a stream to continue?
 
-Of each virtual stream its position: which documents come next, which are open and how far they were read. A
-Snapshot holds positions as plain lists: taking one costs microseconds. Its tensors are made when they are
+The position of each virtual stream: which documents come next, which are open and how far they were read. A
+Snapshot holds positions as plain lists, so taking one costs microseconds. The tensors are made when they are
 saved.
 
 Letters: V virtual streams, S sources, C slots of open documents.

@@ -141,7 +141,7 @@ class VirtualStream:
         self.totals["padding"] += rows_NT.shape[1] - filled
 
     def has_more(self, now: StreamSettings) -> bool:
-        """Looks at the document that the next step takes first; asking changes nothing."""
+        """Peeks at the document that the next step would take first; calling it has no side effect."""
         is_open = any(buffer.num_open for buffer in self.buffer_S)
         return is_open or any(
             weight and self.opener.next_length(s) is not None for s, weight in enumerate(now.weights_S)
@@ -218,7 +218,7 @@ class VirtualStream:
         return [weight / total if has else 0.0 for weight, has in zip(weights_S, has_S, strict=True)]
 
     def charge(self, source: int, length: int, now: StreamSettings) -> None:
-        """Tokens that are left of an earlier phase are charged to no source."""
+        """Tokens left over from an earlier phase are charged to no source."""
         if self.phase == now.phase and now.weights_S[source] > 0:
             self.credits.charge(source, length, self.weights_left(now.weights_S))
 

@@ -33,8 +33,8 @@ def all_gather_objects(value: Any) -> list[Any]:
 def refusing_on_all(
     action: Callable[[], Any], *, refusals: tuple[type[Exception], ...] = (ConfigError, OSError)
 ) -> Any:
-    """Rank 0 acts; what it refuses is refused on all ranks. Returns its result, None on the others. Raises:
-    ConfigError.
+    """Rank 0 acts, and what rank 0 refuses is refused on all ranks. Returns the result on rank 0 and None on
+    the others. Raises: ConfigError.
     """
     result, refusal = None, None
     if dist.get_rank() == 0:
@@ -69,12 +69,12 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
 
 
 def end_if_told(stop: StopRequest) -> None:
-    """Between two phases of a start. Raises: Stopped, on all ranks, if any was told to end."""
+    """Called between two phases of a start. Raises: Stopped, on all ranks, if any was asked to end."""
     if dist.is_initialized():
         codes = all_gather_objects(stop.code)
     elif int(os.environ.get("WORLD_SIZE", 1)) == 1:
         codes = [stop.code]
-    else:  # the others cannot be asked yet
+    else:  # no group yet, so no rank can ask the others
         return
     if heard := [code for code in codes if code is not None]:
         stop.agreed = max(heard)  # Ctrl-C before a preemption: somebody wanted it to end

@@ -29,7 +29,7 @@ from trainer.ranks.agree import broadcast_object, refuse_disagreement, refusing_
 from trainer.ranks.lock import InUseError, lock
 from trainer.records import append_line, write_text
 
-# A run is these: with another value it would not be the same run. All else may change when it is continued.
+# With another value of these it would be another run. All other settings may change when a run is continued.
 FIXED = (
     "model",
     "seed",
@@ -135,11 +135,10 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
 
 
 def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:
-    """Writes what describes the run. Once nothing can be refused any more: else it would describe a run that
-    never was.
+    """Writes the files that describe the run, and adds a line to starts.jsonl.
 
-    And adds a line to starts.jsonl: a run may continue under other settings, and config.yaml has the latest
-    only.
+    Call it once nothing can be refused any more, or the files would describe a run that never was. A run may
+    continue under other settings, and config.yaml has only the latest ones: hence starts.jsonl.
     """
     for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
         write_text(run_directory(config) / name, text)

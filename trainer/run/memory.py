@@ -1,7 +1,7 @@
-"""Does a run fit into this machine? Reckoned from the configuration, before anything is asked for.
+"""Does a run fit into this machine? Estimated from the configuration, before any memory is allocated.
 
-What is reckoned is a lower bound, so nothing that fits is refused: weights, gradients and the optimizer's
-state in float32, the input of each layer, on a CPU the masks of attention, and the rows of a step.
+The estimate is a lower bound, so nothing that fits is refused. It contains weights, gradients and optimizer
+state in float32, the input of each layer, the masks of attention on a CPU, and the rows of a step.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""How does a run go on: from a checkpoint, after steps that could not be applied, or not at all, as its data
-cannot be read?
+"""How does a run continue: from a checkpoint, after steps that were skipped, or after data that cannot be
+read?
 
-`rolled_back.json` in the run's directory makes a roll-back durable at once: which checkpoint the run went
-back to, which of its data it passes over, how often it may still go back. A run that is killed before its
-next checkpoint finds it there, and goes on as if it had not been killed.
+`rolled_back.json` in the run's directory makes a roll-back durable at once. It holds the checkpoint that the
+run went back to, the data that it passes over, and how often it may still go back. A run that is killed
+before its next checkpoint finds the file and continues as if it had not been killed.
 """
 
 import json
@@ -52,7 +52,7 @@ def leave_unread(run: Run, before: StreamState) -> NoReturn:
         save(run, stream=before)
     run.checkpoints.finish()
     error = run.unread or DataError("another rank could not read its data")
-    if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this one could not be written
+    if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this save failed
         error.add_note(f"saved at step {saved}; the same command continues once the data can be read")
     raise error
 

@@ -28,7 +28,7 @@ from trainer.weights.tensors import IN_CHECKPOINT
 TEXTS = (argparse, inspect)  # real text that every Python has
 MAX_LENGTH = 256  # [tokens] of a row
 NUM_NEW = 16  # [tokens] that both sides continue each row's beginning with
-LIMIT = 2**10 * torch.finfo(torch.float32).eps  # [largest logit] = 1.2e-4; measured: docs/running.md
+LIMIT = 2**10 * torch.finfo(torch.float32).eps  # [largest logit] = 1.2e-4; measured: docs/weights.md
 
 
 class VerifyError(ValueError):
