@@ -57,8 +57,8 @@ class Snapshot:
         source_VC = np.zeros(shape, np.int64)
         for v, position in enumerate(positions_V):
             filled = slice(position.num_slots)
-            index_VC[v, filled] = flat(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
-            read_VC[v, filled] = flat(position.read_SC)
+            index_VC[v, filled] = chained(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
+            read_VC[v, filled] = chained(position.read_SC)
             source_VC[v, filled] = np.repeat(
                 np.arange(len(position.next_S)), list(map(len, position.numbers_SC))
             )
@@ -74,7 +74,7 @@ class Snapshot:
         }
 
 
-def flat(values_SC: list[list[int]]) -> np.ndarray:
+def chained(values_SC: list[list[int]]) -> np.ndarray:
     return np.array(list(chain.from_iterable(values_SC)), np.int64)
 
 

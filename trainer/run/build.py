@@ -24,7 +24,7 @@ from trainer.program import LOSSES, StepSettings, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.stop import StopRequest
-from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
+from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, run_directory
 from trainer.run.health import Health
 from trainer.run.memory import refuse_too_large
 from trainer.run.state import Groups, Run
@@ -37,7 +37,9 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     stop = stop or StopRequest()
     on = device.start(timeout_s=config.timeout_s)
     end_if_told(stop)
-    refuse_disagreement({**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__})
+    refuse_disagreement(
+        {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
+    )
     compare_clocks()
     has_experts = config.model.num_dense_layers < config.model.num_layers
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)

@@ -177,8 +177,8 @@ def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[s
     the same run.
     """
     before, now = (
-        flat(read_plain(checkpoint / "config.yaml")),
-        flat(OmegaConf.create(resolved_yaml(config))),
+        dotted_keys(read_plain(checkpoint / "config.yaml")),
+        dotted_keys(OmegaConf.create(resolved_yaml(config))),
     )
     before |= fingerprints(read_manifest(checkpoint).get("data", {}))
     now |= fingerprints(data)
@@ -197,13 +197,15 @@ def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
     return {f"the {name}'s fingerprint": value for name, value in data.items()}
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"model.dim": 64, ...}"""
     nodes = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
     if not isinstance(nodes, dict) or not nodes:
         return {prefix.rstrip("."): nodes}
     return {
-        key: value for name, node in nodes.items() for key, value in flat(node, f"{prefix}{name}.").items()
+        key: value
+        for name, node in nodes.items()
+        for key, value in dotted_keys(node, f"{prefix}{name}.").items()
     }
 
 
