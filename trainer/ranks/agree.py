@@ -1,4 +1,4 @@
-"""Do all ranks see, decide and have the same? All functions are collective: every rank calls them."""
+"""Do all ranks see, decide and have the same? All functions but `turn_on_host` are collective."""
 
 import logging
 import os
@@ -28,6 +28,11 @@ def all_gather_objects(value: Any) -> list[Any]:
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def turn_on_host() -> int:
+    """0 on the first rank of a host; 1 on the others, which find what the first has unpacked or fetched."""
+    return min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1)
 
 
 def refusing_on_all(

@@ -1,7 +1,6 @@
 """How is a run put together from its configuration?"""
 
 import inspect
-import os
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
 from trainer.program import LOSSES, StepSettings, check_sources, program_of
 from trainer.ranks import device
-from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
+from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement, turn_on_host
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, run_directory
 from trainer.run.health import Health
@@ -116,7 +115,7 @@ def build_stream(
     rank, num_ranks = groups.reader, groups.num_readers
     # the first rank of a host unpacks files and trains the tokenizer, the others use them
     for turn in (0, 1):
-        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+        if turn == turn_on_host():
             source = sources_of(d, vocab_size=vocab_size)
             tokenizer = load_tokenizer(
                 d.tokenizer, source=source, vocab_size=vocab_size, cache_dir=d.cache_dir

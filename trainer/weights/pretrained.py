@@ -8,14 +8,12 @@ An index says under our names where each expert's matrix lies; torch's DCP then 
 each rank its part. Nothing that could run code is read: no pickle, no Python file of the directory.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from trainer.checkpoint import (
     DamagedError,
@@ -32,7 +30,13 @@ from trainer.checkpoint import (
 from trainer.config import Config, ConfigError, ModelConfig
 from trainer.data import load_tokenizer
 from trainer.model.hf import KEYS, config_misfits, our_shapes, places, refuse_misfits
-from trainer.ranks.agree import all_gather_objects, broadcast_object, refuse_disagreement, refusing_on_all
+from trainer.ranks.agree import (
+    all_gather_objects,
+    broadcast_object,
+    refuse_disagreement,
+    refusing_on_all,
+    turn_on_host,
+)
 
 SINGLE, SEVERAL = "model.safetensors", "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -79,7 +83,7 @@ def fetched(spec: str) -> Path:
     """The directory, on this host. Collective. Raises: ConfigError, on all ranks."""
     path, problem = Path(spec).expanduser(), None
     for turn in (0, 1):  # the first rank of a host fetches from the hub, the others find it in the cache
-        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+        if turn == turn_on_host():
             try:
                 path = directory_of(spec)
             except ConfigError as error:
