@@ -30,7 +30,7 @@ class Health:
 
     def __init__(self, *, spike: float | None = None, most: int = 5, rollbacks: int = 0):
         if spike is not None and not spike > 0:
-            raise ValueError(f"skip.spike={spike}: must be above 0, or null; 6 to 10 deviations are far")
+            raise ValueError(f"skip.spike={spike}: must be above 0, or null; try 6 to 10")
         if most < 0 or rollbacks < 0:
             raise ValueError(f"skip.most={most}, skip.rollbacks={rollbacks}: must be 0 or more")
         self.spike, self.most, self.rollbacks = spike, most, rollbacks

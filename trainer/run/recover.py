@@ -99,8 +99,8 @@ def checkpoint_to_return_to(run: Run) -> Found:
         is_there = f"the newest checkpoint is of step {newest}, from before"
         kept = is_there if newest is not None else "there is no checkpoint"
         raise UnsoundError(
-            f"{since}; {kept}. go on with a lower learning rate, or skip.rollbacks=1: it passes over the "
-            "data since the newest checkpoint"
+            f"{since}; {kept}; continue with a lower learning rate, or with skip.rollbacks=1, which passes "
+            "over the data that was read since the newest checkpoint"
         )
     return origin
 
