@@ -183,7 +183,9 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
 
 
 def announce(run: Run, loaded: Path | None) -> None:
-    c, now, count = run.config, run.program.settings_at(run.tokens), count_parameters(run.config.model)
+    c = run.config
+    now = run.program.settings_at(run.tokens)
+    count = count_parameters(run.config.model)
     print(
         f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
         f"on {dist.get_world_size()} x {run.device.type}, "

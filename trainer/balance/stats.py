@@ -190,7 +190,8 @@ class RoutingStats:
         """
         if self.required_MEH is None:
             raise ValueError("no required biases were counted; the rule must set needs_required = True")
-        low_M1, high_M1 = self.bias_ME.amin(-1, keepdim=True) - 1, self.bias_ME.amax(-1, keepdim=True) + 1
+        low_M1 = self.bias_ME.amin(-1, keepdim=True) - 1
+        high_M1 = self.bias_ME.amax(-1, keepdim=True) + 1
         seen_MEH = self.required_MEH.cumsum(-1)
         wanted_ME1 = self.mean_M1.unsqueeze(-1).expand_as(seen_MEH[..., :1])  # T K / E
         bin_ME1 = (seen_MEH >= wanted_ME1).int().argmax(-1, keepdim=True)

@@ -210,7 +210,9 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
+        now = self.now
+        has_workers = bool(self.intake.workers.num)
+        prefetch = self.config.prefetch
         num_rows = len(self.streams) * now.rows_per_stream
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"

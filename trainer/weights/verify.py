@@ -45,7 +45,8 @@ def need_transformers() -> None:
 def compare(checkpoint: Path, config: Config, exported: Path, *, dtype: torch.dtype, tokenizer: Any) -> str:
     """What was compared, in words. Raises: VerifyError."""
     tokens_BL = text_tokens(config, tokenizer)
-    ours, theirs = our_model(checkpoint, config, dtype=dtype), their_model(exported, config.model)
+    ours = our_model(checkpoint, config, dtype=dtype)
+    theirs = their_model(exported, config.model)
     logits_BLV = ours(tokens_BL)
     difference = (logits_BLV - theirs(tokens_BL).logits).abs().max().item()
     limit = LIMIT * logits_BLV.abs().max().item()
