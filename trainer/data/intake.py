@@ -165,8 +165,8 @@ class Intake:
         return future
 
     def reread(self, source: int, n: int, *, ticket: Ticket | None) -> Tokens:
-        """A document that was open before a resume: whatever the limits are now, and at once if a worker has
-        not come to it.
+        """The document that was open before a resume, whatever the limits are now. It is read at once if no
+        worker has begun it.
         """
         reader = self.readers[source]
         if ticket is None or not (ticket.task.done() or source in self.lanes):

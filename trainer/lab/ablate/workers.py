@@ -5,8 +5,8 @@
                                     ...        what the program writes there
 
 Outcomes: ok, collapsed and diverged are results. started, interrupted and failed run again with the next
-command. A child leads a process group of its own, so Ctrl-C reaches the parent, which tells each child once
-and waits.
+command. A child leads a process group of its own, so Ctrl-C reaches the parent alone; the parent signals each
+child once and waits.
 """
 
 import ctypes
