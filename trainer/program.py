@@ -27,10 +27,10 @@ LENGTHS = ("tokens", "until", "steps", "share")
 CURVES = ("lr", "bias_rate")
 SHAPES = ("linear", "cosine")
 MAX_FACTOR = 1_000_000  # of a curve: on the peak rates
-LOSSES = tuple(loss.name for loss in fields(RouterLossWeights))
+LOSS_KEYS = tuple(loss.name for loss in fields(RouterLossWeights))
 STREAM = ("mixture", "buffer", "drain")
 # until a span says otherwise
-KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, *STREAM)
+KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSS_KEYS, *STREAM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Curve:
         return self.first + (self.last - self.first) * done
 
 
-_Losses = make_dataclass("_Losses", [(key, float) for key in LOSSES], frozen=True, kw_only=True)
+_Losses = make_dataclass("_Losses", [(key, float) for key in LOSS_KEYS], frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def program_of(config: Config) -> Program:
     """Raises: ConfigError where spans contradict each other or the run."""
     stage = config.stage or {"": SpanConfig()}
     first = {key: getattr(config, key) for key in ("global_batch", "micro_batch", "seq_len", "z_loss_weight")}
-    first |= {key: getattr(config.balance, key) for key in LOSSES}
+    first |= {key: getattr(config.balance, key) for key in LOSS_KEYS}
     if config.data.mixture:
         check_mixture("data.", config.data.mixture)
     equal = dict.fromkeys(config.data.sources, 1.0) if config.data.sources else None

@@ -19,7 +19,7 @@ from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSSES, StepSettings, check_sources, program_of
+from trainer.program import LOSS_KEYS, StepSettings, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement, turn_on_host
 from trainer.ranks.stop import StopRequest
@@ -178,7 +178,7 @@ def source_of(node: Any, *, cache_dir: str | None) -> Source:
 
 def loss_weights(settings: BalanceConfig | StepSettings) -> LossWeights:
     """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
-    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
+    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSS_KEYS}
     return LossWeights(**{name: getattr(settings, key) for key, name in names.items()})
 
 
