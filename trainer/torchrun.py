@@ -86,7 +86,7 @@ class Agent(LocalElasticAgent):
         except SignalException as stop:
             # While the ranks are being restarted, the only codes are those of the ranks to be replaced.
             codes = {} if self._worker_group.state is WorkerState.STOPPED else self._codes()
-            raise Ended(verdict(codes, stop_code=stopped_by(stop.sigval))) from None
+            raise Ended(code_when_stopped(codes, stop_code=stopped_by(stop.sigval))) from None
         except RendezvousError as error:
             print(f"the other nodes have ended or cannot be reached: {error}", file=sys.stderr)
             stops = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
@@ -151,7 +151,7 @@ def cause(codes: dict[int, int]) -> int:
     return min(codes, key=lambda rank: codes[rank] in AFTERMATH)
 
 
-def verdict(codes: dict[int, int | None], *, stop_code: int) -> int:
+def code_when_stopped(codes: dict[int, int | None], *, stop_code: int) -> int:
     """The exit code of ranks that were asked to stop. stop_code: if they did so or were killed."""
     failed = {rank: code for rank, code in codes.items() if code and code not in TOLD}
     if failed:
