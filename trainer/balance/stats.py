@@ -216,14 +216,14 @@ def routing_metrics(stats: RoutingStats, bias_ME: Tensor) -> dict[str, Tensor]:
     """
     num_experts = bias_ME.shape[-1]
     load_ME = stats.load_ME
-    excess_M = load_ME.amax(-1) - 1  # MaxVio (arXiv:2602.17004, eq. 42)
+    max_violation_M = load_ME.amax(-1) - 1  # MaxVio (arXiv:2602.17004, eq. 42)
     floor_M1 = (
         2 * math.log(num_experts) * (1 - stats.top_k / num_experts) / stats.mean_M1.clamp_min(1e-9)
     ).sqrt()
     entropy_M = torch.special.entr(load_ME / num_experts).sum(-1) / max(math.log(num_experts), 1e-9)
     metrics = {
-        "balance/max_violation": excess_M.mean(),
-        "balance/max_violation_worst_layer": excess_M.amax(),
+        "balance/max_violation": max_violation_M.mean(),
+        "balance/max_violation_worst_layer": max_violation_M.amax(),
         "balance/floor": floor_M1.mean(),
         "balance/min_load": load_ME.amin(),
         "balance/dead_experts": (stats.counts_ME == 0).sum().double(),
