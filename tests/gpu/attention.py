@@ -65,12 +65,17 @@ def positions(case: Case) -> Tensor:
 
 
 def visible(positions_BL: Tensor, window: int | None) -> Tensor:
-    """(B, L, L): a token sees its document up to itself, at most `window` tokens; what padding sees is free."""
+    """(B, L, L): a token sees its document up to itself, at most `window` tokens."""
     document_BL = (positions_BL == 0).cumsum(1)
     index_L = torch.arange(positions_BL.shape[1])
     distance_LL = index_L[:, None] - index_L[None, :]
     seen_LL = (distance_LL >= 0) & (distance_LL < (window or len(index_L)))
     return seen_LL & (document_BL[:, :, None] == document_BL[:, None, :])
+
+
+def visible_pairs(case: Case) -> int:
+    """Of a row that is one document, in a local layer."""
+    return sum(min(index + 1, case.window) for index in range(case.length))
 
 
 def build(case: Case, *, flex: bool) -> Afmoe:
@@ -92,7 +97,9 @@ def dense(mask: Tensor | BlockMask, case: Case) -> Tensor:
             full[b, query, number] = True
     is_full = full.repeat_interleave(of_query, 1).repeat_interleave(of_key, 2)
     size = case.length
-    b, q, k = torch.meshgrid(*(torch.arange(n, device=mask.kv_indices.device) for n in (case.rows, size, size)), indexing="ij")
+    b, q, k = torch.meshgrid(
+        *(torch.arange(n, device=mask.kv_indices.device) for n in (case.rows, size, size)), indexing="ij"
+    )
     by_function = mask.mask_mod(b, torch.zeros_like(b), q, k).cpu()
     return (is_full[:, :size, :size] | by_function) & in_block[:, :size, :size]
 
@@ -114,7 +121,10 @@ def masks(bench: Bench, size: list[Case]) -> None:
         positions_BL = positions(case)
         inputs = build(case, flex=True).attention_inputs(positions_BL.to(bench.on))
         is_there = (positions_BL != PADDING)[:, :, None]
-        for kind, window, mask in (("local", case.window, inputs.local_mask), ("global", None, inputs.global_mask)):
+        for kind, window, mask in (
+            ("local", case.window, inputs.local_mask),
+            ("global", None, inputs.global_mask),
+        ):
             expected = visible(positions_BL, window) & is_there
             bench.same(f"{case.name}: {kind} mask", dense(mask, case) & is_there, expected)
 
@@ -143,7 +153,9 @@ def torchs_own(qkv: list[Tensor], mask: Tensor) -> Tensor:
 def tensors(case: Case, on: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """q, k, v and the gradient of the output, which padding has none of. bfloat16 numbers in every dtype."""
     heads = (2 * case.group, 2, 2, 2 * case.group)
-    drawn = [random(case.rows, case.length, n, case.head_dim, seed=seed, on=on) for seed, n in enumerate(heads)]
+    drawn = [
+        random(case.rows, case.length, n, case.head_dim, seed=seed, on=on) for seed, n in enumerate(heads)
+    ]
     *qkv, grad = (t.bfloat16().to(dtype) for t in drawn)
     is_there = (positions(case) != PADDING).to(on)
     return [t.requires_grad_() for t in qkv], grad * is_there[:, :, None, None]
@@ -152,7 +164,9 @@ def tensors(case: Case, on: torch.device, dtype: torch.dtype) -> tuple[list[Tens
 def results(out: Tensor, qkv: list[Tensor], grad: Tensor, case: Case) -> dict[str, Tensor]:
     out.backward(grad)
     is_there = (positions(case) != PADDING).to(out.device)
-    return {"out": out.detach() * is_there[:, :, None, None]} | {n: t.grad for n, t in zip("qkv", qkv, strict=True)}
+    return {"out": out.detach() * is_there[:, :, None, None]} | {
+        n: t.grad for n, t in zip("qkv", qkv, strict=True)
+    }
 
 
 def numbers(bench: Bench, size: list[Case]) -> None:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Bench:
     """Where the checks of a stage run, and what they have measured so far."""
 
     on: torch.device
+    results: Path | None  # a directory for files beside the figures
     flex: bool = False  # attention, as trainer/run/build.py chooses it by device
     check: str = ""  # that is running
     figures: list[Figure] = field(default_factory=list)

@@ -1,9 +1,9 @@
 """`trainer.train` with a fault of a GPU in it, beside those of tests/drills/faulty.py.
 
-    python -m tests.gpu.faulty '{"fault": "kernel_without_end", "step": 3, "where": "/tmp/drill"}' <overrides>
+python -m tests.gpu.faulty '{"fault": "kernel_without_end", "step": 3, "where": "/tmp/drill"}' <overrides>
 """
 
-import json
+import json  # noqa: I001  # the shim of stock.py comes before the trainer
 import os
 import sys
 import traceback
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu import stock  # noqa: F401  # before the trainer
-from tests.drills import faulty  # isort: skip
+from tests.gpu import stock  # noqa: F401
+from tests.drills import faulty
 
 CYCLES = 2**42  # of a kernel: half an hour
 

@@ -63,7 +63,9 @@ def products(bench: Bench, size: Size) -> None:
 
 def expected_products(rows: Tensor, weights: Tensor, grad: Tensor, sizes: Sequence[int]) -> dict[str, Tensor]:
     """Expert by expert in float32."""
-    parts = zip(*(t.detach().float().split(list(sizes)) for t in (rows, grad)), weights.detach().float(), strict=True)
+    parts = zip(
+        *(t.detach().float().split(list(sizes)) for t in (rows, grad)), weights.detach().float(), strict=True
+    )
     out, grad_rows, grad_weights = [], [], []
     for x, g, w in parts:
         out.append(x @ w.T)
@@ -75,7 +77,9 @@ def expected_products(rows: Tensor, weights: Tensor, grad: Tensor, sizes: Sequen
 def layer(bench: Bench, size: Size) -> None:
     """The experts as the model has them: SwiGLU of three products, output and all gradients 2e-2."""
     for name, sizes in loads(size.rows).items():
-        experts = Experts.Config(dim=size.dim, hidden_dim=size.hidden, num_experts=8, dtype=torch.bfloat16).build()
+        experts = Experts.Config(
+            dim=size.dim, hidden_dim=size.hidden, num_experts=8, dtype=torch.bfloat16
+        ).build()
         with torch.no_grad():
             for seed, parameter in enumerate(experts.parameters()):
                 parameter.copy_(random(*parameter.shape, seed=seed, on=torch.device("cpu")) / size.dim**0.5)

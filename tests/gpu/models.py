@@ -1,7 +1,7 @@
 """Stage 4. Is the whole model on this device the one of the CPU, and the one of `transformers`?
 
-A tiny AFMoE with every part. Its steps on the CPU in float32 are the oracle: tests/test_model.py holds them to
-transformers and to slow loops. Checkpointing and compilation are held to the plain model on the same device.
+A tiny AFMoE with every part. Its steps on the CPU in float32 are the oracle: tests/test_model.py holds them
+to transformers and to slow loops. Checkpointing and compilation are held to the plain model on this device.
 """
 
 from collections.abc import Iterator
@@ -36,8 +36,9 @@ class Size:
 
 
 TINY = ModelConfig(
-    vocab_size=96, dim=32, num_layers=3, num_dense_layers=1, ffn_dim=48, num_heads=4, num_kv_heads=2, head_dim=16,
-    window=20, num_experts=8, top_k=2, expert_dim=24, num_shared_experts=1, route_scale=2.448, global_every=3,
+    vocab_size=96, dim=32, num_layers=3, num_dense_layers=1, ffn_dim=48, num_heads=4, num_kv_heads=2,
+    head_dim=16, window=20, num_experts=8, top_k=2, expert_dim=24, num_shared_experts=1, route_scale=2.448,
+    global_every=3,
 )  # fmt: skip
 SIZES = {
     "cuda": Size(
@@ -147,7 +148,9 @@ def against_transformers(bench: Bench, size: Size) -> None:
     bench.at_most("worst gradient", worst(gradients, expected), 1e-4)
 
 
-def transformers_model(ours: Afmoe, shape: ModelConfig, config_class: type, model_class: type) -> torch.nn.Module:
+def transformers_model(
+    ours: Afmoe, shape: ModelConfig, config_class: type, model_class: type
+) -> torch.nn.Module:
     """Slow attention and expert loops, in float32, read from files as users read them."""
     import tempfile
     from pathlib import Path
@@ -182,12 +185,16 @@ def whole(result: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpointing(bench: Bench, size: Size) -> None:
-    """Recomputed activations: loss, gradients and counts bit for bit those without, in float32 and bfloat16."""
+    """Recomputed activations: loss, gradients and counts bit for bit those without, in both dtypes."""
     batch = rows(size.shape, 2, size.length, bench.on)
     with one_rank() as dims:
         for dtype in (torch.float32, torch.bfloat16):
             of = {
-                kind: whole(forward_and_backward(spread(bench, size, dims, dtype=dtype, activation_checkpoint=kind), batch))
+                kind: whole(
+                    forward_and_backward(
+                        spread(bench, size, dims, dtype=dtype, activation_checkpoint=kind), batch
+                    )
+                )
                 for kind in ("none", "selective", "full")
             }
             for kind in ("selective", "full"):
@@ -215,7 +222,11 @@ def compiled(bench: Bench, size: Size) -> None:
             expected = forward_and_backward(eager, batch)
             error = max(relative(result["loss"], expected["loss"]) for result in [first, *again])
             bench.at_most(f"{num_rows} x {length}: loss", error, 2e-3)
-            bench.same(f"{num_rows} x {length}: tokens counted", int(first["counts"].sum()), int(expected["counts"].sum()))
+            bench.same(
+                f"{num_rows} x {length}: tokens counted",
+                int(first["counts"].sum()),
+                int(expected["counts"].sum()),
+            )
     torch.compiler.reset()
 
 

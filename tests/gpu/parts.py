@@ -1,7 +1,7 @@
 """Stage 3. Does every other part of the model compute on this device what its equation says?
 
-Oracles: loops and formulas in float64; the CPU for integers and initial weights; and each part against itself,
-run again: the same bits, as a resumed run must give.
+Oracles: loops and formulas in float64; the CPU for integers and initial weights; and each part against
+itself, run again: the same bits, as a resumed run must give.
 
 Letters: T tokens, K experts per token, N = T K, D model dim, E experts, V vocabulary.
 """
@@ -55,7 +55,9 @@ def gathered_sums(bench: Bench, size: Size) -> None:
     weights = random(size.tokens, TOP_K, seed=2, on=CPU)
     picked_TKD = rows.cpu().double()[index]
     plain = twice(bench, "sum", lambda: gather_sum(rows, index.to(bench.on)))
-    weighted = twice(bench, "weighted sum", lambda: gather_sum(rows, index.to(bench.on), weights.to(bench.on)))
+    weighted = twice(
+        bench, "weighted sum", lambda: gather_sum(rows, index.to(bench.on), weights.to(bench.on))
+    )
     bench.at_most("sum", relative(plain, picked_TKD.sum(1)), 1e-6)
     expected = (picked_TKD * weights.double().unsqueeze(-1)).sum(1)
     bench.at_most("weighted sum", relative(weighted, expected), 1e-6)
@@ -67,7 +69,10 @@ def experts_and_back(bench: Bench, size: Size) -> None:
     Expert e multiplies by e + 1.
     """
     ids = torch.randint(NUM_EXPERTS, (size.tokens, TOP_K), generator=torch.Generator().manual_seed(3))
-    x, scores = random(size.tokens, size.dim, seed=4, on=CPU), random(size.tokens, TOP_K, seed=5, on=CPU).sigmoid()
+    x, scores = (
+        random(size.tokens, size.dim, seed=4, on=CPU),
+        random(size.tokens, TOP_K, seed=5, on=CPU).sigmoid(),
+    )
     grad = random(size.tokens, size.dim, seed=6, on=CPU)
     slow_x, slow_scores = x.double().requires_grad_(), scores.double().requires_grad_()
     slow = sum(slow_x * (ids[:, k : k + 1] + 1) * slow_scores[:, k : k + 1] for k in range(TOP_K))
@@ -90,7 +95,8 @@ def experts_and_back(bench: Bench, size: Size) -> None:
 
 
 SHAPE_WITH_EXPERTS = afmoe_config(
-    type(SHAPE)(**{**vars(SHAPE), "num_dense_layers": 0, "num_experts": NUM_EXPERTS, "top_k": TOP_K}), flex=False
+    type(SHAPE)(**{**vars(SHAPE), "num_dense_layers": 0, "num_experts": NUM_EXPERTS, "top_k": TOP_K}),
+    flex=False,
 )
 
 
@@ -111,7 +117,7 @@ def counts(bench: Bench, size: Size) -> None:
 
 
 def loss(bench: Bench, size: Size) -> None:
-    """Cross entropy over the whole vocabulary against float64: float32 1e-6 and 1e-5, bfloat16 1e-3 and 2e-2."""
+    """Cross entropy over the whole vocabulary against float64: float32 1e-6, 1e-5; bfloat16 1e-3, 2e-2."""
     labels = torch.randint(size.vocabulary, (size.tokens // 4,), generator=torch.Generator().manual_seed(8))
     labels[:5] = IGNORE
     labels = labels.to(bench.on)
@@ -159,7 +165,8 @@ def norm(bench: Bench, size: Size) -> None:
 def orthogonal(bench: Bench, size: Size) -> None:
     """Newton-Schulz is an odd polynomial of each singular value, so an SVD in float64 knows the result.
 
-    float32 1e-4, bfloat16 5e-2 relative: the polynomial stretches small singular values, and their errors, 480 times.
+    float32 1e-4, bfloat16 5e-2 relative: small singular values are stretched up to 480 times, and so are
+    their errors.
     """
     batch = torch.stack([random(size.side // 2, size.side, seed=seed, on=bench.on) for seed in (14, 15)])
     left, values, right = torch.linalg.svd(batch.double().cpu(), full_matrices=False)

@@ -1,6 +1,6 @@
 """Stage 6. Do runs on this device stop, die and go on, and is it the same run bit for bit?
 
-The faults are those of tests/drills. On a GPU each life is a process of its own, started anew; on a CPU it is forked.
+The faults are those of tests/drills. On a GPU each life is a process started anew; on a CPU it is forked.
 """
 
 import hashlib
@@ -48,20 +48,27 @@ class Process(subprocess.Popen):
 
 
 class Spawned(Job):
-    """One rank, started from nothing."""
+    """Ranks that are started from nothing, each by a command."""
 
     def __init__(self, where: Where, overrides: list[list[str]], fault: dict[str, Any] | None) -> None:
         self.where, self.started_s = where, time.time()
         self.log = where.path / f"log-{len(list(where.path.glob('log-*'))):03d}"
         spec = json.dumps({**(fault or {}), "where": str(where.path)})
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        num = str(len(overrides))
+        job = {"WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1"}
+        job["MASTER_PORT"] = str(free_port())
         with self.log.open("w") as log:
-            process = Process(
-                [sys.executable, "-m", "tests.gpu.faulty", spec, *overrides[0]],
-                cwd=REPOSITORY, env=os.environ | rank | address, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-        self.processes = [process]
+            self.processes = [
+                Process(
+                    [sys.executable, "-m", "tests.gpu.faulty", spec, *of_rank],
+                    cwd=REPOSITORY,
+                    env=os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+                for rank, of_rank in enumerate(overrides)
+            ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +78,14 @@ class Size:
     hang: str  # the fault that the watchdog is to end
     heartbeat_s: float  # of that run: the watchdog's clock is slow on a busy machine
     at_once: int  # scenes
+    num_ranks: int = 1
 
 
 OF_ALL = [f"steps={STEPS}", f"checkpoint.interval={INTERVAL}"]
 SMALL = [text for text in BASE if not text.startswith(("steps=", "checkpoint.interval="))]
 GPU = [
-    "model=tiny", "data=synthetic", "name=run", "optim=muon", "dtype=bfloat16", "seq_len=256", "global_batch=8",
-    "micro_batch=4", "data.workers=2", "checkpoint.retry_s=0.1", "timeout_s=90",
+    "model=tiny", "data=synthetic", "name=run", "optim=muon", "dtype=bfloat16", "seq_len=256",
+    "global_batch=8", "micro_batch=1", "data.workers=2", "checkpoint.retry_s=0.1", "timeout_s=90",
 ]  # fmt: skip
 SIZES = {
     "cuda": Size(overrides=[*GPU, *OF_ALL], job=Spawned, hang="kernel_without_end", heartbeat_s=4, at_once=8),
@@ -88,17 +96,17 @@ SIZES = {
 
 
 class Place(Where):
-    """A directory of one rank's run, which starts as the size says."""
+    """A directory of a run, which starts as the size says."""
 
     def __init__(self, path: Path, size: Size) -> None:
-        super().__init__(path, num_ranks=1)
+        super().__init__(path, num_ranks=size.num_ranks)
         self.size = size
 
     def overrides(self, *more: str) -> list[str]:
         return [*self.size.overrides, f"run_dir={self.path}", *more]
 
     def start(self, *more: str, fault: dict[str, Any] | None = None, ranks: Any = None) -> Job:
-        return self.size.job(self, [self.overrides(*more)], fault)
+        return self.size.job(self, [self.overrides(*more)] * self.num_ranks, fault)
 
     def bits(self) -> dict[str, str]:
         """A hash of each file of tensors in the last checkpoint."""
@@ -112,7 +120,7 @@ def same_run(place: Place, reference: Place) -> None:
     place.whole()
 
 
-# -- scenes: each in a directory of its own, beside the others ------------------------------------------------
+# -- scenes: each in a directory of its own, beside the others ---------------------------------------
 
 
 def again(place: Place, reference: Place) -> None:
@@ -124,7 +132,7 @@ def again(place: Place, reference: Place) -> None:
 def sigterm(place: Place, reference: Place) -> None:
     """SIGTERM at half: exit code 75, saved; the same command goes on"""
     job = place.finish(fault={"stop_at": STEPS // 2})
-    assert job.codes == [PREEMPTED], f"{job.codes}\n{job.output[-3000:]}"
+    assert set(job.codes) == {PREEMPTED}, f"{job.codes}\n{job.output[-3000:]}"
     assert place.checkpoints()[-1] == STEPS // 2
     place.completes()
     same_run(place, reference)
@@ -142,9 +150,9 @@ def killed_in_a_save(place: Place, reference: Place) -> None:
 
 
 def not_a_number(place: Place, reference: Place) -> None:
-    """a gradient that is not a number: the step is left out, and changes no bit of weights, optimizer, biases"""
+    """a gradient that is not a number: the step is left out, no bit of weights, optimizer, biases changes"""
     job = place.finish(fault={"fault": "wrong_numbers", "kind": "gradient", "steps": [INTERVAL + 1]})
-    assert job.codes == [0], f"{job.codes}\n{job.output[-3000:]}"
+    assert set(job.codes) == {0}, f"{job.codes}\n{job.output[-3000:]}"
     skipped = [line["skipped_steps"] for line in place.metrics()]
     assert skipped == [0] * INTERVAL + [1] * (STEPS - INTERVAL), skipped
     before, after = (json.loads(line) for line in (place.path / "digests.0").read_text().splitlines())
@@ -158,14 +166,14 @@ def hung(place: Place, reference: Place) -> None:
     with place.start(heartbeat, fault={"fault": place.size.hang, "step": INTERVAL + 1}) as job:
         job.trained(INTERVAL)
         codes = job.wait(timeout_s=200)
-    assert codes == [HUNG], f"{codes}\n{job.output[-3000:]}"
+    assert HUNG in codes, f"{codes}\n{job.output[-3000:]}"
     assert f"in step {INTERVAL + 1}" in (place.run / "stacks.0.txt").read_text()
 
 
 def forked_first(place: Place, reference: Place) -> None:
     """data workers are forked before CUDA is started: it does not survive a fork"""
     job = place.finish(fault={"fault": "note_forks"})
-    assert job.codes == [0], f"{job.codes}\n{job.output[-3000:]}"
+    assert set(job.codes) == {0}, f"{job.codes}\n{job.output[-3000:]}"
     states = (place.path / "forks").read_text().split()
     assert states and set(states) == {"False"}, f"CUDA had been started at {states.count('True')} forks"
 
@@ -198,17 +206,17 @@ def played(directory: Path, size: Size, reference: Place, scene: Callable[[Place
     return "holds"
 
 
-# -- in this process ------------------------------------------------------------------------------------------
+# -- in this process ---------------------------------------------------------------------------------
 
 
 def stall_of_a_save(bench: Bench, size: Size) -> None:
-    """A save in the background holds a step up by at most 10 % of one that is waited for; memory goes back."""
+    """A save in the background holds a step up by at most 10 % of a whole one; memory goes back."""
     overrides = [text for text in size.overrides if not text.startswith(("run_dir=", "steps="))]
     with run_of([*overrides, *(["model=small"] if bench.is_gpu else [])]) as run:
         for _ in range(2):
             train_step(run, next_batches(run))
         background_s, waited_s, levels = [], [], []
-        for round_ in range(4):
+        for _ in range(4):
             train_step(run, next_batches(run))
             bench.wait()
             start_s = time.perf_counter()

@@ -30,7 +30,9 @@ class Stage:
 
 
 ONE_GPU = [
-    Stage(number="0", module="ceilings", limit_s=25, question="What is this machine, and how fast can it be?"),
+    Stage(
+        number="0", module="ceilings", limit_s=25, question="What is this machine, and how fast can it be?"
+    ),
     Stage(number="1", module="grouped", limit_s=25, question="Is the grouped GEMM a loop over experts?"),
     Stage(number="2", module="attention", limit_s=75, question="Is flex attention masked attention?"),
     Stage(number="3", module="parts", limit_s=40, question="Does every other part compute what it says?"),
@@ -66,7 +68,7 @@ def run_stage(stage: Stage, directory: Path, *, device: str) -> dict[str, Any]:
     """
     result, log = directory / f"{stage.number}.json", directory / f"{stage.number}.log"
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.gpu.one", stage.module, str(result), device]
+    command = [sys.executable, "-m", "tests.gpu.one", stage.module, str(result.resolve()), device]
     start_s = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """What does a stock image with torch 2.11 lack? One name, for an annotation of torchtitan.
 
-The trainer itself asks for torch 2.13: this stands here, and nowhere in trainer/. Import it before the trainer.
+The trainer itself asks for torch 2.13: this stands here, and nowhere in trainer/. Import it before that.
 """
 
 import torch.distributed.fsdp as fsdp
