@@ -50,9 +50,11 @@ SIZES = {
 }
 
 
-def rows(shape: ModelConfig, num_rows: int, length: int, on: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def rows(
+    shape: ModelConfig, num_rows: int, length: int, on: torch.device, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, positions, labels: documents that are cut at another place in each row."""
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(shape.vocab_size, (num_rows, length + 1), generator=generator)
     cut = torch.randint(1, length, (num_rows, 1), generator=generator)
     index = torch.arange(length).expand(num_rows, -1)
@@ -118,7 +120,7 @@ def trained(size: Size, on: torch.device, name: str, *, flex: bool) -> tuple[dic
     else:
         optimizers = [adamw(model, lr=1e-3, **ADAMW)]
     for step in range(3):
-        batch = rows(size.shape, 2, size.length + step, on)
+        batch = rows(size.shape, 2, size.length, on, seed=step)
         loss = model(*batch)
         loss.backward()
         scale_gradients(model, 1 / batch[2].numel())

@@ -52,8 +52,8 @@ NANO = [
 DEBUG = ["name=speed", "model=debug", "data=synthetic", "optim=muon", "data.workers=0"]
 SIZES = {
     "cuda": Size(
-        overrides=[*NANO, "seq_len=4096", "global_batch=4", "micro_batch=4"],
-        micro_batch=4, length=4096, layers=8, dtype=torch.bfloat16, rounds=5,
+        overrides=[*NANO, "seq_len=4096", "global_batch=4", "micro_batch=2"],
+        micro_batch=2, length=4096, layers=8, dtype=torch.bfloat16, rounds=5,
     ),
     "cpu": Size(
         overrides=[*DEBUG, "seq_len=32", "global_batch=2", "micro_batch=2"],
@@ -89,14 +89,15 @@ def whole_steps(bench: Bench, size: Size) -> None:
         step = lambda: train_step(run, next_batches(run))  # noqa: E731
         values = step()
         seconds = bench.seconds(step, rounds=size.rounds)
-        tokens = size.micro_batch * size.length
+        tokens = values["data/step_tokens"]
         bench.figure("step", seconds, "s")
         bench.figure("tokens", tokens / seconds, "tokens/s")
         peak = device.peak_flops(bench.on, size.dtype)
         bench.figure("MFU", values["data/step_flop"] / seconds / peak)
         bench.figure("peak memory", device.memory_gib(bench.on), "GiB")
         kernels(bench, step, num_layers=len(run.model.layers))
-    share_of_the_loss(bench, size, step_s=seconds)
+    microbatches = tokens / (size.micro_batch * size.length)
+    share_of_the_loss(bench, size, step_s=seconds / microbatches)
 
 
 def kernels(bench: Bench, step: Callable[[], object], *, num_layers: int) -> None:
@@ -135,6 +136,7 @@ def head_of(size: Size, on: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def share_of_the_loss(bench: Bench, size: Size, *, step_s: float) -> None:
+    """step_s: of a step, for each of its microbatches."""
     x, head, labels = head_of(size, bench.on)
     seconds = bench.seconds(lambda: linear_cross_entropy(x, head, labels).backward(), rounds=size.rounds)
     bench.speed_at_most("share of head and loss", seconds / step_s, 0.08)
