@@ -45,7 +45,7 @@ def test_a_run_in_three_parts_is_the_whole_run_bit_for_bit(tmp_path, num_ranks, 
         train.COLLAPSED,
     }
     assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], 3)) == {train.INTERRUPTED}
-    # trap 18: twice
+    # stopped twice: what only a resumed run fails to save is lost at the second resume
     assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], 6)) == {train.INTERRUPTED}
     assert set(run_ranks(train_worker, num_ranks, ["name=parts", *where], None)) <= {
         train.OK,
@@ -56,7 +56,7 @@ def test_a_run_in_three_parts_is_the_whole_run_bit_for_bit(tmp_path, num_ranks, 
     whole, parts = tensors(tmp_path / "whole", 8), tensors(tmp_path / "parts", 8)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    # trap 8: what must be in a checkpoint is in it, and is not zero
+    # these belong in a checkpoint, and they are not zero: zeros would be equal and prove nothing
     moments = [name for name in whole if name.endswith("exp_avg")]
     biases = [name for name in whole if name.endswith("expert_bias_E")]
     assert moments and len(biases) == 2
@@ -334,7 +334,7 @@ def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
     while run.step < run.last_step:
         rows = [torch.stack(list(batch)) for batch in train.next_batches(run)]
         seen.append(torch.cat(rows, dim=1))
-        run.tokens, run.step = run.tokens + run.program.at(run.tokens).tokens, run.step + 1
+        run.tokens, run.step = run.tokens + run.program.settings_at(run.tokens).tokens, run.step + 1
     return seen
 
 
