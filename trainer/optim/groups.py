@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.afmoe import Head
-from trainer.model.parallelize import local
 from trainer.model.router import Gate
 from trainer.optim.momentum import MAX_RATE, Muon
 
@@ -44,19 +43,6 @@ class Optimizers:
             first = optimizer.param_groups[0]
             rates[f"lr_{type(optimizer).__name__.lower()}" if rates else "lr"] = first["lr"]
         return rates
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's, on the shards themselves: it updates element by element, so no rank needs to know the others.
-
-    Given DTensors, torch first plans the update of each one: most of the first step of a small model.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        has_complex = super()._init_group(group, *lists)
-        for tensors in lists:
-            tensors[:] = map(local, tensors)
-        return has_complex
 
 
 def adamw(
@@ -103,7 +89,7 @@ def muon(
 
 def _adamw(
     parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
-) -> AdamW:
+) -> torch.optim.AdamW:
     sound = 0 <= lr <= MAX_RATE and 1e-30 <= eps <= 1 and 0 <= weight_decay <= MAX_RATE
     if not sound or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(
@@ -113,6 +99,6 @@ def _adamw(
     matrices = [p for p in parameters if p.ndim >= 2]
     gains = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return AdamW(
+    return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True
     )
