@@ -106,10 +106,10 @@ def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
 
 
 def _any_source(overrides: list[str]) -> list[str]:
-    """Sources have names of the user's own, so they and their weights may be added without a +; what is wrong
+    """Sources and evaluations have names of the user's own, so they may be added without a +; what is wrong
     is found later.
     """
-    return [f"++{o}" if o.startswith(("data.sources", "data.mixture")) else o for o in overrides]
+    return [f"++{o}" if o.startswith(("data.sources", "data.mixture", "evaluate.")) else o for o in overrides]
 
 
 def resolved_yaml(config: Any) -> str:
