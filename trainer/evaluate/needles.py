@@ -120,13 +120,15 @@ class Needles:
                 f"evaluate.{material.name}: lengths={length} has no room for {self.keys} needles and the "
                 f"question; use {needed} or more, or fewer keys"
             )
-        hay = list[str]()
+        hay, ends = list[str](), [0]
         for sentence in sentences(draw):
-            room -= size(f" {sentence}")
-            if room < 0:
+            end = ends[-1] + size(f" {sentence}")
+            if end > room:
                 break
             hay.append(sentence)
-        places = [round(depth / 100 * len(hay)), *(draw.randint(0, len(hay)) for _ in needles[1:])]
+            ends.append(end)
+        at_depth = min(range(len(ends)), key=lambda n: abs(ends[n] - depth / 100 * ends[-1]))
+        places = [at_depth, *(draw.randint(0, len(hay)) for _ in needles[1:])]
         for place, needle in sorted(zip(places, needles, strict=True), reverse=True):  # from the end
             hay.insert(place, needle)
         return " ".join(hay) + ask, answer
