@@ -30,6 +30,7 @@ def check(config: Config) -> None:
     _check_shape(config.model)
     _check_rows_of_experts(config)
     _check_sources(config.data)
+    _check_evaluations(config)
     if config.init_from is not None and config.branch is not None:
         raise ConfigError(
             f"init_from={config.init_from} and branch={config.branch} are both set: a run starts from "
@@ -64,6 +65,18 @@ def _check_sources(d: DataConfig) -> None:
             raise ConfigError(
                 f"data.sources.{name}={node}: must be a source, like {{_target_: trainer.data.PythonSource}}"
             )
+
+
+def _check_evaluations(config: Config) -> None:
+    for name, node in config.evaluate.items():
+        check_name("evaluate", name)
+        if not isinstance(node, dict) or "_target_" not in node:
+            example = "{_target_: trainer.evaluate.HeldOut}"
+            raise ConfigError(f"evaluate.{name}={node}: must be an evaluation, like {example}")
+    best = config.checkpoint.keep_best
+    if best is not None and best not in config.evaluate:
+        names = ", ".join(config.evaluate) or "none; evaluate=held_out adds one"
+        raise ConfigError(f"checkpoint.keep_best={best}: is no evaluation of this run (there are: {names})")
 
 
 def _check_shape(m: ModelConfig) -> None:

@@ -99,6 +99,8 @@ class DataConfig:
     max_bad: float = number(0.01, at_least=0.0, at_most=1.0, why="a share of the documents")
     # [MB] a larger document is a bad document; inf: none is
     max_document_mb: float = number(100.0, above=0.0, at_most=inf, why="inf: of any size")
+    # share of the documents that are never trained on, chosen by a hash of their content (evaluate=held_out)
+    holdout: float = number(0.0, at_least=0.0, at_most=0.5, why="the rest is what is trained on")
     cache_dir: str | None = path(None)  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
     # who turns text into the tokenizer's ids
     backend: str = choice("tokenizers", "tokenizers", "fastokens", "gigatoken")
@@ -166,6 +168,8 @@ class CheckpointConfig:
     # how many of the newest checkpoints stay; older ones are deleted
     keep: int = number(2, at_least=1, at_most=10**6, why="a directory each")
     keep_every: int | None = number(None, **STEPS)  # [steps] checkpoints at multiples of it stay for good
+    # name of an evaluation: the checkpoint with its best result stays, too, and is written at that step
+    keep_best: str | None = path(None)
     # written while training goes on, from a copy in host memory; false: the step waits
     background: bool = True
     # how often a failed save is tried again, after 1, 2, 4, ... times retry_s; three failed saves in a row
@@ -260,6 +264,8 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    # _target_: what the model is asked while it trains (trainer/evaluate/), by names of the user's own
+    evaluate: dict[str, Any] = field(default_factory=dict)
     skip: SkipConfig = field(default_factory=SkipConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -14,12 +14,14 @@ CHUNK_LOGITS = 2**22  # logits alive at a time: 16 MiB in float32
 
 
 class Groups(NamedTuple):
-    """Which group each token belongs to, and the loss [nats] and the number of targets of each group so far,
-    float64.
+    """Which group each token belongs to, and the sums of each group so far, float64.
+
+    sums_NG: loss [nats] and targets; with a third row also the targets that are the most likely token, as
+    greedy decoding would write them.
     """
 
     of_T: Tensor
-    sums_2G: Tensor
+    sums_NG: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,6 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss_weight: float, groups: Groups | None
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        wants_hits = groups is not None and len(groups.sums_NG) == 3
         chunk = max(1, CHUNK_LOGITS // len(weight_VD))
         loss = x_TD.new_zeros((), dtype=torch.float32)
         grad_x_TD = torch.empty_like(x_TD if needs_grad else x_TD[:0])
@@ -41,6 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_tV = (x_tD @ weight_VD.T).float()
             counts_t = labels_t != IGNORE
             target_t1 = labels_t.clamp_min(0).unsqueeze(1)
+            is_hit_t = logits_tV.argmax(1) == labels_t if wants_hits else None
             target_logit_t = logits_tV.gather(1, target_t1).squeeze(1)
             max_t1 = logits_tV.amax(1, keepdim=True)
             exp_tV = logits_tV.sub_(max_t1).exp_()
@@ -49,9 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_t = (lse_t - target_logit_t) * counts_t
             loss += loss_t.sum()
             if groups is not None:
-                groups.sums_2G.index_add_(
-                    1, groups.of_T[start : start + chunk], torch.stack([loss_t, counts_t.float()]).double()
-                )
+                sums = [loss_t, counts_t.float()] + ([is_hit_t.float()] if wants_hits else [])
+                groups.sums_NG.index_add_(1, groups.of_T[start : start + chunk], torch.stack(sums).double())
             if not needs_grad:
                 continue
             # of lse + z_loss_weight lse^2

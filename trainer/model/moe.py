@@ -25,7 +25,7 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.protocols.module import Module
 
 from trainer.balance import NO_LOSSES, LossWeights, register_routing_buffers
-from trainer.model.router import Router, count_and_balance
+from trainer.model.router import Router, count_and_balance, use_sums
 
 
 class Experts(GroupedExperts):
@@ -220,6 +220,7 @@ class MoE(Module):
         self.routed_experts = config.routed_experts.build()
         self.shared_experts = config.shared_experts.build() if config.shared_experts else None
         self.loss_weights, self.top_k = config.loss_weights, config.router.top_k
+        self.use_S: Tensor | None = None  # in an evaluation: see router.use_sums
         register_routing_buffers(self, config.router.num_experts)
 
     @property
@@ -233,6 +234,8 @@ class MoE(Module):
         routed_E = torch.zeros_like(self.expert_bias_E, dtype=torch.int64)
         routed_E.scatter_add_(0, routing.ids_BLK.flatten(), torch.ones_like(routing.ids_BLK.flatten()))
         gates_BLK = count_and_balance(self, routing, valid_BL) if self.training else routing.gates_BLK
+        if self.use_S is not None:
+            self.use_S += use_sums(routing, valid_BL)
         out_BLD = self.routed_experts(x_BLD, gates_BLK, routing.ids_BLK, routed_E)
         return out_BLD if self.shared_experts is None else out_BLD + self.shared_experts(x_BLD)
 

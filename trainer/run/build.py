@@ -135,6 +135,7 @@ def build_stream(
         on_bad=d.on_bad,
         max_bad=d.max_bad,
         max_document_mb=d.max_document_mb,
+        holdout=d.holdout,
         backend=d.backend,
         workers=d.workers,
         prefetch=d.prefetch,

@@ -40,6 +40,7 @@ FIXED = (
     "data.shuffle",
     "data.document_mask",
     "data.packing",
+    "data.holdout",
     "balance.rule._target_",
     "optim._target_",
 )

@@ -81,6 +81,8 @@ def roll_back(run: Run, metrics: MetricsLog | None) -> None:
             failed_at,
         )
         record_rollback(run.config, step=origin.step, steps=steps)
+    if run.evaluations is not None:
+        run.evaluations.rewind(run)
     logs = [metrics, *(observer for observer in run.balancer.observers if isinstance(observer, TraceWriter))]
     for written in filter(None, logs):
         written.rewind(origin.step)
