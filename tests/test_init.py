@@ -41,7 +41,7 @@ def start(*, seed: int, checkpointed: bool = False) -> Afmoe:
     with torch.device("meta"):
         model = afmoe_config(SHAPE, flex=False).build()
     if checkpointed:
-        CHECKPOINTING["full"].Config().build().apply(model)
+        CHECKPOINTING["full"].build().apply(model)
     initialize(model, device=torch.device("cpu"), seed=seed)
     return model
 
