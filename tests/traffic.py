@@ -9,12 +9,12 @@ class Traffic(TorchDispatchMode):
     """Adds up what every operator reads (each tensor that it is handed) and writes (each that it returns).
 
     A view moves nothing. What an operator updates in place it reads and writes. largest: [bytes] of the
-    largest tensor that one returned.
+    largest tensor that one returned; names: of the operators.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.largest, self.calls = 0, 0, 0
+        self.bytes, self.largest, self.names = 0, 0, list[str]()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
@@ -23,7 +23,8 @@ class Traffic(TorchDispatchMode):
             return result
         made = sizes(result)
         self.bytes += sum(sizes((args, kwargs))) + sum(made)
-        self.largest, self.calls = max([self.largest, *made]), self.calls + 1
+        self.largest = max([self.largest, *made])
+        self.names.append(str(operator))
         return result
 
 

@@ -23,7 +23,7 @@ MODES = 2  # with gradients and without
 
 
 def compiled(function: Callable) -> Callable:
-    """The function, compiled for each shape it meets on a GPU; elsewhere, and in a compiled block, as it is."""
+    """The function, compiled for each shape on a GPU; as it is elsewhere, and inside of a compiled block."""
     fused = torch.compile(function, dynamic=False, fullgraph=True, options=OPTIONS)
 
     @wraps(function)

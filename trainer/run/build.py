@@ -4,6 +4,7 @@ import inspect
 import os
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         compile="inductor" if config.compile else None,
         num_shapes=len(shapes),
     )
-    initialize(model, device=on, seed=config.seed)
+    report = partial(print, flush=True) if dist.get_rank() == 0 else None
+    initialize(model, device=on, seed=config.seed, report=report)
     with refusing():
         optimizer = Optimizers(instantiate(config.optim)(model))
     required = config.balance.trace is not None and config.balance.trace_required
