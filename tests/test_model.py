@@ -334,7 +334,7 @@ def test_activation_checkpointing_changes_nothing(kind):
     for wrap in (False, True):
         model = build(GQA, loss_weights=LossWeights(sequence=0.1))
         if wrap:
-            CHECKPOINTING[kind].Config().build().apply(model)
+            CHECKPOINTING[kind].build().apply(model)
         loss = model(tokens_BL, positions_BL, labels_BL)
         loss.backward()
         once = taken_counts(model)

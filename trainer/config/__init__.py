@@ -11,9 +11,10 @@ schema, and its signature is checked (targets). Imports nothing of ours.
 from trainer.config.bounds import ConfigError, Number, check_numbers, check_values
 from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
 from trainer.config.fill import filled, nearest
-from trainer.config.limits import divisors
+from trainer.config.limits import divisors, whole_rows
 from trainer.config.plain import read_plain
 from trainer.config.schema import (
+    MXFP8,
     BalanceConfig,
     Config,
     DataConfig,
@@ -26,6 +27,7 @@ from trainer.config.schema import (
 
 __all__ = [
     "CONFIG_DIR",
+    "MXFP8",
     "BalanceConfig",
     "Config",
     "ConfigError",
@@ -47,4 +49,5 @@ __all__ = [
     "read_plain",
     "reread",
     "resolved_yaml",
+    "whole_rows",
 ]

@@ -27,6 +27,12 @@ def check(config: Config) -> None:
             "compile=true with float32 experts: torch compiles the grouped GEMM in bfloat16 only; "
             "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false"
         )
+    if config.compile and config.activation_checkpoint.startswith("selective") and config.parallel.ep > 1:
+        raise ConfigError(
+            f"compile=true with activation_checkpoint={config.activation_checkpoint} and "
+            f"parallel.ep={config.parallel.ep}: torch cannot trace experts on several ranks inside a "
+            "selective checkpoint; use activation_checkpoint=full or none, compile=false or parallel.ep=1"
+        )
     _check_shape(config.model)
     _check_rows_of_experts(config)
     _check_sources(config.data)
@@ -102,14 +108,24 @@ def _check_shape(m: ModelConfig) -> None:
 
 def _check_rows_of_experts(config: Config) -> None:
     """torch._grouped_mm takes rows of a multiple of 16 bytes. (Experts in float32 on a CPU go without it.)"""
+    if (config.model.expert_dtype or config.dtype) == "bfloat16":
+        whole_rows(config, num=ALIGNED)
+
+
+def whole_rows(config: Config, *, num: int) -> None:
+    """Raises: ConfigError if rows of experts are not a multiple of `num` numbers, 16 bytes, where a grouped
+    GEMM reads them.
+    """
     m = config.model
-    dtype_key = "model.expert_dtype" if m.expert_dtype else "dtype"
-    if (m.expert_dtype or config.dtype) != "bfloat16" or m.num_dense_layers == m.num_layers:
+    if m.num_dense_layers == m.num_layers:
         return
+    dtype_key = "model.expert_dtype" if m.expert_dtype else "dtype"
+    dtype = m.expert_dtype or config.dtype
+    other = ", or float32" if dtype == "bfloat16" else ""
     for key in ("dim", "expert_dim"):
-        if (size := getattr(m, key)) % ALIGNED:
-            near = [n for n in (size // ALIGNED * ALIGNED, -(-size // ALIGNED) * ALIGNED) if n]
+        if (size := getattr(m, key)) % num:
+            near = [n for n in (size // num * num, -(-size // num) * num) if n]
             raise ConfigError(
-                f"model.{key}={size} with {dtype_key}=bfloat16: the grouped GEMM wants rows of a multiple of "
-                f"16 bytes; use model.{key}={' or '.join(map(str, near))}, or float32"
+                f"model.{key}={size} with {dtype_key}={dtype}: the grouped GEMM wants rows of a multiple of "
+                f"16 bytes; use model.{key}={' or '.join(map(str, near))}{other}"
             )
