@@ -1,1 +1,45 @@
 """What happens to settings that nobody would write? Cases are drawn from a seed and can be drawn again."""
+
+import argparse
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+
+class Cases(argparse.Namespace):
+    cases: int
+    seed: int
+    first: int
+
+
+def cases_of(name: str, doc: str | None, arguments: Sequence[str] | None = None) -> Cases:
+    """What a command line asks for. Ends the program with 2 and one line where that is no number."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.fuzz.{name}", description=doc, formatter_class=as_written
+    )
+    parser.add_argument("cases", type=natural, nargs="?", default=200, help="how many; 200 without it")
+    parser.add_argument("seed", type=natural, nargs="?", default=0, help="0 without it")
+    parser.add_argument("first", type=natural, nargs="?", default=0, help="number of the first case")
+    return parser.parse_args(arguments, Cases())
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 0 or more")
+    return int(text)
+
+
+@contextmanager
+def until_told() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the drawing of cases, so that the table of what was done is still printed."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = [(number, signal.signal(number, end)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with suppress(KeyboardInterrupt):
+        yield
+    for number, handler in before:
+        signal.signal(number, handler)

@@ -48,7 +48,11 @@ def command(arguments: list[str] | None) -> int:
     given = parsed(arguments)
     if given.verify or given.prompt is not None:
         need_transformers()
-    export(given)
+    try:
+        export(given)
+    except OSError as error:
+        remedy = "RUN must be readable, and OUT a place that can be written to and has room"
+        raise ConfigError(f"{error}; {remedy}") from error
     return OK
 
 
