@@ -102,6 +102,7 @@ REFUSED = {  # override: how its message begins
     "run_dir=": "run_dir=: is empty (an unset shell variable?)",
     "data.cache_dir=' '": "data.cache_dir= : is empty",
     "init_from=": "init_from=: is empty",
+    "init_from='a\nb'": "init_from='a\\nb': holds a line break; give a path",
     "balance.trace=../x": "balance.trace='../x': must be one plain",
     "balance.trace=metrics.jsonl": "balance.trace=metrics.jsonl: the run writes that itself; use another",
     "balance.trace=bad_documents.0.txt": "balance.trace=bad_documents.0.txt: the run writes that itself",

@@ -2,9 +2,11 @@
 
 import argparse
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from signal import SIGINT, SIGTERM
+from typing import TypeVar
+
+Outcome = TypeVar("Outcome")
 
 
 class Cases(argparse.Namespace):
@@ -31,15 +33,15 @@ def natural(text: str) -> int:
     return int(text)
 
 
-@contextmanager
-def until_told() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the drawing of cases, so that the table of what was done is still printed."""
-
-    def end(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = [(number, signal.signal(number, end)) for number in (signal.SIGINT, signal.SIGTERM)]
-    with suppress(KeyboardInterrupt):
-        yield
-    for number, handler in before:
-        signal.signal(number, handler)
+def until_told(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Ends after the case in which Ctrl-C or SIGTERM came, so that the table of what was done is printed."""
+    told = list[int]()
+    before = {number: signal.signal(number, lambda n, _: told.append(n)) for number in (SIGINT, SIGTERM)}
+    try:
+        for outcome in outcomes:
+            yield outcome
+            if told:
+                return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

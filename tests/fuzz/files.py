@@ -463,12 +463,11 @@ def report(outcome: Outcome, seed: int) -> str:
 
 def main(num_cases: int = 200, seed: int = 0, first: int = 0) -> int:
     kinds, problems = Counter[str](), 0
-    with until_told():
-        for outcome in run_cases(num_cases, seed, first=first):
-            kinds[outcome.kind] += 1
-            if outcome.problem:
-                problems += 1
-                print(report(outcome, seed), flush=True)
+    for outcome in until_told(run_cases(num_cases, seed, first=first)):
+        kinds[outcome.kind] += 1
+        if outcome.problem:
+            problems += 1
+            print(report(outcome, seed), flush=True)
     print(f"{kinds.total()} cases, {problems} with a problem")
     print("\n".join(f"  {count:6d}  {kind}" for kind, count in kinds.most_common()))
     return int(problems > 0)

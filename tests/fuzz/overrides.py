@@ -115,10 +115,13 @@ class Outcome(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return self.problem or {getattr(stop, name): name for name in NAMES}.get(self.code, str(self.code))
+        return self.problem or NAMES.get(self.code, str(self.code))
 
 
-NAMES = [name for name in vars(stop) if name.isupper() and isinstance(getattr(stop, name), int)]
+NAMES = {
+    getattr(stop, name): name
+    for name in ("OK", "REFUSED", "COLLAPSED", "NO_DATA", "CANNOT_SAVE", "UNSOUND", "PREEMPTED")
+}
 
 
 # -- drawing ----------------------------------------------------------------------------------------------
@@ -306,11 +309,10 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(num_cases: int = 200, seed: int = 0, first: int = 0) -> int:
     outcomes = []
-    with until_told():
-        for outcome in run_cases(num_cases, seed, first=first):
-            outcomes.append(outcome)
-            if outcome.problem:
-                print(report(outcome, seed), flush=True)
+    for outcome in until_told(run_cases(num_cases, seed, first=first)):
+        outcomes.append(outcome)
+        if outcome.problem:
+            print(report(outcome, seed), flush=True)
     print(table(outcomes))
     return int(any(outcome.problem for outcome in outcomes))
 

@@ -37,7 +37,7 @@ def command(arguments: list[str] | None) -> int:
         prog="triquetra checkpoint", description=__doc__, formatter_class=as_written
     )
     parser.add_argument("action", choices=("list", "verify", "rewind"))
-    parser.add_argument("run", type=Path, help="a run's directory")
+    parser.add_argument("run", type=terminal.path, help="a run's directory")
     parser.add_argument("step", type=int, nargs="?")
     flags = parser.parse_args(arguments)
     checkpoints = Checkpoints(flags.run / "checkpoints")

@@ -57,7 +57,7 @@ def check(config: Config) -> None:
 
 def check_name(key: str, name: str, *, kind: str = "directory") -> None:
     """Of a directory or file that lies in another one. Raises: ConfigError."""
-    if not name or Path(name).name != name or name in (".", ".."):
+    if len(name.splitlines()) != 1 or Path(name).name != name or name in (".", ".."):
         raise ConfigError(f"{key}={name!r}: must be one plain {kind} name, without / or ..")
     if len(name.encode()) > MAX_NAME:
         raise ConfigError(f"{key}={name[:20]}...: has {len(name.encode())} bytes; use at most {MAX_NAME}")

@@ -118,7 +118,7 @@ def writing(**keys: Any) -> Iterator[None]:
         yield
     except OSError as error:
         refusal = f"{', '.join(f'{key}={value}' for key, value in keys.items())}: cannot be written to"
-        reason = f"({error.strerror}: {error.filename})"
+        reason = f"({error.strerror}: {error.filename})" if error.filename else f"({error.strerror})"
         raise ConfigError(f"{refusal} {reason}; choose another directory with run_dir=") from None
 
 
