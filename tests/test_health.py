@@ -448,6 +448,7 @@ def test_ranks_that_disagree_are_named_with_both_values():
         refuse_disagreement({"seed": 0, "code": "1+ab", **different.get(torch.distributed.get_rank(), {})})
 
     run_ranks(worker, 3, {})
+    run_ranks(worker, 3, {rank: {"mixture": math.nan, "betas": [math.nan]} for rank in range(3)})
     with pytest.raises(ConfigError, match=r"do not agree: rank 2 has seed=7 \(rank 0: 0\)\. Start all"):
         run_ranks(worker, 3, {2: {"seed": 7}})
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trainer.config.bounds import ConfigError, check_values
@@ -9,6 +10,20 @@ from trainer.config.schema import Config, DataConfig, ModelConfig
 
 MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open document
 MAX_NAME = 255  # [bytes] of a directory's name
+OF_A_RUN = (  # what a run writes into its directory itself
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "tokenizer.json",
+    "data.json",
+    "starts.jsonl",
+    "rolled_back.json",
+    "bad_documents.*",
+    "stacks.*",
+    "lock",
+    "tensorboard",
+    "wandb",
+)
 ALIGNED = 8  # [bfloat16 numbers] in the 16 bytes that a row of the grouped GEMM is a multiple of
 log = logging.getLogger(__package__)
 
@@ -44,15 +59,21 @@ def check(config: Config) -> None:
         )
     check_name("name", config.name)
     if config.balance.trace is not None:
-        check_name("balance.trace", config.balance.trace)
+        _check_trace(config.balance.trace)
 
 
-def check_name(key: str, name: str) -> None:
-    """Of a directory or file that lies in another one."""
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise ConfigError(f"{key}={name!r}: must be one plain directory name, without / or ..")
+def check_name(key: str, name: str, *, kind: str = "directory") -> None:
+    """Of a directory or file that lies in another one. Raises: ConfigError."""
+    if len(name.splitlines()) != 1 or Path(name).name != name or name in (".", ".."):
+        raise ConfigError(f"{key}={name!r}: must be one plain {kind} name, without / or ..")
     if len(name.encode()) > MAX_NAME:
         raise ConfigError(f"{key}={name[:20]}...: has {len(name.encode())} bytes; use at most {MAX_NAME}")
+
+
+def _check_trace(name: str) -> None:
+    check_name("balance.trace", name, kind="file")
+    if any(fnmatchcase(name, own) for own in OF_A_RUN):
+        raise ConfigError(f"balance.trace={name}: the run writes that itself; use another, like router.trace")
 
 
 def _check_sources(d: DataConfig) -> None:

@@ -174,7 +174,7 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
         try:
             sources[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
-            raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
+            raise ConfigError(f"{key}: {' '.join(said(error).split())}") from error
         if not hasattr(sources[key.removeprefix("data.sources.")], "fingerprint"):
             raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
         if getattr(sources[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
@@ -202,4 +202,9 @@ def refusing():
     except ConfigError:
         raise
     except (ValueError, TypeError, InstantiationException, DamagedError) as error:
-        raise ConfigError(str(error.__cause__ or error)) from error
+        raise ConfigError(said(error)) from error
+
+
+def said(error: Exception) -> str:
+    """What a constructor itself said: Hydra tells of it in an error of its own."""
+    return str(error.__cause__ or error) if isinstance(error, InstantiationException) else str(error)
