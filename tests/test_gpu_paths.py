@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtitan.models.common.attention import get_sliding_window_mask_mod
 
-from tests.test_model import GQA
+from tests.models import GQA
 from tests.traffic import Traffic
 from trainer.config import MXFP8, ConfigError, load
 from trainer.model import compiled, dispatch, hardware
