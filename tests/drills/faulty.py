@@ -30,7 +30,7 @@ import trainer.ranks.agree
 import trainer.run.build
 import trainer.run.step
 from trainer import train
-from trainer.checkpoint.transfer import StagedPlanner
+from trainer.checkpoint.transfer import Staging
 from trainer.model.parallelize import local
 from trainer.optim import Optimizers
 from trainer.ranks import device
@@ -186,7 +186,7 @@ MOMENTS = {
     "a step": (train, "train_step"),
     "the gradient": (trainer.run.step, "squared_gradient_norm"),
     "the update": (Optimizers, "step"),
-    "copying": (StagedPlanner, "stage"),
+    "copying": (Staging, "stage"),
     "loading": (train, "resume"),
     "writing": (storage, "save_file"),
     "the last save": (train, "finish_saving"),

@@ -156,6 +156,10 @@ class ParallelConfig:
     dp_replicate: int = number(1, **RANKS)
     dp_shard: int | None = number(1, **RANKS)  # null: what the other degrees leave over
     ep: int = number(1, **RANKS)
+    # a block gathers its weights again for its backward; false: it keeps them from its forward on, all layers
+    # at once: an all-gather in three is saved, for the memory of the whole model in `dtype`
+    reshard_after_forward: bool = True
+    reduce_dtype: str = choice("float32", *DTYPES)  # of gradients on their way between ranks
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,9 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+_gathered = gathered  # where a parameter has the name
+
+
 def refusing_on_all(
     action: Callable[[], Any], *, refusals: tuple[type[Exception], ...] = (ConfigError, OSError)
 ) -> Any:
@@ -47,7 +50,12 @@ def refusing_on_all(
     return result
 
 
-def refuse_disagreement(facts: Mapping[str, Any]) -> None:
+def refuse_disagreement(
+    facts: Mapping[str, Any],
+    *,
+    agreed: Callable[[Any], Any] = agreed,
+    gathered: Callable[[Any], list[Any]] = gathered,
+) -> None:
     """Raises: ConfigError, on all ranks, that names a rank whose facts are not those of rank 0, and the
     difference.
     """
@@ -57,7 +65,9 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
         f"{key}={own!r} (rank 0: {of_first!r})" for key, (own, of_first) in pairs.items() if own != of_first
     ]
     wrong = [
-        f"rank {rank} has {', '.join(of_rank)}" for rank, of_rank in enumerate(gathered(differ)) if of_rank
+        f"rank {rank} has {', '.join(of_rank)}"
+        for rank, of_rank in enumerate(gathered(differ or None))
+        if of_rank
     ]
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more ranks" if len(wrong) > 8 else "")
@@ -66,10 +76,15 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
         )
 
 
-def end_if_told(stop: StopRequest) -> None:
-    """Between two phases of a start. Raises: Stopped, on all ranks, if any was told to end."""
-    if dist.is_initialized():
+def end_if_told(stop: StopRequest, *, gathered: Callable[[Any], list[Any]] | None = None) -> None:
+    """Between two phases of a start. gathered: of ranks that have no process group yet.
+
+    Raises: Stopped, on all ranks, if any was told to end.
+    """
+    if gathered is not None:
         codes = gathered(stop.code)
+    elif dist.is_initialized():
+        codes = _gathered(stop.code)
     elif int(os.environ.get("WORLD_SIZE", 1)) == 1:
         codes = [stop.code]
     else:  # the others cannot be asked yet

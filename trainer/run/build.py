@@ -1,9 +1,9 @@
 """How is a run put together from its configuration?"""
 
 import inspect
-import os
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,53 @@ from trainer.optim import Optimizers
 from trainer.program import LOSSES, Now, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
+from trainer.ranks.meeting import Meeting, meet
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
 from trainer.run.health import Health
-from trainer.run.memory import refuse_too_large
+from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
 
 
 def build(config: Config, *, stop: StopRequest | None = None) -> Run:
-    """Joins the process group and builds everything on this rank. stop: may end the start between its phases.
-    Raises: ConfigError before any training; Stopped.
+    """Forks the data workers, then joins the process group and builds all else on this rank. stop: may end
+    the start between its phases. Raises: ConfigError before any training; Stopped.
     """
     stop = stop or StopRequest()
-    on = device.start(timeout_s=config.timeout_s)
-    end_if_told(stop)
-    refuse_disagreement({**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__})
-    compare_clocks()
+    meeting = meet(timeout_s=config.timeout_s)
+    end_if_told(stop, gathered=meeting.gathered)
+    facts = {**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__}
+    refuse_disagreement(facts, agreed=meeting.agreed, gathered=meeting.gathered)
     has_experts = config.model.num_dense_layers < config.model.num_layers
-    dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
-    groups = Groups.of(dims)
+    num_experts = config.model.num_experts if has_experts else None
+    degrees = device.degrees_of(config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts)
     program = program_of(config)
     check_sources(config, program)
-    refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
-    first = program.spans[0].now
+    first, on = program.spans[0].now, device.of_rank(meeting.local_rank)
+    fits = partial(refuse_too_large, config, program, on=on, num_shards=degrees.shard)
     with refusing():
-        program.check_split(num_ranks=groups.num_readers, num_streams=config.data.num_streams)
-        stream = build_stream(
-            config.data,
-            first=first,
-            seed=config.seed,
-            vocab_size=config.model.vocab_size,
-            directory=run_directory(config),
-            groups=groups,
-        )
+        program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+    if on.type == "cpu":
+        meeting.together(fits)
+    refuse_too_many_rows(config, program, num_shards=degrees.shard)
+    refuse_late_fork(config.data)
+    stream = build_stream(
+        config.data,
+        first=first,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        directory=run_directory(config),
+        meeting=meeting,
+        num_readers=degrees.num_readers,
+    )
+    device.start(timeout_s=config.timeout_s, meeting=meeting)
+    end_if_told(stop)
+    if on.type == "cuda":  # asking it starts CUDA
+        fits()
+    compare_clocks()
+    dims = device.build_mesh(config.parallel, num_experts=num_experts)
+    groups = Groups.of(dims)
+    with refusing():
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
@@ -72,6 +86,8 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         dtype=getattr(torch, config.dtype),
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
+        reshard_after_forward=config.parallel.reshard_after_forward,
+        reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
     )
     initialize(model, device=on, seed=config.seed)
     with refusing():
@@ -105,21 +121,37 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     )
 
 
+def refuse_late_fork(d: DataConfig) -> None:
+    """Raises: ConfigError where somebody has started NCCL before: it does not survive a fork."""
+    if d.workers and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend():
+        raise ConfigError(
+            f"data.workers={d.workers}: the process group was joined before the data workers are forked, and "
+            "NCCL does not survive a fork; leave init_process_group to trainer.start, or use data.workers=0"
+        )
+
+
 def build_stream(
-    d: DataConfig, *, first: Now, seed: int, vocab_size: int, directory: Path, groups: Groups
+    d: DataConfig,
+    *,
+    first: Now,
+    seed: int,
+    vocab_size: int,
+    directory: Path,
+    meeting: Meeting,
+    num_readers: int,
 ) -> TokenStream:
     """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
-    documents.
+    documents. Collective. Raises: ConfigError, on all ranks.
     """
-    rank, num_ranks = groups.reader, groups.num_readers
-    # the first rank of a host unpacks files and trains the tokenizer, the others use them
-    for turn in (0, 1):
-        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+
+    def read() -> tuple[Source | dict[str, Source], Any]:
+        with refusing():
             source = sources_of(d, vocab_size=vocab_size)
-            tokenizer = load_tokenizer(
-                d.tokenizer, source=source, vocab_size=vocab_size, cache_dir=d.cache_dir
-            )
-        dist.barrier()
+            cached = {"vocab_size": vocab_size, "cache_dir": d.cache_dir}
+            return source, load_tokenizer(d.tokenizer, source=source, **cached)
+
+    # the first rank of a host unpacks files and trains the tokenizer, the others use them
+    source, tokenizer = meeting.first_of_host(read)
     stream_config = StreamConfig(
         seq_len=first.seq_len,
         global_batch=first.global_batch,
@@ -141,14 +173,19 @@ def build_stream(
         retry_s=d.retry_s,
         with_sources=d.source_loss,
     )
-    return TokenStream(
-        stream_config,
-        source=source,
-        tokenizer=tokenizer,
-        rank=rank,
-        num_ranks=num_ranks,
-        report=BadDocumentLog(directory / f"bad_documents.{rank}.txt"),
-    )
+
+    def fork() -> TokenStream:
+        with refusing():
+            return TokenStream(
+                stream_config,
+                source=source,
+                tokenizer=tokenizer,
+                rank=meeting.rank,
+                num_ranks=num_readers,
+                report=BadDocumentLog(directory / f"bad_documents.{meeting.rank}.txt"),
+            )
+
+    return meeting.together(fork)
 
 
 def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:

@@ -21,7 +21,7 @@ from trainer.metrics import batch_heterogeneity
 from trainer.model.afmoe import step_flops
 from trainer.model.loss import IGNORE
 from trainer.model.loss import Groups as LossGroups
-from trainer.model.parallelize import scale_gradients, squared_gradient_norm
+from trainer.model.parallelize import reduce_over_replicas, scale_gradients, squared_gradient_norm
 from trainer.program import Now
 from trainer.ranks.stop import INTERRUPTED, PREEMPTED, UNSOUND
 from trainer.run.build import loss_weights
@@ -156,11 +156,13 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
     loss_2S = torch.zeros(2, len(run.stream.names), dtype=torch.float64, device=on)
     loss_2U = torch.zeros(2, groups.num_readers * len(batches), dtype=torch.float64, device=on)
     flop = 0.0
-    for m, batch in enumerate(batches, start=groups.reader * len(batches)):
+    first, last = groups.reader * len(batches), (groups.reader + 1) * len(batches) - 1
+    for m, batch in enumerate(batches, start=first):
         tokens_BL, labels_BL, positions_BL, *sources = (plane.to(on, non_blocking=True) for plane in batch)
         flop += step_flops(run.config.model, batch.positions_BL)
         by_source = LossGroups(sources[0].flatten(), loss_2S) if sources else None
         loss = run.model(tokens_BL, positions_BL, labels_BL, by_source)
+        reduce_over_replicas(run.model, now=m == last)
         loss.backward()
         loss_2U[0, m] = loss.detach()
         loss_2U[1, m] = (labels_BL != IGNORE).sum()
