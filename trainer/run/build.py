@@ -226,4 +226,5 @@ def refusing():
     except ConfigError:
         raise
     except (ValueError, TypeError, InstantiationException, DamagedError) as error:
-        raise ConfigError(str(error.__cause__ or error)) from error
+        cause = error.__cause__ if isinstance(error, InstantiationException) else None
+        raise ConfigError(str(cause or error)) from error

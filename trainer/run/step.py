@@ -23,6 +23,7 @@ from trainer.model.loss import IGNORE
 from trainer.model.loss import Groups as LossGroups
 from trainer.model.parallelize import reduce_over_replicas, scale_gradients, squared_gradient_norm
 from trainer.program import Now
+from trainer.ranks import device
 from trainer.ranks.stop import INTERRUPTED, PREEMPTED, UNSOUND
 from trainer.run.build import loss_weights
 from trainer.run.state import Run
@@ -158,7 +159,7 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
     flop = 0.0
     first, last = groups.reader * len(batches), (groups.reader + 1) * len(batches) - 1
     for m, batch in enumerate(batches, start=first):
-        tokens_BL, labels_BL, positions_BL, *sources = (plane.to(on, non_blocking=True) for plane in batch)
+        tokens_BL, labels_BL, positions_BL, *sources = (device.onto(on, plane) for plane in batch)
         flop += step_flops(run.config.model, batch.positions_BL)
         by_source = LossGroups(sources[0].flatten(), loss_2S) if sources else None
         loss = run.model(tokens_BL, positions_BL, labels_BL, by_source)
