@@ -13,6 +13,7 @@ import torch
 
 from tests.ranks import run_ranks
 from trainer.config import ConfigError, load
+from trainer.run.build import build
 from trainer.run.garbage import EVERY, Garbage
 from trainer.run.profile import Profile
 from trainer.train import train
@@ -35,6 +36,11 @@ def test_the_steps_that_were_named_are_in_the_trace_and_no_others(tmp_path):
     heads = [event for event in events if event.get("name") == "aten::embedding"]
     assert len(heads) == 2 * 4  # one a microbatch: 8 rows, a rank has 4, micro_batch 1
     assert "aten::mm" in (directory / "steps-00002-00003.rank0.txt").read_text()
+
+
+def test_a_rank_that_is_not_there_cannot_be_watched(tmp_path):
+    with pytest.raises(ConfigError, match=r"profile\.rank=1: the last of the ranks is 0; use at most that"):
+        build(load([*RUN, f"run_dir={tmp_path}", "steps=5", "profile.steps=[2,3]", "profile.rank=1"]))
 
 
 class Counted(Profile):

@@ -43,6 +43,11 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     has_experts = config.model.num_dense_layers < config.model.num_layers
     num_experts = config.model.num_experts if has_experts else None
     degrees = device.degrees_of(config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts)
+    if config.profile.steps and config.profile.rank >= meeting.num_ranks:
+        last = meeting.num_ranks - 1
+        raise ConfigError(
+            f"profile.rank={config.profile.rank}: the last of the ranks is {last}; use at most that"
+        )
     program = program_of(config)
     check_sources(config, program)
     first, on = program.spans[0].now, device.of_rank(meeting.local_rank)
