@@ -21,13 +21,22 @@ from trainer.train import train
 RUN = ["experiment=synthetic", "seq_len=32", "micro_batch=1", "name=watched", "data.workers=0"]
 
 
+SMALL = [
+    "parallel=fsdp",
+    "micro_batch=1",
+    "model.num_layers=2",
+    "model.num_dense_layers=1",
+    "model.global_every=2",
+]
+
+
 def names_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
 
 
 def test_the_steps_that_were_named_are_in_the_trace_and_no_others(tmp_path):
     def run() -> None:
-        train(load([*RUN, f"run_dir={tmp_path}", "steps=5", "profile.steps=[2,3]", "parallel=fsdp"]))
+        train(load([*RUN, f"run_dir={tmp_path}", "steps=4", "profile.steps=[2,3]", *SMALL]))
 
     run_ranks(run, 2)
     directory = tmp_path / "watched" / "profile"

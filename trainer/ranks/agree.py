@@ -30,9 +30,6 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-_gathered = gathered  # where a parameter has the name
-
-
 def refusing_on_all(
     action: Callable[[], Any], *, refusals: tuple[type[Exception], ...] = (ConfigError, OSError)
 ) -> Any:
@@ -76,15 +73,13 @@ def refuse_disagreement(
         )
 
 
-def end_if_told(stop: StopRequest, *, gathered: Callable[[Any], list[Any]] | None = None) -> None:
-    """Between two phases of a start. gathered: of ranks that have no process group yet.
+def end_if_told(stop: StopRequest, *, ask: Callable[[Any], list[Any]] | None = None) -> None:
+    """Between two phases of a start. ask: each rank's value, of ranks that have no process group yet.
 
     Raises: Stopped, on all ranks, if any was told to end.
     """
-    if gathered is not None:
-        codes = gathered(stop.code)
-    elif dist.is_initialized():
-        codes = _gathered(stop.code)
+    if ask is not None or dist.is_initialized():
+        codes = (ask or gathered)(stop.code)
     elif int(os.environ.get("WORLD_SIZE", 1)) == 1:
         codes = [stop.code]
     else:  # the others cannot be asked yet

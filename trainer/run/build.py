@@ -20,7 +20,7 @@ from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSSES, Now, check_sources, program_of
+from trainer.program import LOSSES, Now, Program, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.meeting import Meeting, meet
@@ -37,43 +37,20 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     """
     stop = stop or StopRequest()
     meeting = meet(timeout_s=config.timeout_s)
-    end_if_told(stop, gathered=meeting.gathered)
+    end_if_told(stop, ask=meeting.gathered)
     facts = {**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__}
     refuse_disagreement(facts, agreed=meeting.agreed, gathered=meeting.gathered)
-    has_experts = config.model.num_dense_layers < config.model.num_layers
-    num_experts = config.model.num_experts if has_experts else None
-    degrees = device.degrees_of(config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts)
-    if config.profile.steps and config.profile.rank >= meeting.num_ranks:
-        last = meeting.num_ranks - 1
-        raise ConfigError(
-            f"profile.rank={config.profile.rank}: the last of the ranks is {last}; use at most that"
-        )
     program = program_of(config)
-    check_sources(config, program)
-    first, on = program.spans[0].now, device.of_rank(meeting.local_rank)
-    fits = partial(refuse_too_large, config, program, on=on, num_shards=degrees.shard)
-    with refusing():
-        program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
-    if on.type == "cpu":
-        meeting.together(fits)
-    refuse_too_many_rows(config, program, num_shards=degrees.shard)
-    refuse_late_fork(config.data)
-    stream = build_stream(
-        config.data,
-        first=first,
-        seed=config.seed,
-        vocab_size=config.model.vocab_size,
-        directory=run_directory(config),
-        meeting=meeting,
-        num_readers=degrees.num_readers,
-    )
-    device.start(timeout_s=config.timeout_s, meeting=meeting)
+    stream = fork_stream(config, program, meeting)
+    on = device.start(timeout_s=config.timeout_s, meeting=meeting)
     end_if_told(stop)
-    if on.type == "cuda":  # asking it starts CUDA
-        fits()
     compare_clocks()
-    dims = device.build_mesh(config.parallel, num_experts=num_experts)
-    groups = Groups.of(dims)
+    dims = device.build_mesh(config.parallel, num_experts=num_experts_of(config))
+    if on.type == "cuda":  # asking it starts CUDA
+        refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
+    groups, first = Groups.of(dims), program.spans[0].now
+    checkpoints = checkpoints_of(config)
+    checkpoints.connect()
     with refusing():
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
@@ -120,10 +97,56 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         balancer=balancer,
         stream=stream,
         stop=stop,
-        checkpoints=checkpoints_of(config),
+        checkpoints=checkpoints,
         health=health,
         last_step=program.last_step(),
     )
+
+
+def num_experts_of(config: Config) -> int | None:
+    """None: the model has no MoE layer."""
+    m = config.model
+    return m.num_experts if m.num_dense_layers < m.num_layers else None
+
+
+def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStream:
+    """Forks the data workers, once all is refused that can be told before. Collective.
+
+    Raises: ConfigError, on all ranks.
+    """
+    degrees = device.degrees_of(
+        config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config)
+    )
+    if config.profile.steps and config.profile.rank >= meeting.num_ranks:
+        last = meeting.num_ranks - 1
+        raise ConfigError(
+            f"profile.rank={config.profile.rank}: the last of the ranks is {last}; use at most that"
+        )
+    check_sources(config, program)
+    with refusing():
+        program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+    refuse_late_fork(config.data)
+    meeting.together(partial(refuse_what_has_no_room, config, program, degrees, meeting))
+    return build_stream(
+        config.data,
+        first=program.spans[0].now,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        directory=run_directory(config),
+        meeting=meeting,
+        num_readers=degrees.num_readers,
+    )
+
+
+def refuse_what_has_no_room(
+    config: Config, program: Program, degrees: device.Degrees, meeting: Meeting
+) -> None:
+    """On the host; a GPU is asked once it is started. Raises: ConfigError."""
+    on = device.of_rank(meeting.local_rank)
+    if on.type == "cpu":
+        refuse_too_large(config, program, on=on, num_shards=degrees.shard)
+    else:
+        refuse_too_many_rows(config, program, num_shards=degrees.shard)
 
 
 def refuse_late_fork(d: DataConfig) -> None:
