@@ -3,7 +3,10 @@
 Origins of the expected values: what each rank was given to say; the process table.
 """
 
+import io
 import os
+import signal
+from contextlib import redirect_stderr
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from trainer import train
 from trainer.config import ConfigError, load
 from trainer.ranks import device
 from trainer.ranks.meeting import StoreMeeting, meet
+from trainer.ranks.stop import StopRequest
 from trainer.run import build as building
 
 ROWS = [*BASE, "global_batch=8", "micro_batch=2", "data.workers=2"]
@@ -123,6 +127,20 @@ def test_a_rank_that_never_comes_is_missed_after_the_limit():
     meeting = StoreMeeting(store, rank=0, num_ranks=2, timeout_s=0.5)
     with pytest.raises(TimeoutError, match=r"not all of the 2 ranks came within timeout_s=0\.5 s"):
         meeting.gathered(None)
+
+
+def test_a_rank_that_is_told_to_end_before_the_group_is_joined_ends_all_with_one_line(tmp_path):
+    def told() -> tuple[int, str, bool]:
+        arguments = [*ROWS, "name=told", f"run_dir={tmp_path}", "parallel=fsdp"]
+        with StopRequest() as stop:
+            stop.signalled = signal.SIGTERM if os.environ["RANK"] == "1" else None
+            errors = io.StringIO()
+            with redirect_stderr(errors):
+                code = train.main(arguments)
+        return code, errors.getvalue(), dist.is_initialized()
+
+    line = "told to end before the first step; nothing new to save\n"
+    assert bare(told, 2, tmp_path) == [(75, line, False), (75, "", False)]
 
 
 @pytest.mark.parametrize(
