@@ -55,8 +55,6 @@ def start(*, timeout_s: float, meeting: Meeting | None = None) -> torch.device:
     device = of_rank(meeting.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     if not dist.is_initialized():
         dist.init_process_group(
             BACKEND,
@@ -72,7 +70,9 @@ def start(*, timeout_s: float, meeting: Meeting | None = None) -> torch.device:
 def keep_freed_memory() -> None:
     """glibc gives each large block back to the kernel when it is freed, and every step pays page faults to
     get it again (measured: 50,000 to 130,000 a step at model=small; with this, none). Elsewhere than on
-    glibc: nothing to set."""
+    glibc: nothing to set. Forked workers inherit it."""
+    if DEVICE_TYPE != "cpu":
+        return
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

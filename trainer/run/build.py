@@ -41,6 +41,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     facts = {**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__}
     refuse_disagreement(facts, agreed=meeting.agreed, gathered=meeting.gathered)
     program = program_of(config)
+    device.keep_freed_memory()
     stream = fork_stream(config, program, meeting)
     on = device.start(timeout_s=config.timeout_s, meeting=meeting)
     end_if_told(stop)
