@@ -49,7 +49,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TensorPiece:
     """A box of a tensor, and where it lies. A file may leave out leading sizes of 1."""
 
     file: str
@@ -59,15 +59,15 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """A tensor on disk."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
 
-Index = Mapping[str, Stored]
+Index = Mapping[str, StoredTensor]
 
 
 def write_shard(path: Path, pieces: dict[str, torch.Tensor]) -> None:
@@ -204,7 +204,7 @@ def key_of(name: str, offsets: Iterable[int]) -> str:
     return f"{name}@{','.join(map(str, offsets))}"
 
 
-def _index(name: str, piece: Piece) -> MetadataIndex:
+def _index(name: str, piece: TensorPiece) -> MetadataIndex:
     return MetadataIndex(name, torch.Size(piece.offsets))
 
 
@@ -221,17 +221,17 @@ def _entry(name: str, planned: Planned) -> dict[str, Any]:
     return {"dtype": NAMES[planned.dtype], "shape": planned.shape, "pieces": pieces}
 
 
-def _metadata(stored: Stored) -> TensorStorageMetadata:
+def _metadata(stored: StoredTensor) -> TensorStorageMetadata:
     chunks = [
         ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in stored.pieces
     ]
     return TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks)
 
 
-def _from_json(entry: Mapping[str, Any], *, where: str) -> Stored:
+def _from_json(entry: Mapping[str, Any], *, where: str) -> StoredTensor:
     with reading(where):
         pieces = tuple(
-            Piece(
+            TensorPiece(
                 file=plain_name(piece["file"]),
                 key=str(piece["key"]),
                 offsets=naturals(piece["offsets"]),
@@ -239,4 +239,4 @@ def _from_json(entry: Mapping[str, Any], *, where: str) -> Stored:
             )
             for piece in entry["pieces"]
         )
-        return Stored(dtype=DTYPES[entry["dtype"]], shape=naturals(entry["shape"]), pieces=pieces)
+        return StoredTensor(dtype=DTYPES[entry["dtype"]], shape=naturals(entry["shape"]), pieces=pieces)

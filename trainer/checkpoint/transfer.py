@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.layout import Plan, plan_of
 from trainer.checkpoint.storage import Index, SafetensorsReader, key_of, read_index
-from trainer.ranks.agree import gathered
+from trainer.ranks.agree import all_gather_objects
 
 # A single rank's saves and loads have no process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -77,24 +77,24 @@ def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[s
     """
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state)
-    wanted = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
     missing = [
-        f"{name}: is not in it, must be {shape}" for name, shape in wanted.items() if name not in index
+        f"{name}: is not in it, must be {shape}" for name, shape in shapes.items() if name not in index
     ]
-    both = [(name, index[name].shape, shape) for name, shape in wanted.items() if name in index]
+    present = [(name, index[name].shape, shape) for name, shape in shapes.items() if name in index]
     wrong = missing + [
-        f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape
+        f"{name}: has {held}, must be {shape}" for name, held, shape in present if held != shape
     ]
     pairs = [
         (name, index[name].dtype, tensor.dtype)
         for name, tensor in planner.state_dict.items()
         if name in index
     ]
-    wrong += [f"{name}: has {there}, must be {own}" for name, there, own in pairs if not converts(there, own)]
+    wrong += [f"{name}: has {held}, must be {ours}" for name, held, ours in pairs if not converts(held, ours)]
     if wrong:
         raise ValueError("\n".join([f"{directory}: {len(wrong)} tensors do not fit this run:", *wrong]))
     own = _attempted(lambda: _load(state, SafetensorsReader(directory, index), planner=planner))
-    if problem := next(filter(None, gathered(own)), None):
+    if problem := next(filter(None, all_gather_objects(own)), None):
         raise DamagedError(problem)
     return state
 

@@ -172,20 +172,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best_s
 
 
-def memory(device: torch.device) -> dict[str, float]:
-    """memory_gib [GiB]: the peak of this process so far, allocated on the GPU, resident on a CPU. On a GPU
-    also the peak of what the allocator holds, and how often it had to give blocks back to find room for
-    another: what lies between the first two is fragments.
-    """
+def memory_gib(device: torch.device) -> float:
+    """[GiB] Peak of this process so far: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
-        return {
-            "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
-            "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
-            "memory_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
-        }
+        return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
-    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """The metrics. On a GPU also the peak of what the allocator holds (what is above the other peak is
+    fragments), and how often it had to give blocks back to find room for another.
+    """
+    values = {"memory_gib": memory_gib(device)}
+    if device.type == "cuda":
+        values["memory_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+        values["memory_retries"] = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return values
 
 
 def onto(device: torch.device, plane: torch.Tensor) -> torch.Tensor:

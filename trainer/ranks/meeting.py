@@ -30,11 +30,11 @@ class Meeting:
 
     def gathered(self, value: Any) -> list[Any]:
         """Each rank's value, on all ranks. Collective."""
-        return [value] if self.num_ranks == 1 else agree.gathered(value)
+        return [value] if self.num_ranks == 1 else agree.all_gather_objects(value)
 
     def agreed(self, value: Any) -> Any:
         """Rank 0's value, on all ranks. Collective."""
-        return value if self.num_ranks == 1 else agree.agreed(value)
+        return value if self.num_ranks == 1 else agree.broadcast_object(value)
 
     def together(self, action: Callable[[], T]) -> T:
         """All ranks act; where one fails, all do. Collective.

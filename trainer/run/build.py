@@ -20,12 +20,12 @@ from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSSES, Now, Program, check_sources, program_of
+from trainer.program import LOSS_KEYS, Program, StepSettings, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.meeting import Meeting, meet
 from trainer.ranks.stop import StopRequest
-from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
+from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, run_directory
 from trainer.run.health import Health
 from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
@@ -38,7 +38,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     stop = stop or StopRequest()
     meeting = meet(timeout_s=config.timeout_s)
     end_if_told(stop, ask=meeting.gathered)
-    facts = {**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__}
+    facts = {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
     refuse_disagreement(facts, agreed=meeting.agreed, gathered=meeting.gathered)
     program = program_of(config)
     device.keep_freed_memory()
@@ -162,7 +162,7 @@ def refuse_late_fork(d: DataConfig) -> None:
 def build_stream(
     d: DataConfig,
     *,
-    first: Now,
+    first: StepSettings,
     seed: int,
     vocab_size: int,
     directory: Path,
@@ -222,17 +222,17 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
     nodes = {f"data.sources.{name}": d.sources[name] for name in sorted(d.sources)} or {
         "data.source": d.source
     }
-    found = dict[str, Source]()
+    sources = dict[str, Source]()
     for key, node in nodes.items():
         try:
-            found[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
+            sources[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
             raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
-        if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
+        if not hasattr(sources[key.removeprefix("data.sources.")], "fingerprint"):
             raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
-        if getattr(found[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
+        if getattr(sources[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
             raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
-    return found if d.sources else found["data.source"]
+    return sources if d.sources else sources["data.source"]
 
 
 def source_of(node: Any, *, cache_dir: str | None) -> Source:
@@ -241,10 +241,10 @@ def source_of(node: Any, *, cache_dir: str | None) -> Source:
     return instantiate(node, cache_dir=node.get("cache_dir") or cache_dir) if keeps else instantiate(node)
 
 
-def loss_weights(of: BalanceConfig | Now) -> LossWeights:
+def loss_weights(settings: BalanceConfig | StepSettings) -> LossWeights:
     """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
-    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
-    return LossWeights(**{name: getattr(of, key) for key, name in names.items()})
+    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSS_KEYS}
+    return LossWeights(**{name: getattr(settings, key) for key, name in names.items()})
 
 
 @contextmanager
