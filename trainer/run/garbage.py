@@ -7,7 +7,7 @@ looked through again.
 
 import gc
 
-EVERY = 100  # [steps]
+EVERY = 10  # [steps] a step leaves some 10,000 objects in cycles, which may hold tensors
 
 
 class Garbage:
