@@ -55,7 +55,9 @@ class BadDocument(Exception):
 
 
 class Source(Protocol):
-    """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`."""
+    """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`. One
+    whose documents have masks says so: `masks = True`.
+    """
 
     fingerprint: str  # which corpus this is: equal on every machine that holds the same one
 
