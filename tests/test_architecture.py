@@ -111,6 +111,7 @@ WALLS = {
     "gigatoken": ["data."],
     "plotly": ["lab.page"],
     "transformers": ["weights.verify"],
+    "lm_eval": ["evaluate.harness"],
     "huggingface_hub": ["weights.pretrained"],
     "safetensors": ["checkpoint."],
     "xxhash": ["checkpoint.", "data."],  # both keep files whose content must be what was written
@@ -204,6 +205,7 @@ def test_no_test_imports_from_another() -> None:
         ("ranks.stop", "from trainer.config import Config"),
         ("model.hf", "from transformers import AfmoeForCausalLM"),
         ("train", "import transformers"),
+        ("evaluate.tasks", "from lm_eval import simple_evaluate"),
         ("balance", "from trainer.config import Config"),
         ("ranks.device", "from trainer import balance"),
         ("model.moe", "from . import afmoe"),

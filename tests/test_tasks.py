@@ -5,6 +5,7 @@ writes.
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.config import ConfigError, load
 from trainer.data import PythonSource, load_tokenizer
-from trainer.evaluate import Needles, Task, measure, packed
+from trainer.evaluate import Needles, Task, harness, measure, packed
 from trainer.evaluate.__main__ import main as evaluate
 from trainer.evaluate.needles import NEEDLE
 from trainer.evaluate.sets import Material
-from trainer.evaluate.tasks import answer_example
+from trainer.evaluate.tasks import answer_example, joined
 from trainer.weights.export import main as export
 
 TASKS = Path(__file__).parent / "tasks"
@@ -50,7 +51,7 @@ def scored_one_by_one(overrides: list[str], path: Path) -> dict[str, float]:
         gold, scores = question.get("gold", 0), []
         for choice in question["choices"]:
             whole = tokenizer.encode(question["context"] + choice).ids
-            start = len(tokenizer.encode(question["context"].rstrip(" ")).ids)
+            start = len(tokenizer.encode(question["context"].rstrip()).ids)
             with torch.no_grad():
                 logits = model(torch.tensor([whole[:-1]]))[0].double()[start - 1 :]
             labels = torch.tensor(whole[start:])
@@ -90,6 +91,14 @@ def test_tasks_are_scored_as_choice_by_choice(tmp_path, num_ranks):
                 if key in result:
                     assert result[key] == pytest.approx(expected[key], rel=1e-5), key
             assert ("accuracy" in result) == (name != "repeat")  # a cloze has one choice
+
+
+def test_white_space_at_the_end_of_a_context_belongs_to_the_choice(tokenizer):
+    """As in lm-evaluation-harness, which strips all of it, also ends of lines."""
+    for space in (" ", "\n", " \n\t "):
+        ids, num_context = joined(tokenizer, f"x = 1{space}", "y")
+        assert tokenizer.decode(ids[:num_context]) == "x = 1"
+        assert tokenizer.decode(ids[num_context:]) == f"{space}y"
 
 
 def greedy(overrides: list[str]) -> tuple[list, list]:
@@ -269,3 +278,39 @@ def test_files_and_needles_that_cannot_be_are_refused(tmp_path, tokenizer):
         Needles(lengths=[100], depths=[120])
     with pytest.raises(ConfigError, match=r"keys=1000: must be at most 300"):
         Needles(lengths=[100], keys=1000)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--harness=mine"], r"needs lm_eval, accelerate: pip install 'triquetra\[harness\]'"),
+        (["--harness", "mine", "100"], "has no steps or settings of ours; leave out 100"),
+        (["--include-path", "tasks"], "is where --harness=TASK finds tasks of yours; give both"),
+        (["--harnes=mine"], "unrecognized arguments: --harnes=mine"),
+    ],
+)
+def test_what_a_harness_needs_is_said_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+    """Where the package is not installed, too: here it never is."""
+    monkeypatch.setattr(harness, "find_spec", lambda name: None if name != "transformers" else name)
+    assert evaluate([str(tmp_path), *words]) == 2
+    assert re.search(message, text := capsys.readouterr().err) and len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "message"),
+    [
+        ([], [], "--harness takes a directory of exported weights; `triquetra export RUN OUT` makes one"),
+        (["config.json"], [], "has no tokenizer.json, and the tasks of a harness are text"),
+        (
+            ["config.json", "tokenizer.json"],
+            ["--include-path=absent"],
+            r"--include-path=absent: holds no \*\.yaml; give the directory of your tasks",
+        ),
+    ],
+)
+def test_what_a_harness_cannot_read_is_refused(tmp_path, monkeypatch, capsys, files, words, message):
+    monkeypatch.setattr(harness, "find_spec", lambda name: name)
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert evaluate([str(tmp_path), "--harness=mine", *words]) == 2
+    assert re.search(message, text := capsys.readouterr().err) and len(text.splitlines()) == 1

@@ -4,12 +4,14 @@
     triquetra evaluate runs/demo 100 200 evaluate=held_out    these steps
     triquetra evaluate runs/demo all 'evaluate.x={_target_: trainer.evaluate.Task, path: x.jsonl}'
     triquetra evaluate out 'evaluate.x={...}'                 a directory that `triquetra export` has made
+    triquetra evaluate out --harness arc_easy,mine --include-path tasks     its tasks by lm-evaluation-harness
     torchrun --nproc-per-node 4 -m trainer.evaluate runs/demo parallel=fsdp
 
 Settings are the run's own, with overrides. Results of a run go into its evaluations.jsonl, unless the run is
 training just now. Exit codes: 0 done · 1 a checkpoint is damaged · 2 refused · 4 data cannot be read.
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from trainer import terminal
 from trainer.checkpoint import Checkpoints, DamagedError, Found
 from trainer.config import Config, ConfigError, load, reread
 from trainer.data import BadDocument, DataError
+from trainer.evaluate.harness import lines_of, run_harness
 from trainer.evaluate.start import start_evaluations
 from trainer.metrics import EVALUATIONS, scalars
 from trainer.model.hf import KEYS
@@ -34,6 +37,7 @@ from trainer.records import write_text
 from trainer.run.build import build, refusing
 from trainer.run.saving import load_checkpoint
 from trainer.run.state import Run
+from trainer.weights.export import OneLineParser
 from trainer.weights.pretrained import start_from
 
 DAMAGED = 1
@@ -61,15 +65,40 @@ def command(words: list[str]) -> int:
     if not words or {"-h", "--help"} & set(words):
         print(__doc__.rstrip())
         return OK if words else REFUSED
-    overrides = [word for word in words if "=" in word]
-    path, *steps = (word for word in words if "=" not in word)
-    directory = Path(path)
+    options = parsed(words)
+    directory, overrides = options.path, [word for word in options.words if "=" in word]
+    steps = [word for word in options.words if "=" not in word]
+    if options.harness is not None:
+        return of_harness(options)
     with StopRequest() as stop, tempfile.TemporaryDirectory() as scratch:
         if (directory / "checkpoints").is_dir():
             return of_run(directory, steps, overrides, stop=stop)
         if (directory / "config.json").is_file():
             return of_export(directory, steps, overrides, scratch=scratch, stop=stop)
-    raise ConfigError(f"{path}: is neither a run's directory nor one that `triquetra export` has made")
+    raise ConfigError(f"{directory}: is neither a run's directory nor one that `triquetra export` has made")
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """Raises: ConfigError."""
+    parser = OneLineParser(prog="triquetra evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("path", type=terminal.path)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--harness", metavar="TASK[,TASK]")
+    parser.add_argument("--include-path", metavar="DIR", type=terminal.path)
+    options = parser.parse_intermixed_args(words)
+    if options.include_path is not None and options.harness is None:
+        parser.error("--include-path: is where --harness=TASK finds tasks of yours; give both")
+    return options
+
+
+def of_harness(options: argparse.Namespace) -> int:
+    if options.words:
+        unread = " ".join(options.words)
+        raise ConfigError(f"--harness: has no steps or settings of ours; leave out {unread}")
+    tasks = [task for task in options.harness.split(",") if task]
+    results = run_harness(options.path, tasks, include_path=options.include_path)
+    print("\n".join(lines_of(results)), flush=True)
+    return OK
 
 
 def of_run(directory: Path, steps: Sequence[str], overrides: list[str], *, stop: StopRequest) -> int:
@@ -106,6 +135,13 @@ def of_export(
 ) -> int:
     if steps:
         raise ConfigError(f"{directory}: has no steps, it was exported from one; leave out {' '.join(steps)}")
+    run = exported(directory, overrides, scratch=scratch, stop=stop)
+    made(run)
+    return run.stop.agreed or OK
+
+
+def exported(directory: Path, overrides: list[str], *, scratch: str, stop: StopRequest) -> Run:
+    """A run that has the weights of an export, and its evaluations. Raises: ConfigError."""
     shape = json.loads((directory / "config.json").read_text())
     model = [f"model.{ours}={shape[theirs]}" for ours, theirs in KEYS.items() if theirs in shape]
     files = [f"init_from={directory}", f"name={directory.name}", f"run_dir={scratch}", "data.workers=0"]
@@ -116,8 +152,7 @@ def of_export(
     run = started(config, stop=stop)
     with refusing():
         run.load_state_dict(start_from(config, run.state_dict(["model"]), run.stream.tokenizer))
-    made(run)
-    return run.stop.agreed or OK
+    return run
 
 
 def started(config: Config, *, stop: StopRequest) -> Run:

@@ -6,8 +6,8 @@ A task is a file of JSON lines:
     {"context": "2 + 2 =", "choices": [" 4"]}                          one choice: cloze, gold is 0
 
 Context and choice are joined as they are, so a choice begins with its own space. They are cut into tokens as
-lm-evaluation-harness does it: spaces at the end of the context go to the choice, and the choice's tokens are
-those of the joined text behind as many as the context has alone.
+lm-evaluation-harness does it: white space at the end of the context goes to the choice, and the choice's
+tokens are those of the joined text behind as many as the context has alone.
 """
 
 import json
@@ -146,7 +146,7 @@ def examples_of(questions: Sequence[Question], material: Material, *, seq_len: i
 
 def joined(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int], int]:
     """The tokens of both, and how many of them are the context's."""
-    bare = context.rstrip(" ")
+    bare = context.rstrip()
     whole = tokenizer.encode(context + choice, add_special_tokens=False).ids
     return whole, len(tokenizer.encode(bare, add_special_tokens=False).ids)
 
