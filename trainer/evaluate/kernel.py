@@ -52,9 +52,9 @@ def measure(run: Run, part: Part, *, heartbeat: Callable[[], None] = lambda: Non
     sums_3G = torch.zeros(3, part.num_groups, dtype=torch.float64, device=run.device)
     with evaluating(run) as use_of_layers:
         for i, batch in enumerate(batches):
+            heartbeat()
             if i % ASK_EVERY == 0 and is_told_to_stop(run):
                 return None
-            heartbeat()
             tokens_BL, labels_BL, positions_BL, groups_BL = (plane.to(run.device) for plane in batch)
             run.model(tokens_BL, positions_BL, labels_BL, Groups(groups_BL.flatten(), sums_3G))
         packed = torch.cat([sums_3G.flatten(), *use_of_layers])

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -139,11 +139,15 @@ class Validation(_Sets):
 
 
 def in_order(source: Source) -> Iterator[Document]:
-    """The documents of a source, by number; unusable ones are passed over."""
-    once = takewhile(lambda i: i < (source.num_rows or i + 1), count())  # of a stream that begins again
-    for i in range(len(source)) if isinstance(source, Sized) else once:
+    """The documents of a source, by number, each once; unusable ones are passed over."""
+    for i in range(len(source)) if isinstance(source, Sized) else count():
+        document = None
         with suppress(BadDocument):
-            yield source[i]
+            document = source[i]
+        if not isinstance(source, Sized) and source.num_rows is not None and i >= source.num_rows:
+            return  # it has begun again
+        if document is not None:
+            yield document
 
 
 def held_out(source: Source, share: float) -> Iterator[Document]:
