@@ -22,6 +22,7 @@ OF_A_RUN = (  # what a run writes into its directory itself
     "bad_documents.*",
     "stacks.*",
     "lock",
+    "profile",
     "tensorboard",
     "wandb",
 )
