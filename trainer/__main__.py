@@ -3,6 +3,8 @@
     triquetra train       train a model                       triquetra train experiment=demo
     triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
     triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
+    triquetra watch       a run, live in the terminal         triquetra watch runs/demo
+    triquetra report      what runs did, as one HTML page     triquetra report runs/demo
     triquetra export      weights that transformers loads     triquetra export runs/demo out --verify
     triquetra checkpoint  list, verify, rewind                triquetra checkpoint list runs/demo
     triquetra ablate      a study: arms x seeds               triquetra ablate study=rules
@@ -23,6 +25,8 @@ COMMANDS = {
     "train": "trainer.train",
     "simulate": "trainer.lab.simulate.__main__",
     "preview": "trainer.lab.preview.__main__",
+    "watch": "trainer.lab.watch.__main__",
+    "report": "trainer.lab.report.__main__",
     "export": "trainer.weights.export",
     "checkpoint": "trainer.checkpoint.__main__",
     "ablate": "trainer.lab.ablate.__main__",
