@@ -43,14 +43,48 @@ def load(overrides: list[str]) -> Config:
     return config
 
 
-def reread(path: Path) -> Config:
+def reread(path: Path, overrides: list[str] | None = None) -> Config:
     """The configuration that a run wrote as its config.yaml, perhaps elsewhere: nothing in it is resolved.
+    overrides: key=value and group=choice, as on a command line; then all of it is checked.
+
     Raises: ConfigError if it has other keys than this version, or a shape that no model has.
     """
-    config = filled(Config, read_plain(path), where=f"{path}: ")
+    values = read_plain(path)
+    if overrides is not None:
+        _check_text(overrides)
+        for override in overrides:
+            _override(values, override)
+        check_targets(OmegaConf.create(values))
+    config = filled(Config, values, where=f"{path}: ")
     check_values(config.model, where=f"{path}: model.")
+    if overrides is not None:
+        check(config)
     config.stage = {name: _span(name, values) for name, values in config.stage.items()}
     return config
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one key of nested values. Raises: ConfigError."""
+    name, is_given, text = override.partition("=")
+    *path, key = name.split(".")
+    if not is_given or not all([*path, key]):
+        raise ConfigError(f"{override!r}: must be key=value or group=choice")
+    file = CONFIG_DIR / name / f"{text}.yaml"
+    if not path and (CONFIG_DIR / name).is_dir() and not text.startswith("{"):
+        if not file.is_file():
+            names = ", ".join(sorted(file.stem for file in (CONFIG_DIR / name).glob("*.yaml")))
+            raise ConfigError(f"{override!r}: must be one of {names}")
+        value = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    else:
+        try:
+            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
+        except REFUSALS as error:
+            raise ConfigError(f"{override!r}: is no YAML ({' '.join(str(error).split())})") from None
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {part} has no keys")
+    values[key] = value
 
 
 def _span(name: str, values: Any) -> SpanConfig:
