@@ -1,7 +1,8 @@
 """What could the model do, and where? Any evaluation is drawn by the shape of its result.
 
-A number is a curve; `by_...` is a table, and its loss a curve for each entry; `experts` is the use of experts
-by domain; `needles`, a list of {length, depth, exact, total}, is a heat map.
+A float is a curve; `by_...` is a table, and its loss a curve for each entry; `experts` is the use of experts
+of each domain; `needles`, a list of {length, depth, exact, total}, is a heat map: depth in %, `exact` the
+share of `total` samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ UNITS = {
     "perplexity": "exp(loss)",
     "accuracy": "share of the targets",
 }
-NOT_CURVES = ("step", "tokens", "seconds", "targets", "documents")
+COUNTS = ("documents", "targets", "questions")
 MAX_ROWS = 60  # of a table
 MAX_LINES = 12  # of a figure
 MAX_DOMAINS = 6  # drawn as heat maps
@@ -44,16 +45,13 @@ def draw_evaluations(d: Drawing) -> None:
 
 def draw_evaluation(d: Drawing, name: str, of_run: Sequence[tuple[Group, Records, list[Result]]]) -> None:
     last = of_run[0][2][-1]
-    about = [f"{last[key]:,} {key}" for key in ("documents", "targets") if is_number(last.get(key))]
+    about = [f"{last[key]:,} {key}" for key in COUNTS if is_number(last.get(key))]
     text = f"{len(of_run[0][2])} times so far{'' if not about else ', on ' + ' with '.join(about)}."
     d.page.section(f"Evaluation: {name}", text)
     numbers = dict.fromkeys(
-        key
-        for _, _, results in of_run
-        for e in results
-        for key, x in e.items()
-        if is_number(x) and key not in NOT_CURVES
+        key for _, _, results in of_run for e in results for key, x in e.items() if isinstance(x, float)
     )
+    numbers.pop("seconds", None)
     for key in numbers:
         lines = [curve(d, group, key, results, key) for group, _, results in of_run]
         d.figure(lines, title=key.replace("_", " ").capitalize(), unit=UNITS.get(key, ""), markers=True)
@@ -264,16 +262,15 @@ def draw_needles(d: Drawing, needles: Sequence[Any], which: str) -> None:
     """How often what was hidden at a depth of a context of some length was given back exactly."""
     keys = ("length", "depth", "exact", "total")
     rows = [n for n in needles if isinstance(n, Mapping) and all(is_number(n.get(key)) for key in keys)]
-    rows = [n for n in rows if n["total"]]
     if not rows:
         return
     lengths, depths = (sorted({n[key] for n in rows}) for key in ("length", "depth"))
     share = np.full((len(depths), len(lengths)), np.nan)
     for n in rows:
-        share[depths.index(n["depth"]), lengths.index(n["length"])] = n["exact"] / n["total"]
-    y = [f"{depth:.0%}" if 0 <= depth <= 1 else number(depth) for depth in depths]
+        share[depths.index(n["depth"]), lengths.index(n["length"])] = n["exact"]
+    y = [f"{depth:g} %" for depth in depths]
     trace = heatmap(share, [number(x) for x in lengths], y)
-    trace |= {"zmin": 0, "zmax": 1, "hovertemplate": "%{x} tokens, depth %{y}: %{z:.0%}<extra></extra>"}
+    trace |= {"zmin": 0, "zmax": 1, "hovertemplate": "%{x} tokens, at %{y}: %{z:.0%}<extra></extra>"}
     axes = {
         "xaxis": {"title": {"text": "length of the context, tokens"}, "type": "category"},
         "yaxis": {"title": {"text": "depth"}, "type": "category", "autorange": "reversed"},

@@ -92,7 +92,7 @@ def draw_layers(d: Drawing) -> None:
     runs = [run for group in d.groups for run in group.runs]
     if len(runs) == 1 and (bins := bins_of(runs[0])) is not None:
         by_layer(d, bins, bins.load_TME.max(-1) - 1, title="MaxVio of layers", unit=EVEN)
-        by_layer(d, bins, bins.load_TME.min(-1), title="Least load of layers", unit=EVEN)
+        by_layer(d, bins, bins.load_TME.min(-1), title="Least load of layers", unit=EVEN, colours=LOW_IS_BAD)
         spread = bins.bias_TM5[..., -1] - bins.bias_TM5[..., 0]
         by_layer(
             d,
@@ -148,7 +148,20 @@ def layer_row(run: Records, m: int) -> list[Cell]:
     return [Cell(str(m), value=m), *cells, Cell(number(stability), value=stability, tone=tone)]
 
 
-def by_layer(d: Drawing, bins: Bins, x_TM: np.ndarray, *, title: str, unit: str, text: str = "") -> None:
+HIGH_IS_BAD = [[0, "var(--even)"], [0.5, "var(--over1)"], [0.75, "var(--over2)"], [1, "var(--over3)"]]
+LOW_IS_BAD = [[0, "var(--under3)"], [0.25, "var(--under2)"], [0.5, "var(--under1)"], [1, "var(--even)"]]
+
+
+def by_layer(
+    d: Drawing,
+    bins: Bins,
+    x_TM: np.ndarray,
+    *,
+    title: str,
+    unit: str,
+    text: str = "",
+    colours: list[list[Any]] = HIGH_IS_BAD,
+) -> None:
     """Lines of few layers, a heat map of many."""
     group, num_layers = d.groups[0], x_TM.shape[1]
     if not np.isfinite(x_TM).any():
@@ -159,28 +172,22 @@ def by_layer(d: Drawing, bins: Bins, x_TM: np.ndarray, *, title: str, unit: str,
         return
     x_TM, steps_T = thinned(x_TM, bins.last_T)
     axis = d.axis_at(group, steps_T.tolist())
-    size = d.units["tokens"][0]
     trace = {
         "type": "heatmap",
-        "x": typed(d.axes[axis]["tokens"] / size),
+        "x": typed(d.axes[axis]["tokens"] / d.units["tokens"][0]),
         "axis": axis,
         "y": list(range(num_layers)),
         "z": matrix(x_TM.T),
-        "colorscale": [
-            [0, "var(--even)"],
-            [0.5, "var(--over1)"],
-            [0.75, "var(--over2)"],
-            [1, "var(--over3)"],
-        ],
+        "colorscale": colours,
         "colorbar": {"thickness": 10, "outlinewidth": 0},
         "hovertemplate": "layer %{y}: %{z:.3~g}<extra></extra>",
     }
     layout = d.layout() | {"yaxis": {"title": {"text": "MoE layer"}}, "hovermode": "closest"}
-    d.page.figure([trace], layout, title=title, unit=unit, text=text, height=300, half=True, link="run")
+    d.page.figure([trace], layout, title=title, unit=unit, text=text, half=True, link="run")
 
 
 def thinned(x_TM: np.ndarray, steps_T: np.ndarray, *, at_most: int = 160) -> tuple[np.ndarray, np.ndarray]:
-    """The worst of neighbouring bins is not lost in a mean: of each stretch the last bin is drawn."""
+    """Of each stretch the last bin is drawn: a mean would hide the worst."""
     kept = np.unique(np.linspace(0, len(steps_T) - 1, min(at_most, len(steps_T))).astype(int))
     return x_TM[kept], steps_T[kept]
 

@@ -32,12 +32,11 @@ def verdict(run: Records) -> Cell:
     tail_ME = tail_of(run)
     if tail_ME is None:
         return Cell("no verdict yet", tone="warn")
-    few = int((tail_ME < COLLAPSED).sum())
+    few, so_far = int((tail_ME < COLLAPSED).sum()), "" if run.is_done else " so far"
     if few:
-        return Cell(
-            f"so far, {few} of {tail_ME.size} experts get under {COLLAPSED:.0%} of their share", tone="bad"
-        )
-    return Cell(f"so far all {tail_ME.size} experts are alive", tone="good")
+        text = f"{few:,} of {tail_ME.size:,} experts have less than {COLLAPSED:.0%} of their share{so_far}"
+        return Cell(text, tone="bad")
+    return Cell(f"all {tail_ME.size:,} experts are alive{so_far}", tone="good")
 
 
 def state(run: Records) -> str:
