@@ -375,6 +375,38 @@ def test_a_run_from_before_a_file_was_kept_has_a_report(tmp_path, name):
     assert "Gradient norm" in page_of(run, out=tmp_path / "a.html").text
 
 
+def test_results_that_nobody_expects_do_no_harm(tmp_path):
+    run = small(tmp_path / "a")
+    odd = [
+        {},
+        [],
+        "word",
+        None,
+        float("nan"),
+        [[1], [1, 2]],
+        [{"from": 1}],
+        {"a": [1, "b"]},
+        {"a": {"loss": None}},
+    ]
+    for value in odd:
+        keys = ("loss", "by_part", "experts", "needles", "questions")
+        inner = {
+            "load": value,
+            "confidence": value,
+            "specialisation": value,
+            "overlap": {"a": value, "a | b": value},
+        }
+        add(
+            run / "evaluations.jsonl",
+            {"step": 1, "evaluation": "odd", **dict.fromkeys(keys, value)},
+            {"step": 2, "evaluation": "inner", "experts": inner, "needles": [value]},
+        )
+        add(run / "starts.jsonl", {"step": value, "changed": value, "program": value, "tokens": value})
+        add(run / "alarms.jsonl", {"step": value, "text": value})
+        page_of(run, out=tmp_path / "a.html")
+        page_of(run, small(tmp_path / f"b{odd.index(value)}"), out=tmp_path / "a.html")
+
+
 def test_a_run_of_one_step_has_a_report(tmp_path):
     assert "Every step is drawn" in page_of(small(tmp_path / "a", steps=1), out=tmp_path / "a.html").text
 

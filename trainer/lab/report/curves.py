@@ -5,6 +5,7 @@ All figures of a page share their axis along x: report.js swaps it in all of the
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from trainer.lab.report.thin import Group, Line
 
 AXES = {"tokens": ("tokens seen", "tokens"), "flop": ("FLOP spent", "FLOP"), "step": ("step", "")}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+MARKED = 40  # points of an evaluation's line that are marked
 DECADES = [10.0**power for power in range(-12, 13)]
 
 
@@ -93,6 +95,7 @@ class Drawing:
         unless_zero: bool = False,
     ) -> None:
         """Nothing if there is no line. unless_zero: and nothing if all are zero."""
+        lines = [line for line in lines if np.isfinite(line.line.mean_P).any()]
         if not lines or (unless_zero and not any(np.nan_to_num(line.line.mean_P).any() for line in lines)):
             return
         keys = list(dict.fromkeys(line.key for line in lines))
@@ -106,6 +109,8 @@ class Drawing:
             "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
         }
         layout["margin"]["t"] += 16 * (len(keys) > 1)
+        if num_groups > 1 and len(keys) > 1:
+            data = [{**trace, "showlegend": False} for trace in data] + dashes_of(keys)
         self.page.figure(
             data,
             layout,
@@ -135,7 +140,8 @@ class Drawing:
             "width": 1.8,
             "dash": DASHES[index % len(DASHES)] if num_groups > 1 else "solid",
         }
-        mode = {"mode": "lines+markers", "marker": {"size": 5}} if markers or len(shown[0]) == 1 else {}
+        few = len(shown[0]) <= MARKED * markers or np.isfinite(shown[0]).sum() == 1
+        mode = {"mode": "lines+markers", "marker": {"size": 5}} if few else {}
         drawn = {**common, **mode, "y": typed(shown[0]), "name": escape(name), "line": stroke}
         traces = [{**drawn, "hovertemplate": "%{y:.4~g}"}]
         if len(shown) == 3:
@@ -201,9 +207,18 @@ def marks(group: Group, axis: str) -> tuple[list[tuple[str, float, float]], list
     }
     reached = [span for span in run.spans if span["start"] < group.axes["tokens"][-1]]
     spans = [(str(span.get("span") or ""), at[span["start"]], at[span["end"]]) for span in reached]
-    restarts = [line.get("step") for line in [*run.starts[1:], *run.roll_backs]]
-    steps = [step for step in restarts if isinstance(step, int)]
+    steps = [line["step"] for line in [*run.starts[1:], *run.roll_backs]]
     return spans, [float(x) for x in group.axes_at(steps)[axis]]
+
+
+def dashes_of(keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The legend of a figure of several groups, whose colours the page's legend has: which dash is what."""
+    line = {"color": "var(--muted)", "width": 1.8}
+    entries = zip(keys, cycle(DASHES), strict=False)
+    return [
+        {"x": [None], "y": [None], "mode": "lines", "name": escape(key), "line": {**line, "dash": dash}}
+        for key, dash in entries
+    ]
 
 
 def labels_of(spans: Sequence[tuple[str, float, float]], size: float) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.lab.page import Cell, Column, number
+from trainer.lab.page import Cell, Column, number, typed
 from trainer.lab.report.curves import Drawing, Named
 from trainer.lab.report.plots import EVEN
 from trainer.lab.report.read import Records, is_number
@@ -56,8 +56,9 @@ def draw_evaluation(d: Drawing, name: str, of_run: Sequence[tuple[Group, Records
         lines = [curve(d, group, key, results, key) for group, _, results in of_run]
         d.figure(lines, title=key.replace("_", " ").capitalize(), unit=UNITS.get(key, ""), markers=True)
     tables = dict.fromkeys(key for _, _, results in of_run for key in results[-1] if key.startswith("by_"))
-    for key in tables:
-        draw_parts(d, key, of_run)
+    for draw in (draw_parts, draw_table):
+        for key in tables:
+            draw(d, key, of_run)
     for _, run, results in of_run:
         which = f" of {run.name}" if len(of_run) > 1 else ""
         if isinstance(experts := results[-1].get("experts"), Mapping):
@@ -94,22 +95,21 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 
 def draw_parts(d: Drawing, key: str, of_run: Sequence[tuple[Group, Records, list[Result]]]) -> None:
-    title = key.replace("_", " ").capitalize()
-    if len(of_run) == 1:
-        group, _, results = of_run[0]
-        named = list(entries(results[-1].get(key)))[:MAX_LINES]
-        lines = [
-            curve(
-                d,
-                group,
-                "loss",
-                [{"step": e["step"], **entries(e.get(key)).get(part, {})} for e in results],
-                part,
-            )
-            for part in named
-            if is_number(entries(results[-1].get(key))[part].get("loss"))
-        ]
-        d.figure(lines, title=f"Loss {title.lower()}", unit=UNITS["loss"], markers=True)
+    """Of one run: the loss of each entry over the evaluations."""
+    if len(of_run) > 1:
+        return
+    group, _, results = of_run[0]
+    parts = [{"step": e["step"], "parts": entries(e.get(key))} for e in results]
+    lines = [
+        curve(d, group, "loss", [{"step": e["step"], **e["parts"].get(part, {})} for e in parts], part)
+        for part in list(parts[-1]["parts"])[:MAX_LINES]
+    ]
+    title = f"Loss {key.replace('_', ' ')}"
+    d.figure(lines, title=title, unit=UNITS["loss"], markers=True)
+
+
+def draw_table(d: Drawing, key: str, of_run: Sequence[tuple[Group, Records, list[Result]]]) -> None:
+    """The entries of each run's newest result."""
     rows = [
         (run, part, values)
         for _, run, results in of_run
@@ -119,66 +119,72 @@ def draw_parts(d: Drawing, key: str, of_run: Sequence[tuple[Group, Records, list
     if not columns:
         return
     several = len(of_run) > 1
-    head = [*([Column("Run", text=True)] if several else []), Column(title, text=True)]
+    head = [*([Column("Run", text=True)] if several else [])]
+    head += [Column(key.replace("_", " ").capitalize(), text=True)]
     head += [Column(name.replace("_", " ")) for name in columns]
     body = []
     for i, (run, part, values) in enumerate(rows[:MAX_ROWS]):
-        cells = [
-            Cell(number(x) if is_number(x) else "–", value=x if is_number(x) else None)
-            for x in map(values.get, columns)
-        ]
+        cells = [number_cell(values.get(name)) for name in columns]
         body.append([*([Cell(run.name, value=run.name)] if several else []), Cell(part, value=i), *cells])
     d.page.table(head, body)
     if len(rows) > MAX_ROWS:
         d.page.text(f"{len(rows) - MAX_ROWS} more rows are in evaluations.jsonl.", dim=True)
 
 
+def number_cell(value: Any) -> Cell:
+    return Cell(number(value), value=value) if is_number(value) else Cell("–")
+
+
 # -- use of experts by domain --
 
 
 def draw_use(d: Drawing, experts: Mapping[str, Any], which: str, *, with_maps: bool) -> None:
-    load = {str(name): x for name, x in (experts.get("load") or {}).items()}
-    special = experts.get("specialisation")
-    if isinstance(special, list) and special:
-        trace = {
-            "type": "bar",
-            "x": list(range(len(special))),
-            "y": special,
-            "marker": {"color": "var(--c0)"},
-            "hovertemplate": "layer %{x}: %{y:.3f}<extra></extra>",
-        }
-        layout = {
-            "xaxis": {"title": {"text": "MoE layer"}},
-            "yaxis": {"rangemode": "tozero"},
-            "hovermode": "closest",
-        }
-        text = "0: all domains use the experts alike; 1: no two share one."
-        d.page.figure(
-            [trace],
-            layout,
-            title=f"Specialisation of layers{which}",
-            unit="1",
-            text=text,
-            height=240,
-            half=True,
-        )
-    if isinstance(overlap := experts.get("overlap"), Mapping) and overlap:
+    load = {
+        name: array for name, x in items_of(experts, "load") if (array := array_of(x, ndim=2)) is not None
+    }
+    if (special_M := array_of(experts.get("specialisation"), ndim=1)) is not None:
+        draw_specialisation(d, special_M, which)
+    if overlap := dict(items_of(experts, "overlap")):
         draw_overlap(d, overlap, which)
-    if isinstance(confidence := experts.get("confidence"), Mapping) and confidence:
-        head = [
-            Column("Domain", text=True),
-            Column("Confidence", "share", "Of a token's gates, the largest one's share."),
-        ]
+    if confidence := dict(items_of(experts, "confidence")):
+        head = [Column("Domain", text=True)]
+        head += [Column("Confidence", "share", "Of a token's gates, the largest one's share.")]
         head += [Column("Busiest", EVEN), Column("Least", EVEN)]
-        d.page.table(head, [use_row(str(name), x, load.get(str(name))) for name, x in confidence.items()])
+        d.page.table(head, [use_row(name, x, load.get(name)) for name, x in confidence.items()])
     for name, load_ME in list(load.items())[: MAX_DOMAINS * with_maps]:
-        draw_domain(d, name, np.array(load_ME, dtype=float))
+        draw_domain(d, name, load_ME)
 
 
-def use_row(name: str, confidence: Any, load_ME: Any) -> list[Cell]:
-    extremes = [np.max(load_ME), np.min(load_ME)] if load_ME is not None else [None, None]
-    values = [confidence if is_number(confidence) else None, *extremes]
-    return [Cell(name, value=name), *(Cell(number(x), value=None if x is None else float(x)) for x in values)]
+def items_of(experts: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    value = experts.get(key)
+    return [(str(name), x) for name, x in value.items()] if isinstance(value, Mapping) else []
+
+
+def array_of(value: Any, *, ndim: int) -> np.ndarray | None:
+    """None if it is no array of numbers of so many dimensions."""
+    try:
+        array = np.array(value, dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return array if array.ndim == ndim and array.size else None
+
+
+def draw_specialisation(d: Drawing, special_M: np.ndarray, which: str) -> None:
+    bars = {"type": "bar", "x": list(range(len(special_M))), "y": typed(special_M)}
+    look = {"marker": {"color": "var(--c0)"}, "hovertemplate": "layer %{x}: %{y:.3f}<extra></extra>"}
+    layout = {
+        "xaxis": {"title": {"text": "MoE layer"}, "type": "category"},
+        "yaxis": {"rangemode": "tozero"},
+        "hovermode": "closest",
+    }
+    text = "0: all domains use the experts alike; 1: no two share one."
+    title = f"Specialisation of layers{which}"
+    d.page.figure([bars | look], layout, title=title, unit="1", text=text, height=240, half=True)
+
+
+def use_row(name: str, confidence: Any, load_ME: np.ndarray | None) -> list[Cell]:
+    extremes = [None, None] if load_ME is None else [float(load_ME.max()), float(load_ME.min())]
+    return [Cell(name, value=name), *map(number_cell, [confidence, *extremes])]
 
 
 def draw_overlap(d: Drawing, overlap: Mapping[str, Any], which: str) -> None:

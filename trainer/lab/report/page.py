@@ -13,7 +13,7 @@ from trainer.lab.page import HEATMAP, Cell, Column, Page, series
 from trainer.lab.report.curves import Drawing
 from trainer.lab.report.evaluations import draw_evaluations
 from trainer.lab.report.plots import LOSS, RUN, Plot
-from trainer.lab.report.read import Records
+from trainer.lab.report.read import Records, is_number
 from trainer.lab.report.router import draw_router, heat_data
 from trainer.lab.report.summary import SIGNS, compact, heading, state, step_seconds, tiles_of, verdict
 from trainer.lab.report.thin import Group, differences, groups_of
@@ -165,12 +165,13 @@ def share_of(run: Records, name: str) -> np.ndarray:
 
 def wanted(run: Records, name: str) -> np.ndarray:
     """By the span in which each step begins; nan where it has no mixture."""
-    ends_N = run.columns.get("tokens")
-    wanted_N = np.full(len(ends_N), np.nan)
+    begins_N = np.concatenate([[0], run.columns.get("tokens")[:-1]])
+    wanted_N = np.full(len(begins_N), np.nan)
     for span in run.spans:
-        if weights := span.get("mixture"):
-            share = weights.get(name, 0.0) / (sum(weights.values()) or 1.0)
-            wanted_N[(ends_N > span["start"]) & (ends_N <= span["end"])] = share
+        weights = span.get("mixture")
+        if isinstance(weights, dict) and all(map(is_number, weights.values())) and sum(weights.values()):
+            is_inside = (begins_N >= span["start"]) & (begins_N < span["end"])
+            wanted_N[is_inside] = weights.get(name, 0.0) / sum(weights.values())
     return wanted_N
 
 
@@ -195,14 +196,13 @@ def draw_starts(page: Page, runs: Sequence[Records]) -> None:
 
 
 def start_row(line: dict[str, Any]) -> list[Cell]:
-    step = line.get("step", 0)
+    step = line["step"]
     if line.get("rolled_back"):
         what = f"rolled back, {line.get('passed_over_steps')} steps of data passed over"
         return [Cell(str(step), value=step), Cell(what, tone="warn"), Cell("–"), Cell("–")]
     loaded = line.get("loaded") or line.get("init_from")
     what = f"from {loaded}" if loaded else "from the beginning"
-    changed = line.get("changed") if isinstance(line.get("changed"), dict) else {}
-    texts = [f"{key}: {old} → {new}" for key, (old, new) in changed.items()]
+    texts = [f"{key}: {old} → {new}" for key, (old, new) in line["changed"].items()]
     return [
         Cell(str(step), value=step),
         Cell(what),

@@ -75,17 +75,14 @@ class Records:
     @property
     def spans(self) -> list[dict[str, Any]]:
         """The program under which the run was last started."""
-        program = self.starts[-1].get("program") if self.starts else None
-        keys = {"start", "end", "global_batch", "seq_len"}
-        spans = [span for span in program or () if isinstance(span, dict) and keys <= span.keys()]
-        return [span for span in spans if all(is_number(span[key]) for key in keys)]
+        return self.starts[-1]["program"] if self.starts else []
 
     @property
     def last_step(self) -> int | None:
         """Where the program ends, seen from the last start; None: unknown."""
         if not self.spans:
             return None
-        step, position = int(self.starts[-1].get("step", 0)), int(self.starts[-1].get("tokens", 0))
+        step, position = self.starts[-1]["step"], self.starts[-1]["tokens"]
         for span in self.spans:
             tokens = max(1, int(span["global_batch"]) * int(span["seq_len"]))
             num_steps = max(0, -(-(int(span["end"]) - position) // tokens))
@@ -142,7 +139,7 @@ def add_others(records: Records) -> None:
         for line in lines_of(path / "evaluations.jsonl", problems)
         if is_number(line.get("step")) and isinstance(line.get("evaluation"), str)
     ]
-    starts = list(lines_of(path / "starts.jsonl", problems))
+    starts = [start_of(line) for line in lines_of(path / "starts.jsonl", problems)]
     records.starts = [line for line in starts if not line.get("rolled_back")]
     records.roll_backs = [line for line in starts if line.get("rolled_back")]
     records.alarms = list(lines_of(path / "alarms.jsonl", problems))
@@ -161,6 +158,21 @@ def add_others(records: Records) -> None:
     for verdict in lines_of(path / "verdict.json", problems):
         if verdict.get("step") == records.step and isinstance(verdict.get("text"), str):
             records.verdict = verdict
+
+
+def start_of(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of starts.jsonl with what others rely on: whole numbers, spans that have limits, pairs."""
+    numbers_of = {key: int(line[key]) if is_number(line.get(key)) else 0 for key in ("step", "tokens")}
+    program, changed = line.get("program"), line.get("changed")
+    spans = [span for span in (program if isinstance(program, list) else ()) if is_span(span)]
+    pairs = changed.items() if isinstance(changed, dict) else ()
+    pairs = {key: pair for key, pair in pairs if isinstance(pair, list) and len(pair) == 2}
+    return {**line, **numbers_of, "program": spans, "changed": pairs}
+
+
+def is_span(span: Any) -> bool:
+    keys = ("start", "end", "global_batch", "seq_len")
+    return isinstance(span, dict) and all(is_number(span.get(key)) for key in keys)
 
 
 def columns_of(path: Path, problems: list[str]) -> Columns:

@@ -20,7 +20,7 @@
   function draw(el, name) {
     const {layout, data} = el.figure, {xaxis, shapes, annotations} = along[name];
     const shown = labelled.has(el) ? fitting(annotations, el, xaxis.range) : [];
-    const lines = data.map(trace => ({...trace, x: axes[trace.axis][name]}));
+    const lines = data.map(trace => trace.axis ? {...trace, x: axes[trace.axis][name]} : trace);
     el.figure = {...el.figure, data: lines, layout: {...layout, xaxis, shapes, annotations: shown, uirevision: name}};
     page.draw(el);
   }

@@ -35,8 +35,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        first = self.runs[0].name
-        return first if len(self.runs) == 1 else f"{first} and {len(self.runs) - 1} more seeds"
+        more = len(self.runs) - 1
+        return self.runs[0].name + (f" and {more} more seed{'s' * (more > 1)}" if more else "")
 
     @cached_property
     def edges(self) -> np.ndarray:
