@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
+from tests.ranks import run_ranks
 from trainer.balance import Balancer, Experts, SignRule, register_routing_buffers
 from trainer.history import LEVELS, ROOM, ExpertHistory, decoded, encoded, read_history
 from trainer.metrics import MetricsLog
@@ -132,6 +134,37 @@ def test_the_balancer_shows_its_watchers_what_it_made_of_the_experts(tmp_path):
     assert bins.last_T[-1] == 3 and bins.bias_TM5[-1, :, -1] == pytest.approx(
         balancer.bias_ME.amax(1).numpy()
     )
+
+
+def watched(directory, num_ranks):
+    """Three steps of a Balancer whose counts are a function of step and rank, on this rank or on several."""
+
+    def work():
+        rank, is_several = (dist.get_rank(), True) if dist.is_initialized() else (0, False)
+        layers = [Layer() for _ in range(SHAPE_ME[0])]
+        group = dist.group.WORLD if is_several else None
+        balancer = Balancer(layers, SignRule(SHAPE_ME, lr=0.01), steps=10, group=group)
+        log = MetricsLog(directory / f"{rank}" / "metrics.jsonl", steps=3, interval=9)
+        balancer.watchers = (log.watch,)
+        for step in (1, 2, 3):
+            for m, layer in enumerate(layers):
+                layer.routing_sums_S.zero_()
+                for of_rank in [rank] if is_several else range(num_ranks):
+                    random = torch.Generator().manual_seed(100 * step + 10 * m + of_rank)
+                    layer.routing_sums_S += torch.randint(
+                        1, 1000, layer.routing_sums_S.shape, generator=random
+                    )
+            balancer.step(step)
+        log.close()
+        return (directory / f"{rank}" / "experts.jsonl").read_text()
+
+    return work
+
+
+def test_it_is_the_same_on_any_number_of_ranks(tmp_path):
+    """Every rank would write what one process writes that has seen all tokens: byte for byte."""
+    alone = watched(tmp_path / "alone", 2)()
+    assert run_ranks(watched(tmp_path / "two", 2), 2) == [alone, alone]
 
 
 def test_a_full_disk_costs_the_history_only(tmp_path, caplog):
