@@ -103,7 +103,7 @@ def batch_heterogeneity(loss_U: Tensor, targets_U: Tensor) -> float:
 
 class Window:
     """The last values of loss and gradient norm, and how heavy their tails are: kurtosis is 3 for a Gaussian,
-    and large where a few steps stand out. Its state belongs into a checkpoint."""
+    and large where a few steps stand out. Its state belongs in a checkpoint."""
 
     SIZE, LEAST = 256, 16  # [steps] kept, and before anything is said
 

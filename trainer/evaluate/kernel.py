@@ -39,12 +39,12 @@ class Measured:
     confidence_M: Tensor  # sum over tokens of the largest gate's share of its token's gates
 
 
-def measure(run: Run, part: Part, *, beat: Callable[[], None] = lambda: None) -> Measured | None:
+def measure(run: Run, part: Part, *, heartbeat: Callable[[], None] = lambda: None) -> Measured | None:
     """Forward passes over the rows of a part. None: some rank was told to stop (`run.stop.agreed`).
 
-    beat: called before each microbatch. Collective.
+    heartbeat: called before each microbatch. Collective.
     """
-    micro_batch = run.program.at(run.tokens).micro_batch
+    micro_batch = run.program.settings_at(run.tokens).micro_batch
     batches = share_of(
         part, reader=run.groups.reader, num_readers=run.groups.num_readers, micro_batch=micro_batch
     )
@@ -54,7 +54,7 @@ def measure(run: Run, part: Part, *, beat: Callable[[], None] = lambda: None) ->
         for i, batch in enumerate(batches):
             if i % ASK_EVERY == 0 and is_told_to_stop(run):
                 return None
-            beat()
+            heartbeat()
             tokens_BL, labels_BL, positions_BL, groups_BL = (plane.to(run.device) for plane in batch)
             run.model(tokens_BL, positions_BL, labels_BL, Groups(groups_BL.flatten(), sums_3G))
         packed = torch.cat([sums_3G.flatten(), *use_of_layers])

@@ -70,7 +70,7 @@ class Evaluations:
         names: Sequence[str],
         *,
         report: Callable[[dict[str, Any]], None] = lambda result: None,
-        beat: Callable[[str], None] = lambda phase: None,
+        heartbeat: Callable[[str], None] = lambda phase: None,
     ) -> bool:
         """Makes these evaluations; `report` hears of each result. Collective.
 
@@ -80,7 +80,7 @@ class Evaluations:
         for name in names:
             start_s, measured = time.perf_counter(), list[Measured]()
             for part in self.parts[name]:
-                sums = measure(run, part, beat=lambda name=name: beat(f"evaluating {name}"))
+                sums = measure(run, part, heartbeat=lambda name=name: heartbeat(f"evaluating {name}"))
                 if sums is None:
                     return False
                 measured.append(sums)

@@ -19,7 +19,7 @@ from trainer.evaluate.rows import Part
 from trainer.evaluate.schedule import Evaluation, Evaluations
 from trainer.evaluate.sets import Material
 from trainer.metrics import EVALUATIONS
-from trainer.ranks.agree import agreed, refusing_on_all
+from trainer.ranks.agree import broadcast_object, refusing_on_all
 from trainer.run.build import source_of
 from trainer.run.state import Run
 
@@ -31,7 +31,7 @@ def start_evaluations(run: Run) -> None:
     """
     named = {name: made(name, node) for name, node in run.config.evaluate.items()}
     parts = {name: parts_of(run, name, evaluation) for name, evaluation in named.items()}
-    before = agreed(results_before(run.directory / EVALUATIONS, step=run.step))
+    before = broadcast_object(results_before(run.directory / EVALUATIONS, step=run.step))
     run.evaluations = Evaluations(named, parts, before=before, keep_best=run.config.checkpoint.keep_best)
     run.evaluations.rewind(run)
 
@@ -54,7 +54,7 @@ def parts_of(run: Run, name: str, evaluation: Evaluation) -> list[Part]:
             key = f"evaluate.{name}"
             raise ConfigError(text if text.startswith(key) else f"{key}: {text}") from error
 
-    return agreed(refusing_on_all(make))
+    return broadcast_object(refusing_on_all(make))
 
 
 def material(run: Run, name: str) -> Material:
