@@ -24,11 +24,15 @@ LAYERS = [
     "ranks.device",
     "model.loss",
     "model.norm",
+    "model.compiled",
     "model.router",
+    "model.dispatch",
     "model.moe",
+    "model.attention",
     "model.afmoe",
     "model.init",
     "model.parallelize",
+    "model.hardware",
     "model.hf",
     "data",
     "optim",
@@ -172,6 +176,18 @@ def test_file_is_short_and_says_what_it_is_for(path: Path) -> None:
     num_lines = len(source.splitlines())
     assert num_lines <= MAX_LINES
     assert ast.get_docstring(ast.parse(source))
+
+
+def test_no_test_imports_from_another() -> None:
+    """What several tests share lies in a module of its own."""
+    tests = Path(__file__).parent
+    shared = [
+        f"{path.name} imports {name}"
+        for path in tests.rglob("*.py")
+        for name in imports("", path.read_text())
+        if name.startswith("tests.test_")
+    ]
+    assert shared == []
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ end (SIGTERM, SIGHUP and their like), saved · 130 Ctrl-C, saved.
 
 from trainer.ranks.launcher import end_with_launcher
 from trainer.ranks.stop import StopRequest
+from trainer.terminal import outlive_terminal
 
 if __name__ == "__main__":  # the imports below take seconds
+    outlive_terminal()  # before the pipe of StopRequest could take the number of a closed stdout
     end_with_launcher()
     StopRequest().__enter__()
 

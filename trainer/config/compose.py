@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.config.bounds import ConfigError, check_values
+from trainer.config.bounds import ConfigError, check_values, shown
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import check
 from trainer.config.plain import read_plain
@@ -179,6 +179,8 @@ Any value of the configuration can be overridden: steps=100 model.dim=64 optim.l
 
 def _explain(error: Exception, overrides: list[str], root: str) -> str:
     """Hydra's message, shortened, with the nearest valid keys for the override that it is about."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(next((o for o in overrides if error.override.endswith(o)), error.override))
     if not isinstance(error, THEIRS) and (choice := _no_choice(overrides)):
         return choice
     text = str(error.__cause__ or error)
@@ -194,6 +196,14 @@ def _explain(error: Exception, overrides: list[str], root: str) -> str:
     override = max(meant, key=lambda override: (override in text, len(keys[override])))
     groups = [other for other, key in keys.items() if "." not in key and other != override]
     return f"{override!r}: {message}{_nearest(keys[override], root, groups)}"
+
+
+def _unreadable(override: str) -> str:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.lstrip("+~").replace(".", "").replace("_", "").isalnum():
+        return f"{shown(override)}: must be key=value, like steps=100"
+    letters = "letters beyond ASCII, and =,~(){}[] and quotes in a value"
+    return f"{shown(override)}: cannot be read; {letters} need quotes around it: '{key}=\"...\"'"
 
 
 def _no_choice(overrides: list[str]) -> str | None:

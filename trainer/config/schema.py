@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from trainer.config.bounds import choice, number, path, target
 
 DTYPES = ("float32", "bfloat16")
+MXFP8 = "mxfp8"  # of experts alone: 8 bits, with a scale for each 32 numbers
 # Limits that several keys share.
 ROWS = {"at_least": 1, "at_most": 2**20, "why": "64 times the largest published batch"}
 ROW = {"at_least": 2, "at_most": 2**24, "why": "no published context is as long"}
@@ -66,8 +67,8 @@ class ModelConfig:
         why="beside it the mean square is nothing",
         least_why="float32 holds hardly less",
     )
-    # float32 | bfloat16; null: the run's dtype
-    expert_dtype: str | None = choice(None, None, *DTYPES)
+    # float32 | bfloat16 | mxfp8 (a GPU from sm_100 on, torchao); null: the run's dtype
+    expert_dtype: str | None = choice(None, None, *DTYPES, MXFP8)
     # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
     router_dtype: str = choice("float32", *DTYPES)
 
@@ -160,6 +161,8 @@ class ParallelConfig:
     dp_replicate: int = number(1, **RANKS)
     dp_shard: int | None = number(1, **RANKS)  # null: what the other degrees leave over
     ep: int = number(1, **RANKS)
+    # what takes tokens to the ranks of their experts: all_to_all | deepep | hybridep (GPU, deep_ep)
+    dispatcher: str = choice("all_to_all", "all_to_all", "deepep", "hybridep")
 
 
 @dataclass(kw_only=True)
@@ -246,7 +249,9 @@ class Config:
     z_loss_weight: float = number(0.0, **WEIGHT)  # on the LM logits (arXiv:2602.17004, section 2.2)
     # inf: gradients are never clipped
     max_grad_norm: float = number(1.0, above=0.0, at_most=inf, why="inf: no clipping")
-    activation_checkpoint: str = choice("none", "none", "selective", "full")
+    # selective saves attention, all-to-alls, routing and every second matmul; selective_experts the grouped
+    # GEMMs, too
+    activation_checkpoint: str = choice("none", "none", "selective", "selective_experts", "full")
     compile: bool = False  # torch.compile each block
     # [s] of a collective, of the first step and of a save
     timeout_s: float = number(600.0, at_least=1.0, least_why="ranks must find each other in it", **SECONDS)
