@@ -106,7 +106,7 @@ class Drawing:
         layout = self.layout(labels=large and len(keys) == 1) | {
             "yaxis": y_axis(lines, log=log, from_zero=from_zero),
             "showlegend": len(keys) > 1,
-            "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
+            "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         }
         layout["margin"]["t"] += 16 * (len(keys) > 1)
         if num_groups > 1 and len(keys) > 1:
