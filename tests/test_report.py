@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.report import line, loss_at, write_run
+from benchmarks.records import line, loss_at, write_run
 from trainer.lab.page import TEMPLATE
 from trainer.lab.report import plots
 from trainer.lab.report.__main__ import main

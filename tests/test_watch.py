@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.report import line, write_run
+from benchmarks.records import line, write_run
 from trainer.lab.report.read import read_records
 from trainer.lab.watch.__main__ import main
 from trainer.lab.watch.follow import Follower

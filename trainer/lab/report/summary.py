@@ -89,12 +89,9 @@ def tiles_of(run: Records) -> dict[str, Cell]:
 
 def compact(value: float) -> str:
     """4.25M; a plain number below ten thousand."""
-    if not math.isfinite(value):
-        return "–"
-    size, letter = next(
-        ((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if value >= 10 * s), (1.0, "")
-    )
-    return f"{value / size:,.{0 if value / size >= 100 else 1}f}{letter}"
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "K"))
+    size, letter = next(((least, unit) for least, unit in units if value >= least), (1.0, ""))
+    return number(value / (1e3 if letter == "K" else size)) + letter
 
 
 def step_seconds(columns: Columns) -> np.ndarray:
