@@ -2,10 +2,10 @@
 
     python -m benchmarks.report
 
-First the size of experts.jsonl at 60 layers x 256 experts. Second a report of 100,000 steps, of the records that
-benchmarks/records.py makes. Third `Balancer.step` with and without its watcher, in turns in one run, next to a
-training step of model=small (9 layers): the share is an upper limit, as in benchmarks/balancer.py. Seconds are of
-the process's cores, which a busy machine does not stretch.
+First the size of experts.jsonl at 60 layers x 256 experts. Second a report of 100,000 steps, of the records
+that benchmarks/records.py makes. Third `Balancer.step` with and without its watcher, in turns in one run,
+next to a training step of model=small (9 layers): the share is an upper limit, as in benchmarks/balancer.py.
+Seconds are of the process's cores, which a busy machine does not stretch.
 """
 
 import json
