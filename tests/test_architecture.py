@@ -16,6 +16,7 @@ LAYERS = [
     "ranks.stop",
     "ranks.launcher",
     "ranks.agree",
+    "ranks.meeting",
     "program",
     "terminal",
     "records",
@@ -41,6 +42,8 @@ LAYERS = [
     "metrics",
     "ranks.watchdog",
     "run.health",
+    "run.garbage",
+    "run.profile",
     "run.directory",
     "run.state",
     "run.memory",
@@ -83,7 +86,7 @@ ONLY = {
     "records": [],
     "history": ["records"],
     "balance": ["records"],
-    "ranks.device": ["config"],
+    "ranks.device": ["config", "ranks.meeting"],
     "ranks": [],
     "run": [],
     "lab": [],
@@ -95,6 +98,8 @@ ONLY = {
     "ranks.launcher": [],
     "ranks.watchdog": [],
     "run.health": [],
+    "run.garbage": [],
+    "run.profile": ["records"],
 }
 
 # Who may import a library (a module, or a package with a dot at its end); `[]`: nobody.
