@@ -20,6 +20,7 @@ LAYERS = [
     "program",
     "terminal",
     "records",
+    "history",
     "balance",
     "ranks.device",
     "model.loss",
@@ -57,6 +58,8 @@ LAYERS = [
     "lab.simulate",
     "lab.ablate",
     "lab.preview",
+    "lab.report",
+    "lab.watch",
 ]
 # one layer each: a file may import any in it
 PACKAGES = [
@@ -70,6 +73,8 @@ PACKAGES = [
     "lab.simulate",
     "lab.ablate",
     "lab.preview",
+    "lab.report",
+    "lab.watch",
 ]
 # may import everything, are imported by nobody; "": trainer/__init__.py, which imports when it is asked
 ENTRY_POINTS = ["torchrun", "__main__", ""]
@@ -79,6 +84,7 @@ ONLY = {
     "program": ["config"],
     "terminal": [],
     "records": [],
+    "history": ["records"],
     "balance": ["records"],
     "ranks.device": ["config", "ranks.meeting"],
     "ranks": [],

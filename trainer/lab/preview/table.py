@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from trainer.config import Config
+from trainer.lab.page import unit_of
 from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.program import KEPT, Curve, Program, Span
 
@@ -70,17 +71,6 @@ def short(value: float) -> str:
         return f"{value:,.0f}"
     mantissa, power = f"{value:.2e}".split("e")
     return f"{value:.3g}" if 1e-2 <= value < 1e3 else f"{float(mantissa):g}e{int(power)}"
-
-
-def unit_of(count: float) -> tuple[float, str]:
-    return next(
-        (
-            unit
-            for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-            if float(f"{count:.4g}") >= unit[0]
-        ),
-        (1, ""),
-    )
 
 
 def human(count: float) -> str:
