@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 
+from tests.waiting import until
 from trainer.balance import Experts
 from trainer.config import load
 from trainer.history import read_history
@@ -111,7 +112,14 @@ def test_wandb_has_all_numbers_and_goes_on_under_the_same_id(tmp_path, monkeypat
     run_with(start, run)
     time.sleep(1.1)  # wandb names its directories by the second
     run_with(start, run, after_step=4)
-    parts = [list(wandb_records(path)) for path in sorted(run.glob("wandb/offline-run-*/*.wandb"))]
+    parts = []
+
+    def are_written() -> bool:
+        """wandb's own process writes, and may be behind."""
+        parts[:] = [list(wandb_records(path)) for path in sorted(run.glob("wandb/offline-run-*/*.wandb"))]
+        return len(parts) == 2 and all(any(r.HasField("exit") for r in records) for records in parts)
+
+    assert until(are_written)
     assert [[r.run.run_id for r in records if r.HasField("run")] for records in parts] == [["a-run"]] * 2
     updates = [x for r in parts[0] if r.HasField("run") for x in r.run.config.update]
     settings = {x.key: json.loads(x.value_json) for x in updates}
