@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "trainer.weights.export",
     "checkpoint": "trainer.checkpoint.__main__",
     "ablate": "trainer.lab.ablate.__main__",
+    "plan": "trainer.lab.plan.__main__",
 }
 OK, REFUSED = 0, 2
 

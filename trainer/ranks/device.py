@@ -68,7 +68,23 @@ def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDi
     num_experts: of the model, None if it has no MoE layer.
     Raises: ConfigError naming degrees that would work on this number of ranks.
     """
-    world = dist.get_world_size()
+    replicate, shard, ep = degrees(config, world=dist.get_world_size(), num_experts=num_experts)
+    dims = ParallelDims(
+        dp_replicate=replicate,
+        dp_shard=shard,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=ep,
+        world_size=replicate * shard,
+        spmd_backend=SPMD_BACKEND,
+    )
+    dims.build_mesh()
+    return dims
+
+
+def degrees(config: ParallelConfig, *, world: int, num_experts: int | None) -> tuple[int, int, int]:
+    """dp_replicate, dp_shard and ep on `world` ranks. Raises: ConfigError, see `build_mesh`."""
     replicate, ep = config.dp_replicate, config.ep
     if world % replicate:
         raise ConfigError(
@@ -91,18 +107,7 @@ def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDi
             f"model.num_experts={num_experts}; "
             f"use one of {fitting}"
         )
-    dims = ParallelDims(
-        dp_replicate=replicate,
-        dp_shard=shard,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=ep,
-        world_size=world,
-        spmd_backend=SPMD_BACKEND,
-    )
-    dims.build_mesh()
-    return dims
+    return replicate, shard, ep
 
 
 def use_plain_sum(model: torch.nn.Module) -> None:

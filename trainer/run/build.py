@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
+from torch import nn
 
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
@@ -74,8 +75,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         compile=config.compile,
     )
     initialize(model, device=on, seed=config.seed)
-    with refusing():
-        optimizer = Optimizers(instantiate(config.optim)(model))
+    optimizer = build_optimizer(config, model)
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
         guard = Guard((num_moe, config.model.num_experts), **vars(config.guard))
@@ -103,6 +103,11 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         health=health,
         last_step=program.last_step(),
     )
+
+
+def build_optimizer(config: Config, model: nn.Module) -> Optimizers:
+    with refusing():
+        return Optimizers(instantiate(config.optim)(model))
 
 
 def build_stream(

@@ -1,0 +1,66 @@
+"""Which layout is best, and why do the others fall out?"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import product
+
+from trainer.config import Config, ParallelConfig, divisors
+from trainer.lab.plan.clock import Clock, Step
+from trainer.lab.plan.hardware import Hardware
+from trainer.lab.plan.layout import GIB, Layout, refusal
+from trainer.lab.plan.trace import Traces
+from trainer.program import Program, Span
+
+MOST_ROWS = 16  # of a microbatch
+MOST_REPLICAS = 64
+POLICIES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Search:
+    best: list[Step]  # that fit, fastest first
+    steps: list[Step]  # that could be started
+    fallen: Counter  # layouts by why they fall out
+
+    @property
+    def count(self) -> int:
+        return len(self.steps) + sum(n for why, n in self.fallen.items() if why != "does not fit")
+
+
+def space(config: Config, ranks: int, rows: int) -> Iterator[Layout]:
+    """rows: of a rank in a step of the span that is searched for."""
+    known = {of.name for of in fields(ParallelConfig)}
+    reshard = (True, False) if "reshard_after_forward" in known else (True,)
+    reduce = ("float32", "bfloat16") if "reduce_dtype" in known else ("float32",)
+    most_ep = config.model.num_experts if config.model.num_dense_layers < config.model.num_layers else 1
+    replicas = [n for n in divisors(ranks) if n <= MOST_REPLICAS]
+    eps = [2**i for i in range(most_ep.bit_length())]
+    micros = [n for n in range(1, min(rows, MOST_ROWS) + 1) if n in (1, 2, 3, 4, 6, 8, 12, 16)]
+    for replicate, ep, micro, policy, keep, dtype in product(replicas, eps, micros, POLICIES, reshard, reduce):
+        yield Layout(ranks, replicate, ep, micro, policy, keep, dtype)
+
+
+def search(
+    config: Config, program: Program, span: Span, traces: Traces, clock: Clock, hardware: Hardware, *, ranks: int
+) -> Search:
+    """Of all layouts, in the span that most tokens are seen in; the batch of every span has to divide."""
+    own = replace(span.now, micro_batch=config.micro_batch)
+    steps, fallen = list[Step](), Counter()
+    follow = [of.now for of in program.spans if of.now.micro_batch == span.now.micro_batch]
+    for layout in space(config, ranks, max(1, own.global_batch // ranks)):
+        nows = [replace(now, micro_batch=layout.micro_batch) for now in follow]
+        if why := refusal(config, layout, nows):
+            fallen[why.why] += 1
+            continue
+        whole = traces.whole(layout.variant(config.model.num_experts))
+        step = clock.step(layout, whole, replace(own, micro_batch=layout.micro_batch))
+        steps.append(step)
+        if not fits(step, hardware):
+            fallen["does not fit"] += 1
+    best = sorted((step for step in steps if fits(step, hardware)), key=lambda step: step.seconds)
+    return Search(best, steps, fallen)
+
+
+def fits(step: Step, hardware: Hardware) -> bool:
+    return step.memory.total <= hardware.memory.value * GIB

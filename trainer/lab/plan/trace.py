@@ -1,0 +1,374 @@
+"""What does a microbatch cost a rank, whatever the number of layers and ranks? From steps of small models.
+
+Layers of one kind are alike. So a model of two layers, one with a dense layer more, one with a global layer
+and one with two MoE layers say what a model of any depth does: `Traces.whole` adds them up. They are traced
+on a small mesh; what depends on the mesh is a class of its own (watch.CLASSES), which `layout` scales.
+"""
+
+import copy
+import inspect
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.config import Config, ModelConfig, ParallelConfig, divisors
+from trainer.lab.plan import fake
+from trainer.lab.plan.watch import CLASSES, KINDS, Sent, Watch
+from trainer.model.afmoe import Afmoe, Attention, afmoe_config
+from trainer.model.parallelize import build_parallel, local, scale_gradients, squared_gradient_norm
+from trainer.ranks import device
+from trainer.run.build import build_optimizer, loss_weights
+from trainer.program import program_of
+
+MOST_TOKENS = 4096  # of a trace: what tokens cost is proportional to them
+REPLICAS, EFSDP = 2, 2  # of the small mesh
+PHASES = ("forward", "backward")
+COUNTED = ("flop", "moved", "kernels", "waits", "sent", "calls")
+
+
+@dataclass
+class Trace:
+    """Of one microbatch of `tokens` tokens in one row, on a rank of the mesh of `degrees`."""
+
+    tokens: int
+    degrees: tuple[int, int, int]  # dp_replicate, dp_shard, ep
+    after: dict[str, np.ndarray]  # what lives after build, forward, backward: KINDS x CLASSES
+    moments: dict[str, np.ndarray]  # by place, what lived: N x KINDS x CLASSES
+    flop: Counter
+    moved: Counter
+    kernels: Counter
+    waits: Counter
+    sent: Counter
+    calls: Counter
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of a run's configuration changes the operators of a layer."""
+
+    policy: str  # activation_checkpoint
+    has_ep: bool = True
+    cut_inside: bool = False  # experts are cut inside their matrices: more ranks than experts share them
+    reshard: bool = True  # parallel.reshard_after_forward
+    reduce_dtype: str = "float32"  # parallel.reduce_dtype
+
+    def sharding(self) -> dict[str, Any]:
+        """Arguments of build_parallel."""
+        others = {"reshard_after_forward": self.reshard, "reduce_dtype": getattr(torch, self.reduce_dtype)}
+        known = inspect.signature(build_parallel).parameters
+        return {key: value for key, value in others.items() if key in known}
+
+    def degrees(self, m: ModelConfig) -> tuple[int, int, int]:
+        ep = 2 if self.has_ep and m.num_experts % 2 == 0 else 1
+        shard = EFSDP * ep
+        if self.cut_inside:
+            parts = divisors(math.gcd(m.dim, m.expert_dim))
+            shard = next(ep * n for n in parts if ep * n > m.num_experts)
+        return REPLICAS, shard, ep
+
+
+@dataclass
+class Model:
+    """One that was built on the fake device, and what watches it."""
+
+    net: Afmoe
+    watch: Watch
+    tokens: int
+    mode: torch._subclasses.FakeTensorMode
+
+    def microbatch(self, num_rows: int = 1) -> None:
+        """As run/step.backward does it."""
+        rows = torch.empty(num_rows, self.tokens // num_rows, dtype=torch.int64, device=fake.NAME)
+        with self.watch.during("forward"):
+            loss = self.net(rows, rows, rows, None)
+        self.watch.after["forward"] = self.watch.live.copy()
+        with self.watch.during("backward"):
+            loss.backward()
+        del loss
+        self.watch.rename(sharded(self.net, of="grad"), "gradients")
+        self.watch.after["backward"] = self.watch.live.copy()
+
+
+def sharded(net: Afmoe, *, of: str) -> list[tuple[torch.Tensor, float]]:
+    """Each parameter, or its gradient, as it lies on this rank; 1.0 if it is of routed experts."""
+    return [
+        (local(p if of == "weight" else p.grad).detach(), float(".inner_experts." in name))
+        for name, p in net.named_parameters()
+        if of == "weight" or p.grad is not None
+    ]
+
+
+def build(
+    config: Config, mode, *, degrees: tuple[int, int, int], policy: str, tokens: int, **sharding
+) -> Model:
+    """Within fake.ranks and fake.stand_ins of the model's watch."""
+    m = config.model
+    replicate, shard, ep = degrees
+    layout = ParallelConfig(dp_replicate=replicate, dp_shard=shard, ep=ep if has_moe(m) else 1)
+    dims = device.build_mesh(layout, num_experts=m.num_experts if has_moe(m) else None)
+    watch = Watch(device_type=fake.NAME, mode=mode, slots=tokens * m.top_k)
+    watch.tokens, watch.vocab_size, watch.after = tokens, m.vocab_size, {}
+    watch.numels, watch.expert_numels = weight_numels(m, ep=layout.ep)
+    first = program_of(config).spans[0].now
+    shape = afmoe_config(m, flex=True, loss_weights=loss_weights(first), z_loss_weight=first.z_loss_weight)
+    dtype = getattr(torch, config.dtype)
+    with fake.stand_ins(watch):
+        net = build_parallel(shape, dims, dtype=dtype, activation_checkpoint=policy, **sharding)
+    for module in net.modules():
+        if isinstance(module, Attention):
+            module.window = m.window
+    with mode, watch:
+        net.to_empty(device=fake.NAME)
+        for module in net.modules():
+            if hasattr(module, "_init_self_buffers"):
+                module._init_self_buffers(buffer_device=torch.device(fake.NAME))
+        watch.rename(sharded(net, of="weight"), "weights")
+    watch.after["build"] = watch.live.copy()
+    return Model(net, watch, tokens, mode)
+
+
+def weight_numels(m: ModelConfig, *, ep: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Sizes of a model's matrices, and of the routed experts' of a rank."""
+    one = replace(m, num_layers=2, num_dense_layers=min(1, m.num_dense_layers))
+    with torch.device("meta"):
+        net = afmoe_config(one, flex=False).build()
+    named = {name: p.numel() for name, p in net.named_parameters() if p.ndim >= 2}
+    experts = {size for name, size in named.items() if ".inner_experts." in name}
+    return frozenset(named.values()) - experts, frozenset(size // ep for size in experts)
+
+
+def unlike(m: ModelConfig, *, at_most: int) -> int:
+    """A number of tokens that divides the size of no weight, so that the two are never mixed up."""
+    rest, experts = weight_numels(m, ep=1)
+    sizes = rest | experts | {size // 2 for size in experts}
+    return next(n for n in range(at_most - at_most % 2, 1, -2) if all(size % n for size in sizes))
+
+
+def has_moe(m: ModelConfig) -> bool:
+    return m.num_dense_layers < m.num_layers
+
+
+def traced(config: Config, m: ModelConfig, variant: Variant, *, tokens: int, first_moe: int) -> Trace:
+    """One microbatch of a model of shape m, in the run's other settings. first_moe: the layer before which
+    those of a larger model would have run."""
+    degrees = variant.degrees(m)
+    config = replace_model(config, m)
+    with fake.ranks(degrees[0] * degrees[1]) as mode:
+        model = build(
+            config, mode, degrees=degrees, policy=variant.policy, tokens=tokens, **variant.sharding()
+        )
+        mark_places(model, first_moe)
+        with fake.stand_ins(model.watch), mode, model.watch:
+            model.microbatch()
+    watch, moments = model.watch, {}
+    for place, live in watch.moments:
+        moments.setdefault(place, []).append(live)
+    counts = {name: getattr(watch, name) for name in COUNTED}
+    return Trace(
+        tokens, degrees, watch.after, {k: undominated(np.array(v)) for k, v in moments.items()}, **counts
+    )
+
+
+def replace_model(config: Config, m: ModelConfig) -> Config:
+    other = copy.copy(config)
+    other.model = m
+    return other
+
+
+def mark_places(model: Model, first_moe: int) -> None:
+    """before | late | early: late is where the layers that this model lacks would have run forward and not
+    yet backward."""
+    layers, watch = list(model.net.layers.values()), model.watch
+    watch.place = "before"
+
+    def enter(place: str) -> None:
+        watch.place = place
+
+    def before_forward(module, args) -> None:
+        if watch.phase == "forward":
+            enter("late")
+            args[0].register_hook(lambda grad: enter("early"))
+
+    layers[first_moe].register_forward_pre_hook(before_forward)
+
+
+def undominated(moments: np.ndarray) -> np.ndarray:
+    """Of N moments those that no other one exceeds in every class: the peak of any layout is among them."""
+    sums = moments.sum(axis=1)
+    order, kept = np.argsort(-sums.sum(axis=1)), list[int]()
+    for i in order:
+        if not kept or not (sums[kept] >= sums[i]).all(axis=1).any():
+            kept.append(i)
+    return moments[kept]
+
+
+@dataclass
+class Whole:
+    """A microbatch of the whole model, as the traces add up: of `tokens` tokens, on the mesh of the traces."""
+
+    model: ModelConfig
+    variant: Variant
+    tokens: int
+    degrees: tuple[int, int, int]
+    after: dict[str, np.ndarray]
+    late: np.ndarray  # moments when all layers' activations live
+    early: np.ndarray  # and when all layers' gradients do
+    flop: Counter
+    moved: Counter
+    kernels: Counter
+    waits: Counter
+    sent: Counter
+    calls: Counter
+
+    def parameters(self) -> tuple[float, float]:
+        """Bytes in all, float32: experts' and the rest."""
+        _, shard, _ = self.degrees
+        rest, experts = self.after["build"][KINDS.index("weights"), :2]
+        return rest * shard, experts * shard
+
+
+class Traces:
+    """Made when they are first asked for, once for each variant."""
+
+    def __init__(self, config: Config):
+        self.config, self.known, self.wholes = config, dict[tuple, Trace](), dict[Variant, Whole]()
+        rows = max(2, min(MOST_TOKENS, config.seq_len))
+        self.tokens = unlike(config.model, at_most=rows)
+
+    def small(self, variant: Variant, *, dense: int = 2, moe: int = 0, has_global: bool = False) -> Trace:
+        if moe == 0:
+            variant = replace(variant, has_ep=False, cut_inside=False)
+        key = variant, dense, moe, has_global
+        if key not in self.known:
+            m, layers = self.config.model, dense + moe
+            shape = replace(
+                m, num_layers=layers, num_dense_layers=dense, global_every=layers if has_global else layers + 1
+            )
+            self.known[key] = traced(self.config, shape, variant, tokens=self.tokens, first_moe=dense if moe else 1)
+        return self.known[key]
+
+    def whole(self, variant: Variant) -> Whole:
+        if variant not in self.wholes:
+            self.wholes[variant] = self.add_up(variant)
+        return self.wholes[variant]
+
+    def add_up(self, variant: Variant) -> Whole:
+        m = self.config.model
+        base, num_global = self.small(variant), m.num_layers // m.global_every
+        terms = [(base, 1.0)]
+
+        def add(other: Trace, times: float) -> None:
+            terms.extend([(other, times), (base, -times)])
+
+        if m.num_dense_layers != 2:
+            add(self.small(variant, dense=3), m.num_dense_layers - 2)
+        if num_moe := m.num_layers - m.num_dense_layers:
+            add(self.small(variant, moe=2), num_moe / 2)
+        if num_global:
+            add(self.small(variant, has_global=True), num_global)
+        timeline = self.small(variant, moe=2) if num_moe else base
+        scaled = [(on_mesh(trace, timeline.degrees), times) for trace, times in terms]
+        after = {key: sum(times * of.after[key] for of, times in scaled) for key in base.after}
+        counts = {name: added(scaled, name) for name in COUNTED}
+        late = timeline.moments["late"] + after["forward"] - timeline.after["forward"]
+        early = timeline.moments["early"] + after["backward"] - timeline.after["backward"]
+        return Whole(m, variant, self.tokens, timeline.degrees, after, late, early, **counts)
+
+
+def on_mesh(trace: Trace, degrees: tuple[int, int, int]) -> Trace:
+    """The trace of a model without experts, as it would be on another mesh."""
+    if trace.degrees == degrees:
+        return trace
+    scale = np.ones(len(CLASSES))
+    scale[:2] = trace.degrees[1] / degrees[1]
+    sent, calls = Counter(), Counter()
+    for key, size in trace.sent.items():
+        by = scale[0] if key.operator == "all-reduce" else 1.0
+        there = moved_key(key, trace.degrees, degrees)
+        sent[there] += size * by
+        calls[there] += trace.calls[key]
+    return replace(
+        trace, degrees=degrees, after={k: v * scale for k, v in trace.after.items()}, sent=sent, calls=calls
+    )
+
+
+def moved_key(key: Sent, before: tuple[int, int, int], degrees: tuple[int, int, int]) -> Sent:
+    axis = axis_of(key, before)
+    return key._replace(**dict(zip(("size", "stride"), group_of(axis, degrees), strict=True)))
+
+
+def axis_of(key: Sent, degrees: tuple[int, int, int]) -> str:
+    """Which axis of the mesh the ranks of a collective are: dp_replicate | fsdp | efsdp | ep."""
+    replicate, shard, ep = degrees
+    if key.operator == "all-reduce" or (key.phase == "optimizer" and key.stride == shard):
+        return "dp_replicate"
+    if key.part in ("tokens", "counts"):
+        return "ep"
+    return "efsdp" if key.part == "experts" and ep > 1 else "fsdp"
+
+
+def group_of(axis: str, degrees: tuple[int, int, int]) -> tuple[int, int]:
+    """Number of ranks and the stride between them."""
+    replicate, shard, ep = degrees
+    return {
+        "dp_replicate": (replicate, shard),
+        "fsdp": (shard, 1),
+        "efsdp": (shard // ep, ep),
+        "ep": (ep, 1),
+    }[axis]
+
+
+def added(terms: list[tuple[Trace, float]], name: str) -> Counter:
+    total = Counter()
+    for trace, times in terms:
+        for key, value in getattr(trace, name).items():
+            total[key] += times * value
+    return total
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """Of the whole model, on a rank of the run's own mesh."""
+
+    degrees: tuple[int, int, int]
+    state: float  # [bytes] that stay
+    peak: float  # [bytes] at most beside weights, gradients and state
+    flop: float
+    moved: float  # [bytes] through memory
+    kernels: int
+    sent: Counter  # of Sent
+    calls: Counter
+
+
+def optimizer_step(config: Config, degrees: tuple[int, int, int]) -> OptimizerStep:
+    """run/step.train_step from the gradient's norm on; without a gradient of its own."""
+    with fake.ranks(degrees[0] * degrees[1]) as mode:
+        model = build(config, mode, degrees=degrees, policy="none", tokens=2)
+        watch = model.watch
+        with mode, watch:
+            for p in model.net.parameters():
+                p.grad = torch.empty_like(p)
+            watch.rename(sharded(model.net, of="grad"), "gradients")
+            optimizer = build_optimizer(config, model.net)
+            before = watch.live.sum()
+            watch.moments.clear()
+            with watch.during("optimizer"), watch.making("optimizer", 0.0):
+                squared_gradient_norm(model.net)
+                scale_gradients(model.net, 1.0)
+                optimizer.step()
+        state = watch.live.sum() - before
+        peak = max((live.sum() for _, live in watch.moments), default=before + state) - before - state
+    return OptimizerStep(
+        degrees,
+        state,
+        max(0.0, peak),
+        sum(watch.flop.values()),
+        sum(watch.moved.values()),
+        watch.kernels["optimizer"],
+        watch.sent,
+        watch.calls,
+    )
