@@ -108,7 +108,7 @@ class Clock:
         flop = self.flop(whole, now, layout)
         phases = [self.phase(name, layout, whole, flop, sent, tokens=tokens) for name in PHASES]
         last = self.phase("backward", layout, whole, flop, sent, tokens=tokens, with_replicas=True)
-        per_step = Counter({part: n * accumulation for (_, part), n in flop.items() if False})
+        per_step = Counter()
         for (_, part), n in flop.items():
             per_step[part] += n * accumulation
         per_step["optimizer"] = self.optimizer.flop * self.optimizer_scale(layout)

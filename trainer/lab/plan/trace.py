@@ -24,7 +24,7 @@ from trainer.ranks import device
 from trainer.run.build import build_optimizer, loss_weights
 from trainer.program import program_of
 
-MOST_TOKENS = 4096  # of a trace: what tokens cost is proportional to them
+MOST_TOKENS = 2048  # of a trace: what tokens cost is proportional to them; more than a chunk of the loss has
 REPLICAS, EFSDP = 2, 2  # of the small mesh
 PHASES = ("forward", "backward")
 COUNTED = ("flop", "moved", "kernels", "waits", "sent", "calls")
@@ -110,7 +110,7 @@ def build(
     replicate, shard, ep = degrees
     layout = ParallelConfig(dp_replicate=replicate, dp_shard=shard, ep=ep if has_moe(m) else 1)
     dims = device.build_mesh(layout, num_experts=m.num_experts if has_moe(m) else None)
-    watch = Watch(device_type=fake.NAME, mode=mode, slots=tokens * m.top_k)
+    watch = Watch(device_type=fake.NAME, slots=tokens * m.top_k)
     watch.tokens, watch.vocab_size, watch.after = tokens, m.vocab_size, {}
     watch.numels, watch.expert_numels = weight_numels(m, ep=layout.ep)
     first = program_of(config).spans[0].now
@@ -152,15 +152,21 @@ def has_moe(m: ModelConfig) -> bool:
     return m.num_dense_layers < m.num_layers
 
 
-def traced(config: Config, m: ModelConfig, variant: Variant, *, tokens: int, first_moe: int) -> Trace:
+def traced(
+    config: Config,
+    m: ModelConfig,
+    degrees: tuple[int, int, int],
+    policy: str,
+    *,
+    tokens: int,
+    first_moe: int = 1,
+    **sharding,
+) -> Trace:
     """One microbatch of a model of shape m, in the run's other settings. first_moe: the layer before which
     those of a larger model would have run."""
-    degrees = variant.degrees(m)
     config = replace_model(config, m)
     with fake.ranks(degrees[0] * degrees[1]) as mode:
-        model = build(
-            config, mode, degrees=degrees, policy=variant.policy, tokens=tokens, **variant.sharding()
-        )
+        model = build(config, mode, degrees=degrees, policy=policy, tokens=tokens, **sharding)
         mark_places(model, first_moe)
         with fake.stand_ins(model.watch), mode, model.watch:
             model.microbatch()
@@ -248,7 +254,15 @@ class Traces:
             shape = replace(
                 m, num_layers=layers, num_dense_layers=dense, global_every=layers if has_global else layers + 1
             )
-            self.known[key] = traced(self.config, shape, variant, tokens=self.tokens, first_moe=dense if moe else 1)
+            self.known[key] = traced(
+                self.config,
+                shape,
+                variant.degrees(shape),
+                variant.policy,
+                tokens=self.tokens,
+                first_moe=dense if moe else 1,
+                **variant.sharding(),
+            )
         return self.known[key]
 
     def whole(self, variant: Variant) -> Whole:
@@ -344,6 +358,16 @@ class OptimizerStep:
     calls: Counter
 
 
+def transient(watch: Watch, before: float) -> float:
+    """[bytes] at most beside what was there before and what stays, as if that had been there all along."""
+    stays = np.zeros(len(watch.moments) + 1)
+    for block in watch.blocks.values():
+        if block.kind == KINDS.index("optimizer"):
+            stays[block.birth] += block.num_bytes
+    lives = np.array([live.sum() for _, live in watch.moments])
+    return float((lives - before - np.cumsum(stays)[: len(lives)]).max(initial=0.0))
+
+
 def optimizer_step(config: Config, degrees: tuple[int, int, int]) -> OptimizerStep:
     """run/step.train_step from the gradient's norm on; without a gradient of its own."""
     with fake.ranks(degrees[0] * degrees[1]) as mode:
@@ -361,11 +385,11 @@ def optimizer_step(config: Config, degrees: tuple[int, int, int]) -> OptimizerSt
                 scale_gradients(model.net, 1.0)
                 optimizer.step()
         state = watch.live.sum() - before
-        peak = max((live.sum() for _, live in watch.moments), default=before + state) - before - state
+        peak = transient(watch, before)
     return OptimizerStep(
         degrees,
         state,
-        max(0.0, peak),
+        peak,
         sum(watch.flop.values()),
         sum(watch.moved.values()),
         watch.kernels["optimizer"],

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -27,6 +28,7 @@ CLASSES = ("shard", "expert shard", "whole", "expert whole", "tokens")
 KINDS = ("weights", "gradients", "optimizer", "gathered", "reduced", "activations")
 VIEWS_OF_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_to_copy"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
+SHAPES = "_propagate_tensor_meta_non_cached"
 PER_PAIR = {"attention": 4, "attention_backward": 10}  # matrix products of H elements, times 2 FLOP
 
 
@@ -46,15 +48,16 @@ class Block(NamedTuple):
     kind: int
     classes: np.ndarray  # shares, one for each of CLASSES
     num_bytes: int
+    birth: int  # the number of moments before it
     watch: Any  # the weak reference
 
 
 class Watch(TorchDispatchMode):
     """Counts while it is entered. `phase` and `kind` name what is going on."""
 
-    def __init__(self, *, device_type: str, mode: Any = None, slots: int = 0):
+    def __init__(self, *, device_type: str, slots: int = 0):
         super().__init__()
-        self.device_type, self.mode, self.slots = device_type, mode, slots
+        self.device_type, self.slots, self.paused = device_type, slots, False
         self.phase, self.kind, self.share, self.shard_numel = "build", "activations", None, 0
         self.place = ""  # in the model: where layers of a larger one would have run already, or not yet
         self.blocks = dict[int, Block]()
@@ -90,6 +93,8 @@ class Watch(TorchDispatchMode):
         patches = [patch.object(torch.UntypedStorage, "resize_", resized)]
         for name, kind in {"unshard": "gathered", "wait_for_unshard": "gathered", "post_backward": "reduced"}.items():
             patches.append(patch.object(FSDPParamGroup, name, self._within(getattr(FSDPParamGroup, name), kind)))
+        asked = getattr(ShardingPropagator, SHAPES)
+        patches.append(patch.object(ShardingPropagator, SHAPES, self._unseen(asked)))
         self.patches = patches
         for each in patches:
             each.start()
@@ -104,6 +109,18 @@ class Watch(TorchDispatchMode):
         def wrapped(group: FSDPParamGroup, *args, **kwargs):
             with self.making(kind, expert_share(group), shard_numel=shard_numel(group)):
                 return method(group, *args, **kwargs)
+
+        return wrapped
+
+    def _unseen(self, method: Callable) -> Callable:
+        """DTensor makes whole tensors to learn what shape an operator gives; nobody else does."""
+
+        def wrapped(*args, **kwargs):
+            before, self.paused = self.paused, True
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.paused = before
 
         return wrapped
 
@@ -143,7 +160,7 @@ class Watch(TorchDispatchMode):
             return
         kind, classes = self.classes(tensor)
         reference = weakref.ref(storage, lambda _: self.gone(key))
-        self.blocks[key] = Block(kind, classes, size, reference)
+        self.blocks[key] = Block(kind, classes, size, len(self.moments), reference)
         self.live[kind] += size * classes
         self.moment()
 
@@ -191,8 +208,8 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if any(getattr(tensor, "fake_mode", self.mode) is not self.mode for tensor in results):
-            return out  # DTensor asks what shape a whole tensor would have
+        if self.paused:
+            return out
         name = func._overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional"):
             self.collective(func, name, args, kwargs)
