@@ -45,9 +45,11 @@ LAYERS = [
     "run.recover",
     "train",
     "lab.page",
+    "lab.digits",
     "lab.intervals",
     "lab.simulate",
     "lab.ablate",
+    "lab.plan",
     "lab.preview",
 ]
 # one layer each: a file may import any in it
@@ -60,6 +62,7 @@ PACKAGES = [
     "weights",
     "lab.simulate",
     "lab.ablate",
+    "lab.plan",
     "lab.preview",
 ]
 # may import everything, are imported by nobody; "": trainer/__init__.py, which imports when it is asked
@@ -77,6 +80,7 @@ ONLY = {
     "lab": [],
     "model": ["model"],
     "lab.page": [],
+    "lab.digits": [],
     "lab.intervals": [],
     "ranks.stop": [],
     "ranks.lock": [],

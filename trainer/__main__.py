@@ -3,6 +3,7 @@
     triquetra train       train a model                       triquetra train experiment=demo
     triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
     triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
+    triquetra plan        memory, time, best layout           triquetra plan device=h200 model=mini ...
     triquetra export      weights that transformers loads     triquetra export runs/demo out --verify
     triquetra checkpoint  list, verify, rewind                triquetra checkpoint list runs/demo
     triquetra ablate      a study: arms x seeds               triquetra ablate study=rules
@@ -23,10 +24,10 @@ COMMANDS = {
     "train": "trainer.train",
     "simulate": "trainer.lab.simulate.__main__",
     "preview": "trainer.lab.preview.__main__",
+    "plan": "trainer.lab.plan.__main__",
     "export": "trainer.weights.export",
     "checkpoint": "trainer.checkpoint.__main__",
     "ablate": "trainer.lab.ablate.__main__",
-    "plan": "trainer.lab.plan.__main__",
 }
 OK, REFUSED = 0, 2
 

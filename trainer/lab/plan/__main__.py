@@ -77,7 +77,9 @@ def plan_of(overrides: list[str], own: dict[str, str]) -> Plan:
     numbers = {key: number(key, own[key]) for key in NUMBERS if key in own}
     ranks = own.get("ranks")
     if ranks is not None and not (ranks.isdecimal() and 1 <= int(ranks) <= MOST_RANKS):
-        raise ConfigError(f"ranks={ranks}: must be a whole number from 1 to {MOST_RANKS:,}; without it, parallel= says")
+        raise ConfigError(
+            f"ranks={ranks}: must be a whole number from 1 to {MOST_RANKS:,}; without it, parallel= says"
+        )
     if own.get("search", "true") not in ("true", "false"):
         raise ConfigError(f"search={own['search']}: must be true or false")
     made = plan(
@@ -130,7 +132,8 @@ def print_plan(planned: Plan) -> None:
         console.print(made)
 
     console.print(" · ".join(f"{name} {value}" for name, value in table.facts(planned).items()))
-    console.print(table.sentence(planned))
+    for sentence in (table.sentence(planned), *table.warnings(planned)):
+        console.print(sentence)
     for rows in (table.spans, table.memory, table.flop, table.traffic, table.timeline):
         show(rows(planned))
     console.print(f"A checkpoint takes {table.gib(table.host_bytes(planned))} of host memory on each node.")

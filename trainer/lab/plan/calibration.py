@@ -8,7 +8,7 @@
       "measured": {                          any of these; what is missing stays as configs/device has it
         "matmul": 7.9e14,                    [FLOP/s] of a bfloat16 product, as large as the model's
         "experts": 5.8e14,                   [FLOP/s] of a grouped product
-        "attention": 3.6e14,                 [FLOP/s] forward and backward together, 4 and 10 x head_dim a pair
+        "attention": 3.6e14,                 [FLOP/s] forward and backward, 4 and 10 x head_dim a pair
         "hbm": 4.3e12,                       [B/s] read and written together, of a copy
         "nvlink": 3.6e11,                    [B/s] received by a GPU in an all-gather inside a node
         "nic": 4.2e10,                       [B/s] received by a GPU in an all-gather between nodes
@@ -70,7 +70,9 @@ def read(path: Path, *, device: str) -> Calibration:
     except OSError as error:
         raise ConfigError(f"calibration={path}: {error.strerror}; tests/gpu writes such a file") from None
     except ValueError as error:
-        raise ConfigError(f"calibration={path}: is not JSON ({error}); tests/gpu writes such a file") from None
+        raise ConfigError(
+            f"calibration={path}: is not JSON ({error}); tests/gpu writes such a file"
+        ) from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ConfigError(
             f"calibration={path}: must be an object with format={FORMAT}; tests/gpu writes such a file"

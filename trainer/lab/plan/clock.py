@@ -21,10 +21,11 @@ from trainer.lab.plan.layout import (
     sent_on,
     traffic,
 )
-from trainer.lab.plan.trace import PHASES, OptimizerStep, Whole
+from trainer.lab.plan.trace import OptimizerStep
+from trainer.lab.plan.whole import Whole
 from trainer.program import Now
 
-BALANCED = 0.0  # MaxVio of even loads
+PHASES = ("forward", "backward")
 LEFT_OF_KERNELS = 0.35  # of launches, with compile=true [assumed]
 WEIGHT_PASSES = {"forward": 1, "backward": 3}  # over the gathered experts: read; read and written
 
@@ -101,9 +102,7 @@ class Clock:
         """now: of the span, with the layout's micro_batch or its own."""
         tokens = layout.micro_batch * now.seq_len
         accumulation = max(1, now.global_batch // (layout.ranks * layout.micro_batch))
-        needs = memory(
-            layout, whole, self.optimizer, self.hardware, tokens=tokens, accumulation=accumulation
-        )
+        needs = memory(layout, whole, self.optimizer, self.hardware, tokens=tokens, accumulation=accumulation)
         sent = sent_on(layout, whole, tokens=tokens)
         flop = self.flop(whole, now, layout)
         phases = [self.phase(name, layout, whole, flop, sent, tokens=tokens) for name in PHASES]
@@ -133,11 +132,21 @@ class Clock:
         return found
 
     def phase(
-        self, name: str, layout: Layout, whole: Whole, flop: Counter, sent: Counter, *, tokens: int, with_replicas=False
+        self,
+        name: str,
+        layout: Layout,
+        whole: Whole,
+        flop: Counter,
+        sent: Counter,
+        *,
+        tokens: int,
+        with_replicas=False,
     ) -> Phase:
         h, by_token = self.hardware, tokens / whole.tokens
         compiled = self.config.compile
-        gathered = sum(n for key, n in sent.items() if key[:2] == (name, "all-gather") and key.part == "experts")
+        gathered = sum(
+            n for key, n in sent.items() if key[:2] == (name, "all-gather") and key.part == "experts"
+        )
         per_expert = WEIGHT_PASSES[name] * gathered / h.speed("hbm")
         elementwise = whole.moved[name, "other"] * by_token * (h.fused.value if compiled else 1.0)
         copies = whole.moved[name, "copies rest"]

@@ -9,7 +9,6 @@ the sizes of balanced routing in place of the second.
 The device takes the name of torch's one free slot for devices, for the rest of the process.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -17,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # noqa: F401  # collectives on fake tensors
+import torch.distributed._tools.fake_collectives  # collectives on fake tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # the backend "fake"
@@ -118,9 +117,7 @@ def fake_mode() -> FakeTensorMode:
 def ranks(num_ranks: int) -> Iterator[FakeTensorMode]:
     """This process is rank 0 of `num_ranks` that do not exist."""
     mode = fake_mode()
-    dist.init_process_group(
-        f"{NAME}:fake,cpu:fake", rank=0, world_size=num_ranks, store=dist.HashStore()
-    )
+    dist.init_process_group(f"{NAME}:fake,cpu:fake", rank=0, world_size=num_ranks, store=dist.HashStore())
     try:
         with patch.object(device.parallel_dims, "device_type", NAME):
             yield mode

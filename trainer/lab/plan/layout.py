@@ -6,15 +6,16 @@ here: a rank's share of weights, of experts, of tokens, and which bytes of a col
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from trainer.config import Config, ConfigError, ParallelConfig
+from trainer.config import Config, ConfigError, ParallelConfig, divisors
 from trainer.lab.plan.hardware import Hardware
-from trainer.lab.plan.trace import OptimizerStep, Variant, Whole, axis_of, group_of
+from trainer.lab.plan.trace import OptimizerStep
 from trainer.lab.plan.watch import CLASSES, KINDS, Sent
+from trainer.lab.plan.whole import Variant, Whole, axis_of, group_of
 from trainer.program import Now
 from trainer.ranks import device
 
@@ -40,9 +41,7 @@ class Layout:
         return self.dp_replicate, self.dp_shard, self.ep
 
     def variant(self, num_experts: int) -> Variant:
-        return Variant(
-            self.policy, self.ep > 1, self.dp_shard > num_experts, self.reshard, self.reduce_dtype
-        )
+        return Variant(self.policy, self.ep > 1, self.dp_shard > num_experts, self.reshard, self.reduce_dtype)
 
     def overrides(self) -> list[str]:
         """Of the command line of a run."""
@@ -106,6 +105,11 @@ def refusal(config: Config, layout: Layout, nows: list[Now]) -> Refusal | None:
         if now.global_batch % layout.ranks or now.global_batch // layout.ranks % now.micro_batch:
             return Refusal("the batch does not divide", f"{now.global_batch} sequences")
     return None
+
+
+def rows_at_once(now: Now, *, ranks: int, most: int) -> int:
+    """micro_batch of a span: the most rows that divide a rank's, up to `most`."""
+    return max((n for n in divisors(max(1, now.global_batch // ranks)) if n <= most), default=1)
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def sent_on(layout: Layout, whole: Whole, *, tokens: int) -> Counter[Sent]:
     for key, num_bytes in whole.sent.items():
         axis = axis_of(key, whole.degrees)
         size, stride = group_of(axis, layout.degrees)
-        if (axis == "dp_replicate" and layout.dp_replicate == 1) or (axis == "ep" and layout.ep == 1):
+        if size == 1:
             continue
         by = {"dp_replicate": scale["shard"], "fsdp": 1.0, "efsdp": scale["expert whole"]}.get(axis)
         if by is None:
@@ -223,7 +227,3 @@ def optimizer_on(layout: Layout, step: OptimizerStep) -> Counter[Sent]:
         if size > 1:
             found[key._replace(size=size, stride=stride)] += num_bytes * step.degrees[1] / layout.dp_shard
     return found
-
-
-def with_micro_batch(layout: Layout, now: Now) -> Layout:
-    return replace(layout, micro_batch=now.micro_batch)

@@ -19,7 +19,7 @@ def write_page(plan: Plan, path: Path, *, command: str) -> None:
     heading = f"{facts['tokens']} tokens on {facts['ranks']}: {facts['days']} days"
     page = Page(f"{name} · plan", heading=heading, above=f"triquetra · plan of {name}")
     page.facts(facts)
-    page.notes([table.sentence(plan)])
+    page.notes([table.sentence(plan), *table.warnings(plan)])
     page.code(command)
     page.text(table.certainty(plan), dim=True)
     page.section("Spans", "The whole program, span by span.")
@@ -42,9 +42,7 @@ def write_page(plan: Plan, path: Path, *, command: str) -> None:
 
 def show(page: Page, rows: table.Rows) -> None:
     head, body = rows
-    columns = [
-        Column(title, text=i == 0 or title in ("Bound by", "Command")) for i, title in enumerate(head)
-    ]
+    columns = [Column(title, text=i == 0 or title in ("Bound by", "Command")) for i, title in enumerate(head)]
     page.table(columns, [[Cell(text, value=i) for text in row] for i, row in enumerate(body)])
 
 
@@ -71,7 +69,10 @@ def memory_figure(page: Page, plan: Plan) -> None:
     line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": room, "x1": room}
     layout = {
         "barmode": "stack",
-        "xaxis": {"title": {"text": f"GiB; the line is a {escape(plan.hardware.name)}"}, "rangemode": "tozero"},
+        "xaxis": {
+            "title": {"text": f"GiB; the line is a {escape(plan.hardware.name)}"},
+            "rangemode": "tozero",
+        },
         "yaxis": {"autorange": "reversed"},
         "hovermode": "closest",
         "showlegend": True,
@@ -84,7 +85,7 @@ def memory_figure(page: Page, plan: Plan) -> None:
 
 def step_figure(page: Page, plan: Plan) -> None:
     """One lane for each resource: what it does in one microbatch and the optimizer's step."""
-    forward, backward, last, optimizer = plan.main.step.phases
+    forward, _, last, optimizer = plan.main.step.phases
     phases = {"forward": forward, "last backward": last, "optimizer": optimizer}
     lanes = ("GPU", "NVLink", "NIC", "host")
     traces, starts = [], 0.0

@@ -9,9 +9,10 @@ from trainer.config import Config, ConfigError
 from trainer.lab.plan.calibration import Calibration
 from trainer.lab.plan.clock import Clock, Step
 from trainer.lab.plan.hardware import Hardware
-from trainer.lab.plan.layout import GIB, Layout, layout_of, refusal
+from trainer.lab.plan.layout import GIB, Layout, layout_of
 from trainer.lab.plan.search import Search, fits, search
-from trainer.lab.plan.trace import Traces, optimizer_step
+from trainer.lab.plan.trace import optimizer_step
+from trainer.lab.plan.whole import Traces
 from trainer.model.afmoe import flops_per_token
 from trainer.program import Program, program_of
 
@@ -85,9 +86,7 @@ def plan(
     clock = Clock(config, hardware, optimizer, imbalance=imbalance)
     spans = spans_of(config, program, layout, traces, clock)
     main = max(program.spans, key=lambda span: span.end - span.start)
-    found = (
-        search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
-    )
+    found = search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
     return Plan(config, hardware, calibration, layout, spans, found, price)
 
 
@@ -113,7 +112,9 @@ def bounded_by(step: Step) -> str:
         parts = {name: forward.parts.get(name, 0) + backward.parts.get(name, 0) for name in forward.parts}
         largest = max(parts, key=parts.get)
         words = {"memory": "kernels that move bytes through memory", "all-to-all": "the experts' all-to-all"}
-        what = f"the GPU, most of it {words.get(largest, largest)} ({parts[largest] / sum(parts.values()):.0%})"
+        what = (
+            f"the GPU, most of it {words.get(largest, largest)} ({parts[largest] / sum(parts.values()):.0%})"
+        )
         return f"{what}, in {share:.0%} of the step"
     words = {
         "NIC": "the network between nodes, which carries weights and gradients",

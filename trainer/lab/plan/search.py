@@ -8,8 +8,8 @@ from itertools import product
 from trainer.config import Config, ParallelConfig, divisors
 from trainer.lab.plan.clock import Clock, Step
 from trainer.lab.plan.hardware import Hardware
-from trainer.lab.plan.layout import GIB, Layout, refusal
-from trainer.lab.plan.trace import Traces
+from trainer.lab.plan.layout import GIB, Layout, refusal, rows_at_once
+from trainer.lab.plan.whole import Traces
 from trainer.program import Program, Span
 
 MOST_ROWS = 16  # of a microbatch
@@ -37,29 +37,54 @@ def space(config: Config, ranks: int, rows: int) -> Iterator[Layout]:
     replicas = [n for n in divisors(ranks) if n <= MOST_REPLICAS]
     eps = [2**i for i in range(most_ep.bit_length())]
     micros = [n for n in range(1, min(rows, MOST_ROWS) + 1) if n in (1, 2, 3, 4, 6, 8, 12, 16)]
-    for replicate, ep, micro, policy, keep, dtype in product(replicas, eps, micros, POLICIES, reshard, reduce):
+    for replicate, ep, micro, policy, keep, dtype in product(
+        replicas, eps, micros, POLICIES, reshard, reduce
+    ):
         yield Layout(ranks, replicate, ep, micro, policy, keep, dtype)
 
 
 def search(
-    config: Config, program: Program, span: Span, traces: Traces, clock: Clock, hardware: Hardware, *, ranks: int
+    config: Config,
+    program: Program,
+    span: Span,
+    traces: Traces,
+    clock: Clock,
+    hardware: Hardware,
+    *,
+    ranks: int,
 ) -> Search:
-    """Of all layouts, in the span that most tokens are seen in; the batch of every span has to divide."""
+    """Of all layouts, in the span that most tokens are seen in. Where its microbatch does not divide the
+    batch of another span, that one has a smaller one (`micro_batches`)."""
     own = replace(span.now, micro_batch=config.micro_batch)
     steps, fallen = list[Step](), Counter()
-    follow = [of.now for of in program.spans if of.now.micro_batch == span.now.micro_batch]
     for layout in space(config, ranks, max(1, own.global_batch // ranks)):
-        nows = [replace(now, micro_batch=layout.micro_batch) for now in follow]
-        if why := refusal(config, layout, nows):
+        now = replace(own, micro_batch=layout.micro_batch)
+        if why := refusal(config, layout, [now]):
             fallen[why.why] += 1
             continue
         whole = traces.whole(layout.variant(config.model.num_experts))
-        step = clock.step(layout, whole, replace(own, micro_batch=layout.micro_batch))
+        step = clock.step(layout, whole, now)
         steps.append(step)
         if not fits(step, hardware):
             fallen["does not fit"] += 1
     best = sorted((step for step in steps if fits(step, hardware)), key=lambda step: step.seconds)
     return Search(best, steps, fallen)
+
+
+def micro_batches(program: Program, layout: Layout) -> list[str]:
+    """Overrides of the spans in which the layout's micro_batch cannot be, in the order of the program."""
+    words, holds, before = [], layout.micro_batch, program.spans[0].now.micro_batch
+    for span in program.spans:
+        own = span.now.micro_batch != before
+        rows = (
+            span.now.micro_batch
+            if own
+            else rows_at_once(span.now, ranks=layout.ranks, most=layout.micro_batch)
+        )
+        if rows != holds and not own and span.name:
+            words.append(f"stage.{span.name}.micro_batch={rows}")
+        holds, before = rows, span.now.micro_batch
+    return words
 
 
 def fits(step: Step, hardware: Hardware) -> bool:

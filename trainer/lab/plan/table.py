@@ -3,11 +3,13 @@
 Times are ranges: from what the figures of the device give to `calibration.width` times that.
 """
 
+from trainer.lab.digits import human, short
 from trainer.lab.plan.calibration import UNMEASURED
 from trainer.lab.plan.clock import Step
 from trainer.lab.plan.layout import GIB
 from trainer.lab.plan.plan import DAY_S, Plan, SpanPlan, bounded_by, first_change
-from trainer.lab.preview.table import human, short
+from trainer.lab.plan.search import fits, micro_batches
+from trainer.program import program_of
 
 Rows = tuple[list[str], list[list[str]]]  # head and rows
 
@@ -43,6 +45,21 @@ def sentence(plan: Plan) -> str:
     return f"{text}; try {words} first{gain}."
 
 
+def warnings(plan: Plan) -> list[str]:
+    """Spans that do not fit, and what would help."""
+    unfit = [span for span in plan.spans if not fits(span.step, plan.hardware)]
+    return [
+        f"{span.name or 'the run'} does not fit: {gib(span.step.memory.total)} a rank for rows of "
+        f"{span.step.now.seq_len:,} tokens; use more checkpointing or fewer rows"
+        + (
+            ", or wait for context parallelism, which does not exist yet"
+            if span.step.now.micro_batch == 1
+            else ""
+        )
+        for span in unfit
+    ]
+
+
 def facts(plan: Plan) -> dict[str, str]:
     main, layout = plan.main, plan.layout
     rate = main.step.tokens_per_s
@@ -68,7 +85,17 @@ def gib(num_bytes: float) -> str:
 
 
 def spans(plan: Plan) -> Rows:
-    head = ["Span", "Tokens", "Batch", "Accumulation", "Memory [GiB]", "Step [s]", "tokens/s", "MFU [%]", "Days"]
+    head = [
+        "Span",
+        "Tokens",
+        "Batch",
+        "Accumulation",
+        "Memory [GiB]",
+        "Step [s]",
+        "tokens/s",
+        "MFU [%]",
+        "Days",
+    ]
     rows = [span_row(plan, span) for span in plan.spans]
     if plan.price is not None:
         head.append("Cost")
@@ -86,7 +113,7 @@ def span_row(plan: Plan, span: SpanPlan) -> list[str]:
         human(span.tokens),
         f"{now.global_batch:,} x {now.seq_len:,}",
         f"{step.accumulation:,}",
-        f"{step.memory.total / GIB:,.1f}{'' if step.memory.total <= room else ' does not fit'}",
+        f"{step.memory.total / GIB:,.1f}{'' if step.memory.total <= room else ' (does not fit)'}",
         times(plan, step.seconds),
         rates(plan, step.tokens_per_s),
         rates(plan, 100 * plan.mfu(step)),
@@ -142,7 +169,17 @@ def timeline(plan: Plan) -> Rows:
         if count:
             parts = [phase.gpu, phase.nvlink, phase.nic, phase.host, phase.seconds, phase.exposed]
             rows.append([name, f"{count}", *(f"{seconds:.3f}" for seconds in parts), phase.bound])
-    head = ["Phase", "Times", "GPU [s]", "NVLink [s]", "NIC [s]", "Host [s]", "Takes [s]", "Exposed [s]", "Bound by"]
+    head = [
+        "Phase",
+        "Times",
+        "GPU [s]",
+        "NVLink [s]",
+        "NIC [s]",
+        "Host [s]",
+        "Takes [s]",
+        "Exposed [s]",
+        "Bound by",
+    ]
     return head, rows
 
 
@@ -166,7 +203,8 @@ def best(plan: Plan, count: int = 5) -> Rows:
 
 
 def command(plan: Plan, step: Step) -> str:
-    return " ".join(["triquetra train", *plan.given, *step.layout.overrides()])
+    spans = micro_batches(program_of(plan.config), step.layout)
+    return " ".join(["triquetra train", *plan.given, *step.layout.overrides(), *spans])
 
 
 def fallen(plan: Plan) -> str:
@@ -181,4 +219,6 @@ def certainty(plan: Plan) -> str:
             f"Times are ranges, up to {width:g} times the shortest: no run of this code was measured on the "
             "device. calibration= narrows them."
         )
-    return f"Times are ranges, up to {width:g} times the shortest, from {plan.calibration.device}'s calibration."
+    return (
+        f"Times are ranges, up to {width:g} times the shortest, from {plan.calibration.device}'s calibration."
+    )

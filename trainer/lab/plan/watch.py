@@ -91,8 +91,14 @@ class Watch(TorchDispatchMode):
             watch.resized(storage)
 
         patches = [patch.object(torch.UntypedStorage, "resize_", resized)]
-        for name, kind in {"unshard": "gathered", "wait_for_unshard": "gathered", "post_backward": "reduced"}.items():
-            patches.append(patch.object(FSDPParamGroup, name, self._within(getattr(FSDPParamGroup, name), kind)))
+        for name, kind in {
+            "unshard": "gathered",
+            "wait_for_unshard": "gathered",
+            "post_backward": "reduced",
+        }.items():
+            patches.append(
+                patch.object(FSDPParamGroup, name, self._within(getattr(FSDPParamGroup, name), kind))
+            )
         asked = getattr(ShardingPropagator, SHAPES)
         patches.append(patch.object(ShardingPropagator, SHAPES, self._unseen(asked)))
         self.patches = patches

@@ -5,6 +5,7 @@ no model.
     triquetra preview experiment=demo steps=5000 ranks=8 out=preview.html
 
     tokens_per_s  of the whole run; with it spans have days
+    device        a GPU, like h200: tokens_per_s is the lower end of what triquetra plan says
     ranks         data-parallel ranks; without it parallel.dp_replicate x parallel.dp_shard
     out           the page, one file that needs no network; without it <run_dir>/<name>/preview.html
 
@@ -21,13 +22,16 @@ from pathlib import Path
 
 from trainer import terminal
 from trainer.config import Config, ConfigError, load, looked_up
+from trainer.lab.plan.calibration import Calibration
+from trainer.lab.plan.hardware import hardware
+from trainer.lab.plan.plan import plan
 from trainer.lab.preview.page import write_page
 from trainer.lab.preview.table import Preview, stretches, table, totals
 from trainer.program import program_of
 from trainer.run.directory import run_directory
 from trainer.train import INTERRUPTED, OK, REFUSED
 
-OWN = ("tokens_per_s", "ranks", "out")
+OWN = ("tokens_per_s", "device", "ranks", "out")
 ELSE_WIDTH = 24  # [characters] at least, of the column that wraps
 
 
@@ -74,7 +78,20 @@ def preview_of(overrides: list[str], own: dict[str, str]) -> Preview:
         )
     program = program_of(config)
     program.check_split(num_ranks=int(ranks), num_streams=config.data.num_streams)
+    if "device" in own:
+        if "tokens_per_s" in own:
+            raise ConfigError(
+                f"tokens_per_s={speed} and device={own['device']} are both set; keep one of them"
+            )
+        tokens_per_s = planned_speed(config, own["device"], ranks=int(ranks))
     return Preview(config, stretches(program), int(ranks), tokens_per_s)
+
+
+def planned_speed(config: Config, device: str, *, ranks: int) -> float:
+    """[tokens/s] over the whole program. Raises: ConfigError."""
+    calibration = Calibration(device)
+    planned = plan(config, hardware(device), calibration, ranks=ranks, searches=False)
+    return planned.tokens / planned.seconds / calibration.width
 
 
 def write(preview: Preview, out: Path, *, command: str) -> None:
