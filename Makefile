@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 LINTERS := .venv/.installed-dev
 LOG := .venv/setup.log
 
-.PHONY: help setup demo test drills lint clean
+.PHONY: help setup demo test drills gpu lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: setup  ## run the tests
 
 drills: setup  ## break runs on purpose and print what held (6 to 9 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m tests.drills $(ARGS)
+
+gpu: setup  ## does this GPU compute what a CPU computes, and how fast? (8 minutes; RANKS=8 for eight GPUs)
+	@$(VENV) -m tests.gpu $(ARGS)
 
 lint: $(LINTERS)  ## ruff, pyright, shellcheck
 	@$(VENV) -m ruff check

@@ -521,7 +521,7 @@ def test_the_biases_of_an_unbalanced_router_converge():
 
 
 @pytest.mark.parametrize("tokens", [40_840, 2**25 + 1])
-def test_trap_1_counts_are_exact_beyond_bf16_and_fp32_spacing(tokens):
+def test_counts_are_exact_beyond_bf16_and_fp32_spacing(tokens):
     """Near 40k bf16 counts in steps of 256, beyond 2^24 fp32 in steps of 2; one token more must still be
     seen.
     """
@@ -534,7 +534,8 @@ def test_trap_1_counts_are_exact_beyond_bf16_and_fp32_spacing(tokens):
     assert layer.expert_bias_E.tolist() == [-1.0, 1.0]
 
 
-def test_trap_2_bias_and_momentum_are_float32_and_a_fine_step_is_kept():
+def test_bias_and_momentum_are_float32_and_a_fine_step_is_kept():
+    """In bfloat16 a step of 1e-6 would be lost beside a bias of 1."""
     rule = SmebuRule((1, 4), lr=1e-6, beta=0.5, kappa=2.0)
     assert rule.momentum_ME.dtype == torch.float32
     layer = Layer(4)
@@ -543,7 +544,8 @@ def test_trap_2_bias_and_momentum_are_float32_and_a_fine_step_is_kept():
     assert layer.expert_bias_E[0] > 1 > layer.expert_bias_E[2]
 
 
-def test_trap_4_microbatches_are_summed_before_the_rule():
+def test_microbatches_are_summed_before_the_rule():
+    """A rule that ran once per microbatch would step several times, each time on a part of the counts."""
     split, whole = (balancer(4, 1, SmebuRule((1, 4), lr=0.1, beta=0.5, kappa=2.0)) for _ in range(2))
     for counts in ([9, 1, 1, 1], [0, 4, 4, 4], [1, 1, 7, 3]):
         split.layers[0].tokens_per_expert_E.add_(torch.tensor(counts))

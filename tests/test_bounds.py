@@ -209,7 +209,7 @@ def test_each_weight_of_the_schema_is_one_loss_and_the_other_way_round():
 
 
 def test_each_weight_reaches_its_loss_from_the_run_and_from_a_span():
-    for key in program.LOSSES:
+    for key in program.LOSS_KEYS:
         config = load([*RUN, f"balance.{key}=0.25", f"stage.decay.{key}=0.5", "steps=10"])
         first, *_, last = (loss_weights(span.now) for span in program_of(config).spans)
         changed = {name for name, weight in vars(first).items() if weight == 0.25}
@@ -228,7 +228,7 @@ def test_a_further_loss_is_one_field_and_one_line(monkeypatch):
     loss = lambda r: (-r.scores_BLE.log()).sum()  # noqa: E731  # as in LOSSES
     monkeypatch.setitem(losses.LOSSES, "entropy", loss)
     weights = make_dataclass("W", [(n, float, 0.0) for n in losses.LOSSES], frozen=True, kw_only=True)
-    monkeypatch.setattr("trainer.run.build.LOSSES", keys)
+    monkeypatch.setattr("trainer.run.build.LOSS_KEYS", keys)
     monkeypatch.setattr("trainer.run.build.LossWeights", weights)
     check_values(further(entropy_loss_weight=0.5))
     own = loss_weights(further(entropy_loss_weight=0.5))

@@ -87,7 +87,8 @@ def test_the_oracle_is_not_trivial(name):
 
 
 @all_arms
-def test_trap_3_activation_checkpointing_counts_once(name):
+def test_activation_checkpointing_counts_once(name):
+    """The recomputed forward pass would count the same tokens a second time."""
     for use_reentrant in (False, True):
 
         def recomputed(lab: Lab, x_BLD: Tensor, use_reentrant: bool = use_reentrant) -> None:
@@ -101,7 +102,9 @@ def test_trap_3_activation_checkpointing_counts_once(name):
 
 
 @all_arms
-def test_trap_4_microbatches_are_one_step(name):
+def test_microbatches_are_one_step(name):
+    """A rule that ran once per microbatch would depend on how the batch is split."""
+
     def split(lab: Lab, x_BLD: Tensor) -> None:
         for part_BLD in x_BLD.split([1, 4, 3]):
             train(lab, part_BLD)
@@ -110,7 +113,7 @@ def test_trap_4_microbatches_are_one_step(name):
 
 
 @all_arms
-def test_trap_6_evaluation_changes_no_state(name):
+def test_evaluation_changes_no_state(name):
     """Without a backward pass, with and without autograd, before and after the tokens that train."""
 
     def evaluate(lab: Lab, x_BLD: Tensor) -> None:
@@ -130,7 +133,7 @@ def test_trap_6_evaluation_changes_no_state(name):
 
 
 @all_arms
-def test_trap_11_padding_is_not_there(name):
+def test_padding_is_not_there(name):
     """Three tokens of padding before each sequence, four after it, and a whole sequence of it; whatever they
     hold.
     """
@@ -235,18 +238,18 @@ def test_four_ranks_with_different_and_with_no_tokens(on_four_ranks, name):
         assert_same(result[name], outcome(oracle(name)))
 
 
-def test_trap_5_the_rule_sees_the_sum_of_all_ranks(on_four_ranks):
+def test_the_rule_sees_the_sum_of_all_ranks(on_four_ranks):
     """Applied per rank, sign would have pushed each rank's own expert down."""
     for bias, _ in (result["opposite"] for result in on_four_ranks):
         assert bias == [0.0] * 4
 
 
-def test_trap_1_counts_are_exact_over_ranks(on_four_ranks):
+def test_counts_are_exact_over_ranks(on_four_ranks):
     """Near 163,360 bfloat16 counts in steps of 1,024, at 2^27 float32 in steps of 16."""
     assert [result["one token more"] for result in on_four_ranks] == [[[-1.0, 1.0]] * 2] * 4
 
 
-def test_trap_9_max_violation_is_of_all_ranks_and_of_the_busiest_expert(on_four_ranks):
+def test_max_violation_is_of_all_ranks_and_of_the_busiest_expert(on_four_ranks):
     """By hand: 3.0 on every rank alone, 0 over all. And (9, 1, 1, 1): 9 / 3 - 1, with the busiest, not
     without it.
     """
@@ -257,7 +260,8 @@ def test_trap_9_max_violation_is_of_all_ranks_and_of_the_busiest_expert(on_four_
 
 
 @all_arms
-def test_trap_7_ranks_without_moe_layers_take_no_part(on_four_ranks, name):
+def test_ranks_without_moe_layers_take_no_part(on_four_ranks, name):
+    """A rank without MoE layers must neither wait in an all-reduce nor change the sums of the others."""
     for rank, result in enumerate(on_four_ranks):
         if rank < 2:
             assert_same(result["stage"][name], outcome(oracle(name)))
@@ -269,7 +273,7 @@ def test_trap_7_ranks_without_moe_layers_take_no_part(on_four_ranks, name):
 
 
 @all_arms
-def test_trap_7_every_layer_is_its_own(name):
+def test_every_layer_is_its_own(name):
     """Three layers together do what each does alone: none is skipped, none is another's."""
     together = make_lab(name, layers=3).run(train, STEPS)
     for m, layer in enumerate(together.layers):
@@ -329,7 +333,7 @@ def test_the_smallest_and_the_widest_choice(name, experts, top_k):
 
 @all_arms
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_trap_8_a_resumed_run_is_the_same_run_bit_for_bit(name, stop):
+def test_a_resumed_run_is_the_same_run_bit_for_bit(name, stop):
     """From the balancer's state dict and the biases: memory, loads (the gradient of the batch loss) and the
     verdict's tail.
     """
@@ -351,7 +355,7 @@ def test_trap_8_a_resumed_run_is_the_same_run_bit_for_bit(name, stop):
 
 
 @all_rules
-def test_trap_2_biases_and_memory_are_float32_even_where_bfloat16_is_the_default(name):
+def test_biases_and_memory_are_float32_even_where_bfloat16_is_the_default(name):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -391,7 +395,8 @@ def bfloat16_worker(rules: list[str]) -> dict[str, set[torch.dtype]]:
     return found
 
 
-def test_trap_2_training_in_bfloat16_leaves_biases_and_memory_in_float32():
+def test_training_in_bfloat16_leaves_biases_and_memory_in_float32():
+    """Casting the model would cast its buffers with it, and fine steps would be lost."""
     (found,) = run_ranks(bfloat16_worker, 1, ["smebu", "smebu_gain"])
     assert found["smebu"] == found["smebu_gain"] == {torch.float32, torch.float64}
 
@@ -513,7 +518,7 @@ def test_rest_at_exact_balance(name):
 
 @all_rules
 @pytest.mark.parametrize("tokens", [40_840, 2**25])
-def test_trap_1_one_token_more_is_seen(name, tokens):
+def test_one_token_more_is_seen(name, tokens):
     """Near 40,840 bfloat16 counts in steps of 256, beyond 2^24 float32 in steps of 2. One token goes to
     expert 0, not 1.
 

@@ -34,9 +34,9 @@ from trainer.checkpoint import (
     BoxReader,
     Checkpoints,
     DamagedError,
-    Kind,
-    Piece,
-    Stored,
+    StoredTensor,
+    TensorPiece,
+    TensorSpec,
     boxes,
     read_header,
     read_manifest,
@@ -490,12 +490,12 @@ def test_boxes_across_pieces(tmp_path):
     part = {key: whole[i : i + n, j : j + m].contiguous() for key, ((i, j), (n, m)) in cuts.items()}
     save_file({**part, "a": part["a"].view(6)}, tmp_path / "x.safetensors")
     pieces = tuple(
-        Piece(file="x.safetensors", key=key, offsets=at, sizes=size) for key, (at, size) in cuts.items()
+        TensorPiece(file="x.safetensors", key=key, offsets=at, sizes=size) for key, (at, size) in cuts.items()
     )
-    reader = BoxReader(tmp_path, {"w": Stored(dtype=torch.float32, shape=(4, 6), pieces=pieces)})
+    reader = BoxReader(tmp_path, {"w": StoredTensor(dtype=torch.float32, shape=(4, 6), pieces=pieces)})
     for i, j, n, m in [(0, 0, 4, 6), (0, 1, 2, 3), (2, 1, 2, 4), (1, 2, 1, 1), (3, 5, 1, 1), (0, 0, 1, 6)]:
         assert torch.equal(reader.read("w", offsets=(i, j), sizes=(n, m)), whole[i : i + n, j : j + m])
-    gap = BoxReader(tmp_path, {"w": Stored(dtype=torch.float32, shape=(4, 6), pieces=pieces[:3])})
+    gap = BoxReader(tmp_path, {"w": StoredTensor(dtype=torch.float32, shape=(4, 6), pieces=pieces[:3])})
     with pytest.raises(DamagedError, match="hold 8 of the 12 values"):
         gap.read("w", offsets=(2, 0), sizes=(2, 6))
 
@@ -507,7 +507,7 @@ def test_a_file_of_mixed_dtypes_lies_aligned_and_refuses_another_kind(tmp_path):
         "b": torch.arange(2.0),
         "c": torch.zeros(1, 1, dtype=torch.float16),
     }
-    kinds = {name: Kind(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    kinds = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_file(tmp_path / "x.safetensors", kinds, tensors.__getitem__)
     assert (
         equal(load_file(tmp_path / "x.safetensors"), tensors)
@@ -517,7 +517,9 @@ def test_a_file_of_mixed_dtypes_lies_aligned_and_refuses_another_kind(tmp_path):
     header = json.loads((tmp_path / "x.safetensors").read_bytes()[8 : 8 + size])
     assert [header[name]["data_offsets"] for name in "bac"] == [[0, 8], [8, 14], [14, 16]]
     with pytest.raises(ValueError, match="b: is torch.float32 .2,., must be torch.float32 .3,."):
-        write_file(tmp_path / "y.safetensors", kinds | {"b": Kind(torch.float32, (3,))}, tensors.__getitem__)
+        write_file(
+            tmp_path / "y.safetensors", kinds | {"b": TensorSpec(torch.float32, (3,))}, tensors.__getitem__
+        )
 
 
 # -- init_from

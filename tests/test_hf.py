@@ -124,7 +124,7 @@ def test_a_bias_rounded_by_others_becomes_float32():
     assert equal({"": from_hf(hf_state, SHAPE)["layers.2.moe.expert_bias_E"]}, {"": hf_state[BIAS].float()})
 
 
-def test_trap_12_an_exported_bias_is_of_sigmoid_scores():
+def test_an_exported_bias_is_of_sigmoid_scores():
     """transformers' router chooses the experts that ours does. By hand: scores .99 and .8 (logits 4.6, 1.4),
     biases -.3 and 0;
     0.69 < 0.8 among scores, but 4.3 > 1.4 among logits. The model has no other kind of bias that could be
@@ -152,7 +152,8 @@ def refused(convert: Callable, state: dict[str, Tensor]) -> list[str]:
     return lines
 
 
-def test_trap_13_from_hf_refuses_by_name():
+def test_from_hf_refuses_by_name():
+    """A file that does not fit would otherwise be loaded in part, and the rest would stay random."""
     good = to_hf(random_state(), SHAPE)
     missing = {name: tensor for name, tensor in good.items() if name != UP}
     assert refused(from_hf, missing) == [f"{UP}: missing, must be (24, 32)"]
@@ -161,7 +162,7 @@ def test_trap_13_from_hf_refuses_by_name():
     assert refused(from_hf, good | {UP: good[UP].T}) == [f"{UP}: has (32, 24), must be (24, 32)"]
 
 
-def test_trap_13_from_hf_lists_everything_at_once():
+def test_from_hf_lists_everything_at_once():
     """Another architecture's file: each of its tensors and each of ours is named."""
     good = to_hf(random_state(), SHAPE)
     other = {name.replace("model.layers", "layers"): tensor for name, tensor in good.items()}

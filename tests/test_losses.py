@@ -133,7 +133,8 @@ def test_weights_combine():
 # -- on their way through the backward pass ---------------------------------------------------------------
 
 
-def test_trap_10_an_attached_loss_gives_the_gradient_of_the_added_loss():
+def test_an_attached_loss_gives_the_gradient_of_the_added_loss():
+    """An attached loss must act like a term of the sum, with its own factor and nothing else."""
     w = torch.randn(5, requires_grad=True)
     (w.exp().sum() + 3 * w.square().sum()).backward()
     added, w.grad = w.grad, None
@@ -176,7 +177,7 @@ def moe_layer(weights: LossWeights) -> MoE:
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_trap_10_the_gradient_reaches_the_gate_of_a_real_layer(name, padded):
+def test_the_gradient_reaches_the_gate_of_a_real_layer(name, padded):
     """With the loss minus without it: the gradient of the loss itself, taken from the router's outputs.
     Nothing else feels it.
     """
@@ -199,7 +200,8 @@ def test_trap_10_the_gradient_reaches_the_gate_of_a_real_layer(name, padded):
     assert all(torch.equal(gradient, without[other]) for other, gradient in with_loss.items())
 
 
-def test_trap_10_a_loss_in_evaluation_is_none():
+def test_a_loss_in_evaluation_is_none():
+    """An evaluation that is differentiated must not feel the router losses."""
     moe = moe_layer(LossWeights(sequence=1.0, switch=1.0, batch=1.0, z=1.0)).eval()
     plain = moe_layer(NO_LOSSES).eval()
     x_BLD = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(1))
@@ -209,7 +211,7 @@ def test_trap_10_a_loss_in_evaluation_is_none():
     assert moe.routing_sums_S.sum() == 0
 
 
-def test_trap_7_a_layer_without_weight_does_not_disable_the_others():
+def test_a_layer_without_weight_does_not_disable_the_others():
     """Three layers, the losses on the second only: the first and third have the gradient of no loss, the
     second its own.
     """
@@ -250,7 +252,8 @@ def test_the_batch_loss_is_silent_in_the_first_step_and_then_has_the_last_step_s
         assert (lab.gradients[1][m] - plain.gradients[1][m] - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_trap_3_counting_happens_once_under_recomputation_and_never_without_a_backward():
+def test_counting_happens_once_under_recomputation_and_never_without_a_backward():
+    """A count in the forward pass would count recomputed and evaluated tokens too."""
     into_E, counts_E = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 4])
     w = torch.ones(3, requires_grad=True)
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from trainer.config import Config, ConfigError, SpanConfig, load
-from trainer.program import Curve, Now, Program, program_of
+from trainer.program import Curve, Program, StepSettings, program_of
 
 BATCH, LENGTH = 4, 8  # 32 tokens a step
 
@@ -24,11 +24,11 @@ def program(stage: dict | None = None, steps: int | None = None, **own) -> Progr
     return program_of(config(stage, steps, **own))
 
 
-def run(of: Program, *, step: int = 0, position: int = 0) -> list[tuple[int, Now]]:
+def run(of: Program, *, step: int = 0, position: int = 0) -> list[tuple[int, StepSettings]]:
     """What each step of a loop sees: its position and its settings."""
     seen, last_step = [], of.last_step(step=step, position=position)
     while step < last_step:
-        now = of.at(position)
+        now = of.settings_at(position)
         seen.append((position, now))
         step, position = step + 1, position + now.global_batch * now.seq_len
     return seen
@@ -131,7 +131,7 @@ def test_settings_stay_until_a_span_says_otherwise():
     run_own.balance.sequence_loss_weight, run_own.balance.switch_loss_weight = 0.5, 0.75
     run_own.balance.batch_loss_weight, run_own.balance.router_z_loss_weight = 0.125, 0.0625
     a, b, c = (now for _, now in run(program_of(run_own)))
-    assert a == Now(
+    assert a == StepSettings(
         span="a",
         lr=1.0,
         bias_rate=1.0,
@@ -220,7 +220,7 @@ def test_steps_cut_a_program_short():
 
 def test_after_the_end_what_held_last_holds():
     of = program({"a": {"steps": 1}, "b": {"steps": 1, "lr": {"to": 0.5}}})
-    assert (of.at(10**6).span, of.at(10**6).lr) == ("b", 0.5)
+    assert (of.settings_at(10**6).span, of.settings_at(10**6).lr) == ("b", 0.5)
     assert list(of.walk(64)) == []
     assert of.last_step(step=2, position=64) == 2
 
@@ -278,10 +278,10 @@ def test_walk_last_step_and_at_agree_with_a_loop_that_counts(seed):
     # also not where steps begin
     for at in [draw.randrange(of.end) for _ in range(20)] + [end for end in ends if end < of.end]:
         [name] = [span.name for span in of.spans if span.start <= at < span.end]
-        assert of.at(at).span == name
+        assert of.settings_at(at).span == name
         from_here, here = 0, at
         while here < of.end:
-            from_here, here = from_here + 1, here + of.at(here).tokens
+            from_here, here = from_here + 1, here + of.settings_at(here).tokens
         assert of.last_step(step=7, position=at) == 7 + from_here == 7 + sum(num for _, _, num in of.walk(at))
 
 
@@ -638,9 +638,11 @@ def test_published_warmup_peaks_and_splits(name, peaks):
     assert (start, num_steps) == (0, 2000)
     half = 1000 * first.tokens
     assert warmup.lr.at(half) == 0.5  # half of both peaks: the factor is on all rates
-    assert of.at(half).lr == pytest.approx(1000.5 / 2000)
-    assert of.at(1999 * first.tokens).lr == pytest.approx(1999.5 / 2000)
-    assert {of.at(position).lr for position in (2000 * first.tokens, T, 3 * T, 5 * T, 69 * T // 10)} == {1.0}
+    assert of.settings_at(half).lr == pytest.approx(1000.5 / 2000)
+    assert of.settings_at(1999 * first.tokens).lr == pytest.approx(1999.5 / 2000)
+    assert {
+        of.settings_at(position).lr for position in (2000 * first.tokens, T, 3 * T, 5 * T, 69 * T // 10)
+    } == {1.0}
     of.check_split(num_ranks=2048 if name == "large" else 512, num_streams=config.data.num_streams)
 
 
@@ -654,26 +656,29 @@ def test_published_large():
     assert 4.9 * T <= after < 4.9 * T + 12288 * 8192
     assert 17 * T <= late < 17 * T + 16384 * 8192
     assert [value for value, _ in boundaries(of, "seq_len")] == [8192, 262144]
-    assert of.at(int(4.89 * T)).global_batch == 12288
-    assert of.at(int(4.91 * T)).global_batch == 16384
+    assert of.settings_at(int(4.89 * T)).global_batch == 12288
+    assert of.settings_at(int(4.91 * T)).global_batch == 16384
     ends = {span.name: span.end for span in of.spans}
     phases = [ends["phase1_anneal"], ends["phase2"] - ends["phase1_anneal"], ends["phase3"] - ends["phase2"]]
     assert phases == pytest.approx([17 * T * part / 20 for part in (13, 4, 3)], rel=1e-12)
     assert of.end == 17 * T + 117 * B
-    assert of.at(10 * T - 10**9).lr == 1.0  # TrueBase is before the decay
+    assert of.settings_at(10 * T - 10**9).lr == 1.0  # TrueBase is before the decay
     cosine = next(span.lr for span in of.spans if span.name == "phase3")
     assert (cosine.start, cosine.end, cosine.shape) == (10 * T, 17 * T, "cosine")
     assert cosine.at(10 * T + 7 * T / 2) == pytest.approx(0.55)  # the middle is the mean of 1 and 0.1
     assert cosine.at(10 * T + 7 * T / 3) == pytest.approx(1 - 0.25 * 0.9)
-    assert of.at(17 * T - 1).lr == pytest.approx(0.1)
+    assert of.settings_at(17 * T - 1).lr == pytest.approx(0.1)
     assert of.spans[-1].lr.at(17 * T + 117 * B / 2) == pytest.approx(0.075)
     assert of.spans[-1].lr.at(of.end) == pytest.approx(0.05)
-    rates = [of.at(10 * T + i * (of.end - 10 * T) // 500).lr for i in range(500)]
+    rates = [of.settings_at(10 * T + i * (of.end - 10 * T) // 500).lr for i in range(500)]
     assert rates == sorted(rates, reverse=True)  # no re-warming
-    assert of.at(of.end - 1).lr == pytest.approx(0.05, rel=1e-3)
-    assert of.at(T).z_loss_weight == 0
-    assert of.at(16 * T).z_loss_weight == 1e-6
-    assert (of.at(14 * T).buffer, of.at(15 * T).buffer) == (0, 4096)  # phase 3 begins at 14.45T
+    assert of.settings_at(of.end - 1).lr == pytest.approx(0.05, rel=1e-3)
+    assert of.settings_at(T).z_loss_weight == 0
+    assert of.settings_at(16 * T).z_loss_weight == 1e-6
+    assert (of.settings_at(14 * T).buffer, of.settings_at(15 * T).buffer) == (
+        0,
+        4096,
+    )  # phase 3 begins at 14.45T
 
 
 @pytest.mark.parametrize(("name", "length"), [("nano", 262144), ("mini", 131072)])
@@ -684,7 +689,7 @@ def test_published_nano_and_mini(name, length):
     assert [value for value, _ in boundaries(of, "seq_len")] == [4096, length]
     ends = {span.name: span.end for span in of.spans}
     assert (ends["phase1_larger_batch"], ends["phase2"], ends["phase3"]) == (7 * T, int(8.8 * T), 10 * T)
-    assert of.at(7 * T - 1).lr == 1.0
+    assert of.settings_at(7 * T - 1).lr == 1.0
     decay = next(span.lr for span in of.spans if span.name == "phase3")
     assert [decay.at(position * T) for position in (7, 8.5, 8.8, 10)] == pytest.approx([1.0, 0.5, 0.4, 0.0])
     (rewarm, start, num_steps), (extension, begin, _) = list(of.walk())[-2:]

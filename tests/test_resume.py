@@ -64,7 +64,7 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, num_ranks, layout)
         train.COLLAPSED,
     }
     assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 7)) == {train.INTERRUPTED}
-    # trap 18: twice
+    # stopped twice: what only a resumed run fails to save is lost at the second resume
     assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], 13)) == {train.INTERRUPTED}
     assert set(run_ranks(train_worker, num_ranks, ["name=halves", *where], None)) <= {
         train.OK,
@@ -75,7 +75,7 @@ def test_twenty_steps_equal_ten_and_ten_bit_for_bit(tmp_path, num_ranks, layout)
     whole, halves = tensors(tmp_path / "whole", 20), tensors(tmp_path / "halves", 20)
     assert whole.keys() == halves.keys()
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
-    # trap 8: what must be in a checkpoint is in it, and is not zero
+    # these belong in a checkpoint, and they are not zero: zeros would be equal and prove nothing
     moments = [name for name in whole if name.endswith("exp_avg")]
     biases = [name for name in whole if name.endswith("expert_bias_E")]
     assert moments and len(biases) == 4
@@ -323,7 +323,7 @@ def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
     while run.step < run.last_step:
         rows = [torch.stack(list(batch)) for batch in train.next_batches(run)]
         seen.append(torch.cat(rows, dim=1))
-        run.tokens, run.step = run.tokens + run.program.at(run.tokens).tokens, run.step + 1
+        run.tokens, run.step = run.tokens + run.program.settings_at(run.tokens).tokens, run.step + 1
     return seen
 
 

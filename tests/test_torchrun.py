@@ -235,7 +235,7 @@ def test_a_node_that_cannot_go_on_ends_the_other(tmp_path):
     ],
 )
 def test_what_the_ranks_codes_mean_after_a_request_to_stop(codes, told, expected):
-    assert torchrun.verdict(codes, told=told) == expected
+    assert torchrun.code_when_stopped(codes, stop_code=told) == expected
 
 
 @pytest.mark.parametrize(

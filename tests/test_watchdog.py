@@ -49,7 +49,7 @@ def run(directory, code):
 
 
 def test_a_rank_that_hangs_says_where_and_ends(tmp_path):
-    errors, code, _ = run(tmp_path, "dog.beat('step 12: data')\nhangs_here()")
+    errors, code, _ = run(tmp_path, "dog.heartbeat('step 12: data')\nhangs_here()")
     assert code == HUNG == 7
     (line,) = errors.splitlines()
     assert (
@@ -68,10 +68,10 @@ def test_all_ranks_of_a_stuck_collective_report(tmp_path):
     code = """
 import torch, torch.distributed as dist
 store = dist.FileStore(sys.argv[1] + "/store", 2)
-dog.beat("meeting", limit_s=100)
+dog.heartbeat("meeting", limit_s=100)
 dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
 dist.barrier()
-dog.beat("step 1: forward and backward")
+dog.heartbeat("step 1: forward and backward")
 hangs_here() if dist.get_rank() == 1 else dist.all_reduce(torch.ones(1))
 """
     ranks = [
@@ -96,9 +96,9 @@ def test_progress_and_longer_limits_keep_it_alive(tmp_path):
     code = """
 time.sleep(1.5)
 for step in range(30):
-    dog.beat(f"step {step}: data")
+    dog.heartbeat(f"step {step}: data")
     time.sleep(0.1)
-dog.beat("saving", limit_s=20)
+dog.heartbeat("saving", limit_s=20)
 time.sleep(2)
 dog.close()
 time.sleep(1.5)
@@ -111,10 +111,12 @@ sys.exit(21)
 
 def test_a_phase_of_its_own_limit_ends_at_it(tmp_path):
     """1.5 s and the grace of 0.5 s, where the default would have ended it at 1 s."""
-    errors, code, took_s = run(tmp_path, "dog.beat('saving', limit_s=1.5)\nhangs_here()")
+    errors, code, took_s = run(tmp_path, "dog.heartbeat('saving', limit_s=1.5)\nhangs_here()")
     assert code == HUNG and "no progress for 1." in errors
     assert took_s > 1.9
-    errors, code, _ = run(tmp_path, "dog.beat('saving', limit_s=20)\ndog.beat('step 3: data')\nhangs_here()")
+    errors, code, _ = run(
+        tmp_path, "dog.heartbeat('saving', limit_s=20)\ndog.heartbeat('step 3: data')\nhangs_here()"
+    )
     assert code == HUNG and "no progress for 0." in errors and "step 3: data" in errors
 
 
@@ -129,10 +131,10 @@ def test_a_rank_that_was_merely_slow_lives(tmp_path):
     """
     code = """
 dog.grace_s = 4
-dog.beat("step 1: data")
+dog.heartbeat("step 1: data")
 while not dog.path.exists() or dog._reporter.is_alive():
     time.sleep(0.01)
-dog.beat("step 2: data", limit_s=100)
+dog.heartbeat("step 2: data", limit_s=100)
 time.sleep(5)
 """
     errors, code, _ = run(tmp_path, code)
@@ -152,7 +154,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
     )
     process = python(
         tmp_path,
-        "dog.first_limit_s = 60\ndog.beat('step 1: data', limit_s=1.5)\n"
+        "dog.first_limit_s = 60\ndog.heartbeat('step 1: data', limit_s=1.5)\n"
         "print('ready', file=sys.stderr, flush=True)\n" + code,
     )
     try:
@@ -167,7 +169,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_does_not_keep_it_from_ending(tmp_path):
-    errors, code, _ = run(tmp_path / "nowhere", "dog.beat('step 1: data')\nhangs_here()")
+    errors, code, _ = run(tmp_path / "nowhere", "dog.heartbeat('step 1: data')\nhangs_here()")
     assert code == HUNG
     assert (
         "cannot be written (No such file or directory); this process ends" in errors
@@ -178,7 +180,7 @@ def test_a_directory_that_cannot_be_written_does_not_keep_it_from_ending(tmp_pat
 def test_a_file_system_that_hangs_does_not_keep_it_from_ending(tmp_path):
     """Opening a named pipe that nobody reads blocks, as a dead file server does."""
     os.mkfifo(tmp_path / "stacks.0.txt")
-    errors, code, _ = run(tmp_path, "dog.beat('step 1: data')\nhangs_here()")
+    errors, code, _ = run(tmp_path, "dog.heartbeat('step 1: data')\nhangs_here()")
     assert code == HUNG
     assert "stacks.0.txt does not answer, this process ends" in errors and "in hangs_here" in errors
 
@@ -192,7 +194,7 @@ def holds_the_lock():
     libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex), libc.pthread_mutex_lock(mutex)
 dog.first_limit_s = 1
-dog.beat("step 1: data")
+dog.heartbeat("step 1: data")
 time.sleep(0.2)
 holds_the_lock()
 """
@@ -205,7 +207,7 @@ holds_the_lock()
 @pytest.mark.parametrize(("share", "at_least_s"), [(1.0, 1.0), (0.2, 5.0)])
 def test_a_busy_machine_has_more_time(tmp_path, share, at_least_s):
     """A fifth of a core: limit and grace, 0.5 s each, take five times as long."""
-    code = f"watchdog.core_share = lambda: {share}\ndog.beat('step 1: data')\nhangs_here()"
+    code = f"watchdog.core_share = lambda: {share}\ndog.heartbeat('step 1: data')\nhangs_here()"
     errors, code, took_s = run(tmp_path, f"from trainer.ranks import watchdog\n{code}")
     assert code == HUNG and "no progress for 0." in errors
     assert took_s > at_least_s
@@ -236,7 +238,7 @@ def test_a_beat_costs_less_than_a_microsecond_or_two(tmp_path):
     for _ in range(20):
         start_s = time.perf_counter()
         for _ in range(1000):
-            dog.beat("step 1: data")
+            dog.heartbeat("step 1: data")
         best_s = min(best_s, (time.perf_counter() - start_s) / 1000)
     assert best_s < 2e-6
 

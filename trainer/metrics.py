@@ -1,8 +1,8 @@
 """What is logged, in which unit, and where does it go?
 
-metrics.jsonl has one JSON object per step (README lists the names and units). A tracker (Weights & Biases,
-TensorBoard) gets the same values; its failure is reported once and never stops a run. The terminal shows a
-progress bar, or a line every `interval` steps where it is not interactive.
+metrics.jsonl has one JSON object per step (docs/reference.md lists the names and units). A tracker (Weights &
+Biases, TensorBoard) gets the same values; its failure is reported once and never stops a run. The terminal
+shows a progress bar, or a line every `interval` steps where it is not interactive.
 """
 
 import logging
@@ -85,7 +85,7 @@ def batch_heterogeneity(loss_U: Tensor, targets_U: Tensor) -> float:
 
 class Window:
     """The last values of loss and gradient norm, and how heavy their tails are: kurtosis is 3 for a Gaussian,
-    and large where a few steps stand out. Its state belongs into a checkpoint."""
+    and large where a few steps stand out. Its state belongs in a checkpoint."""
 
     SIZE, LEAST = 256, 16  # [steps] kept, and before anything is said
 

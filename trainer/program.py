@@ -27,10 +27,10 @@ LENGTHS = ("tokens", "until", "steps", "share")
 CURVES = ("lr", "bias_rate")
 SHAPES = ("linear", "cosine")
 MAX_FACTOR = 1_000_000  # of a curve: on the peak rates
-LOSSES = tuple(of.name for of in fields(RouterLossWeights))
+LOSS_KEYS = tuple(loss.name for loss in fields(RouterLossWeights))
 STREAM = ("mixture", "buffer", "drain")
 # until a span says otherwise
-KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSSES, *STREAM)
+KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSS_KEYS, *STREAM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class Curve:
         return self.first + (self.last - self.first) * done
 
 
-_Losses = make_dataclass("_Losses", [(key, float) for key in LOSSES], frozen=True, kw_only=True)
+_Losses = make_dataclass("_Losses", [(key, float) for key in LOSS_KEYS], frozen=True, kw_only=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Now(_Losses):
+class StepSettings(_Losses):
     """What holds in one step, the weights of the router's losses among it."""
 
     span: str
@@ -81,7 +81,7 @@ class Span(NamedTuple):
     name: str
     start: int
     end: int
-    now: Now  # its lr and bias_rate are those at the span's start
+    now: StepSettings  # its lr and bias_rate are those at the span's start
     lr: Curve
     bias_rate: Curve
 
@@ -99,7 +99,7 @@ class Program:
     def end(self) -> int:
         return self.spans[-1].end
 
-    def at(self, position: int) -> Now:
+    def settings_at(self, position: int) -> StepSettings:
         """What holds in the step that begins after `position` tokens; after the program's end, what held
         last.
         """
@@ -108,7 +108,7 @@ class Program:
         return replace(span.now, lr=span.lr.at(middle), bias_rate=span.bias_rate.at(middle))
 
     def walk(self, position: int = 0) -> Iterator[tuple[Span, int, int]]:
-        """Each span that is still ahead, the position of its first step and its number of steps."""
+        """Yields each span that is still ahead, the position of its first step and its number of steps."""
         for span in self.spans:
             if num_steps := span.steps_from(position):
                 yield span, position, num_steps
@@ -165,7 +165,7 @@ def program_of(config: Config) -> Program:
     """Raises: ConfigError where spans contradict each other or the run."""
     stage = config.stage or {"": SpanConfig()}
     first = {key: getattr(config, key) for key in ("global_batch", "micro_batch", "seq_len", "z_loss_weight")}
-    first |= {key: getattr(config.balance, key) for key in LOSSES}
+    first |= {key: getattr(config.balance, key) for key in LOSS_KEYS}
     if config.data.mixture:
         check_mixture("data.", config.data.mixture)
     equal = dict.fromkeys(config.data.sources, 1.0) if config.data.sources else None
@@ -174,9 +174,9 @@ def program_of(config: Config) -> Program:
         "buffer": config.data.buffer,
         "drain": config.data.drain,
     }
-    nows = list(settings(stage, Now(span="", lr=1.0, bias_rate=1.0, **first)))
+    nows = list(settings(stage, StepSettings(span="", lr=1.0, bias_rate=1.0, **first)))
     bounds = boundaries(stage, nows, config.steps)
-    curves = {key: follow(key, stage, bounds) for key in CURVES}
+    curves = {key: curves_of(key, stage, bounds) for key in CURVES}
     starts = [0, *bounds[:-1]]
     spans = tuple(
         Span(
@@ -189,29 +189,27 @@ def program_of(config: Config) -> Program:
     program = Program(spans, config.steps)
     check_lengths(stage, program, config.steps)
     if config.data.at_end == "stop" and program.spans[-1].now.phase:
-        given = (
+        raise ConfigError(
             "data.at_end=stop with a mixture that changes: a phase could end before its sources do, "
-            "or the run before a phase"
+            "or the run before a phase; use one mixture, or data.at_end=repeat"
         )
-        raise ConfigError(f"{given}; use one mixture, or data.at_end=repeat")
     if config.data.packing == "fit" and (buffered := next((span for span in spans if span.now.buffer), None)):
-        given = (
-            f"{named(buffered.name)}buffer={buffered.now.buffer} with data.packing=fit, which keeps "
-            "no document open"
+        raise ConfigError(
+            f"{named(buffered.name)}buffer={buffered.now.buffer} with data.packing=fit, which keeps no "
+            "document open; use buffer=0 or data.packing=stream"
         )
-        raise ConfigError(f"{given}; use buffer=0 or data.packing=stream")
     return program
 
 
-def settings(stage: dict[str, SpanConfig], now: Now) -> Iterator[Now]:
+def settings(stage: dict[str, SpanConfig], now: StepSettings) -> Iterator[StepSettings]:
     """What each span keeps and what it changes, curves aside."""
     for name, span in stage.items():
         check_values(span, where=named(name))
-        given = {key: value for key in KEPT if (value := getattr(span, key)) is not None}
-        if "mixture" in given:
-            check_mixture(named(name), given["mixture"])
-        changed = "mixture" in given and dict(given["mixture"]) != now.mixture
-        now = replace(now, span=name, phase=now.phase + (changed and bool(now.span)), **given)
+        changes = {key: value for key in KEPT if (value := getattr(span, key)) is not None}
+        if "mixture" in changes:
+            check_mixture(named(name), changes["mixture"])
+        new_phase = "mixture" in changes and dict(changes["mixture"]) != now.mixture
+        now = replace(now, span=name, phase=now.phase + (new_phase and bool(now.span)), **changes)
         yield now
 
 
@@ -222,26 +220,31 @@ def check_mixture(where: str, weights: dict[str, float]) -> None:
 
 def check_sources(config: Config, program: Program) -> None:
     """Raises: ConfigError if a mixture names a source that the run does not have."""
-    given = {"data.": config.data.mixture} | {named(span.name): span.now.mixture for span in program.spans}
-    known = list(config.data.sources)
-    for where, mixture in given.items():
-        if mixture and not known:
+    mixtures = {named(span.name): span.now.mixture for span in program.spans}
+    mixtures = {"data.": config.data.mixture} | mixtures
+    sources = list(config.data.sources)
+    for where, mixture in mixtures.items():
+        if mixture and not sources:
             raise ConfigError(
                 f"{where}mixture={mixture}: weights, but there is one source, data.source; set data.sources"
             )
-        for wrong in (name for name in mixture or () if name not in known):
-            raise ConfigError(f"{where}mixture={mixture}: there is no source {wrong}{nearest(wrong, known)}")
+        for wrong in (name for name in mixture or () if name not in sources):
+            raise ConfigError(
+                f"{where}mixture={mixture}: there is no source {wrong}{nearest(wrong, sources)}"
+            )
 
 
-def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None) -> list[int]:
+def boundaries(stage: dict[str, SpanConfig], nows: Sequence[StepSettings], steps: int | None) -> list[int]:
     """Where each span ends. One span may be without a length: it gets the steps that the others leave of
     `steps`.
     """
-    given = {name: [key for key in LENGTHS if getattr(span, key) is not None] for name, span in stage.items()}
-    for name, keys in given.items():
+    keys_of = {
+        name: [key for key in LENGTHS if getattr(span, key) is not None] for name, span in stage.items()
+    }
+    for name, keys in keys_of.items():
         check_length(name, {key: getattr(stage[name], key) for key in keys})
-    open_spans = [name for name, keys in given.items() if not keys]
-    shares = [name for name, keys in given.items() if keys == ["share"]]
+    open_spans = [name for name, keys in keys_of.items() if not keys]
+    shares = [name for name, keys in keys_of.items() if keys == ["share"]]
     if steps is None and (relative := open_spans or shares):
         raise ConfigError(
             f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or "
@@ -256,7 +259,7 @@ def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | N
             f"stage: the shares of {' and '.join(shares)} add up to {total:g} of the steps; use at most "
             "1 in all"
         )
-    if open_spans and (fixed := [name for name, keys in given.items() if keys == ["until"]]):
+    if open_spans and (fixed := [name for name, keys in keys_of.items() if keys == ["until"]]):
         until = f"{named(fixed[0])}until={stage[fixed[0]].until:g}"
         raise ConfigError(f"{until} beside {open_spans[0]}, which has no length; give {open_spans[0]} one")
     ends, taken = lay_out(stage, nows, steps, rest=0)
@@ -270,19 +273,19 @@ def boundaries(stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | N
     return lay_out(stage, nows, steps, rest=steps - taken)[0]
 
 
-def check_length(name: str, given: dict[str, float]) -> None:
-    """The length of a span, given at most one way."""
-    if len(given) > 1:
-        one, *others = given
+def check_length(name: str, lengths: dict[str, float]) -> None:
+    """Refuses a span whose length is given in more than one way."""
+    if len(lengths) > 1:
+        one, *others = lengths
         raise ConfigError(
-            f"{named(name)}{' and '.join(f'{key}={value:g}' for key, value in given.items())} each "
-            "give its length; "
-            f"keep one, for example {' '.join(f'stage.{name}.{key}=null' for key in others)} to keep {one}"
+            f"{named(name)}{' and '.join(f'{key}={value:g}' for key, value in lengths.items())} each "
+            "give its length; keep one, for example "
+            f"{' '.join(f'stage.{name}.{key}=null' for key in others)} to keep {one}"
         )
 
 
 def lay_out(
-    stage: dict[str, SpanConfig], nows: Sequence[Now], steps: int | None, *, rest: int
+    stage: dict[str, SpanConfig], nows: Sequence[StepSettings], steps: int | None, *, rest: int
 ) -> tuple[list[int], int]:
     """Where each span ends, and the steps of all of them. `rest`: steps of the span without a length."""
     # first: where the span's first step begins; the one before may overshoot
@@ -334,20 +337,20 @@ def check_lengths(stage: dict[str, SpanConfig], program: Program, steps: int | N
         raise ConfigError(f"steps={steps}: the program ends after {total}; use at most that {more}")
 
 
-def follow(key: str, stage: dict[str, SpanConfig], bounds: Sequence[int]) -> list[Curve]:
+def curves_of(key: str, stage: dict[str, SpanConfig], bounds: Sequence[int]) -> list[Curve]:
     """The curve of `key` that each span follows: its own, or that of the span before it."""
     names, curves = list(stage), list[Curve]()
     curve, owner, target = Curve(start=0, end=0, first=1.0, last=1.0), "", -1
     for i, (name, span) in enumerate(stage.items()):
-        given, start = getattr(span, key), bounds[i - 1] if i else 0
-        if given is not None:
+        value, start = getattr(span, key), bounds[i - 1] if i else 0
+        if value is not None:
             if i <= target:
                 raise ConfigError(
                     f"{named(name)}{key} is set, but {key} of {owner} runs until {names[target]}; let it "
                     f"end before {name}"
                 )
             curve, target = new_curve(
-                f"{named(name)}{key}", given, names[i:], start, bounds[i:], before=curve.at(start)
+                f"{named(name)}{key}", value, names[i:], start, bounds[i:], before=curve.at(start)
             )
             owner, target = name, i + target
         curves.append(curve)
@@ -355,26 +358,27 @@ def follow(key: str, stage: dict[str, SpanConfig], bounds: Sequence[int]) -> lis
 
 
 def new_curve(
-    where: str, given: Any, names: list[str], start: int, bounds: Sequence[int], *, before: float
+    where: str, value: Any, names: list[str], start: int, bounds: Sequence[int], *, before: float
 ) -> tuple[Curve, int]:
     """The curve that begins with the first of `names`, and the index of the span at whose end it is
     through.
     """
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        given = {"from": given, "to": given}
-    if not isinstance(given, dict):
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = {"from": value, "to": value}
+    if not isinstance(value, dict):
         raise ConfigError(
-            f"{where}={given!r}: must be a number, or from, to, shape and until, like {{from: 0, to: 1}}"
+            f"{where}={value!r}: must be a number, or from, to, shape and until, like {{from: 0, to: 1}}"
         )
-    known = ["from", "to", "shape", "until"]
-    for wrong in (str(key) for key in given if key not in known):
-        raise ConfigError(f"{where}.{wrong}: there is no such key{nearest(wrong, known)}")
-    first, last = given.get("from", before), given.get("to", before)
-    shape, until = given.get("shape", "linear"), given.get("until", names[0])
-    for what, value in (("from", first), ("to", last)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_FACTOR:
+    keys = ["from", "to", "shape", "until"]
+    for wrong in (str(key) for key in value if key not in keys):
+        raise ConfigError(f"{where}.{wrong}: there is no such key{nearest(wrong, keys)}")
+    first, last = value.get("from", before), value.get("to", before)
+    shape, until = value.get("shape", "linear"), value.get("until", names[0])
+    for what, factor in (("from", first), ("to", last)):
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor <= MAX_FACTOR:
             raise ConfigError(
-                f"{where}.{what}={value}: must be a number, 0 or more and at most {MAX_FACTOR} times the peak"
+                f"{where}.{what}={factor}: must be a number, 0 or more and at most {MAX_FACTOR} times the "
+                "peak"
             )
     if shape not in SHAPES:
         raise ConfigError(f"{where}.shape={shape}: must be one of {', '.join(SHAPES)}")

@@ -23,10 +23,10 @@ def run(
 
 
 def outlive_terminal() -> None:
-    """From now on stdout and stderr take everything: what cannot be written is dropped, a letter that the
-    encoding lacks becomes a question mark. Streams that somebody has put in their place are left alone.
+    """Makes stdout and stderr accept everything from now on: output that cannot be written is dropped, and a
+    letter that the encoding lacks becomes a question mark. Streams that somebody has replaced are left alone.
     """
-    for number in (0, 1, 2):  # else the next file that is opened gets the number, and is printed into
+    for number in (0, 1, 2):  # or the next opened file would get this descriptor, and prints would go into it
         try:
             os.fstat(number)
         except OSError:

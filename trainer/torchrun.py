@@ -1,11 +1,10 @@
-"""torchrun, but what became of the ranks is its exit code, and one line.
+"""How does torchrun end with the exit code of the rank that failed, and one line about it?
 
-    python -m trainer.torchrun --standalone --nproc-per-node 4 --max-restarts 3 -m trainer.train
-    experiment=demo
+    python -m trainer.torchrun --standalone --nproc-per-node 4 -m trainer.train experiment=demo
 
-Exit code: of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75 told to
-stop by SIGTERM: saved, or the last checkpoint stands; start it again · 130 by SIGINT. A failed rank starts
-all again while restarts are left, unless its exit code says that this cannot help.
+Exit code: that of the rank that failed first (128 + n: killed by signal n) · 0 all ranks ended well · 75
+asked to stop by SIGTERM: saved, or the last checkpoint stands; start it again · 130 the same by SIGINT. After
+a failure all ranks start again while restarts are left, unless the exit code says that this cannot help.
 """
 
 import os
@@ -47,7 +46,7 @@ from trainer.ranks.stop import (
 )
 
 FINAL = {REFUSED, COLLAPSED, NO_DATA, CANNOT_SAVE, UNSOUND, PREEMPTED, INTERRUPTED}
-# How a rank ends that was told to, or did not in time:
+# How a rank ends that was asked to stop, or that did not stop in time:
 TOLD = {
     PREEMPTED,
     INTERRUPTED,
@@ -70,13 +69,13 @@ class Ended(SignalException):
 class Agent(LocalElasticAgent):
     """Starts, watches and ends the ranks of this node.
 
-    torch raises from its signal handler, wherever that is. Ranks that it is about to start are then in none
-    of its lists, and live on. Here a signal waits for the next look at the ranks, 0.1 s at most, unless the
-    agent waits for other nodes. torch passes the first signal on to the ranks; those that come while it waits
-    for their end are passed on here.
+    torch's signal handler raises asynchronously. Ranks that are being started at that moment are not tracked
+    yet and would be orphaned. Here a signal waits until the agent next looks at the ranks, 0.1 s at most,
+    unless the agent waits for other nodes. torch passes the first signal on to the ranks; this class passes
+    on the signals that arrive while torch waits for their end.
     """
 
-    told: ClassVar[signal.Signals | None] = None
+    stop_signal: ClassVar[signal.Signals | None] = None
     may_raise: ClassVar[bool] = True
     current: ClassVar["Agent | None"] = None
 
@@ -84,19 +83,19 @@ class Agent(LocalElasticAgent):
         Agent.may_raise, Agent.current = False, self
         try:
             return super().run(role)
-        except SignalException as told:
-            # Between two lives of the ranks there are only the codes of those that are to be replaced.
+        except SignalException as stop:
+            # While the ranks are being restarted, the only codes are those of the ranks to be replaced.
             codes = {} if self._worker_group.state is WorkerState.STOPPED else self._codes()
-            raise Ended(verdict(codes, told=stopped_by(told.sigval))) from None
+            raise Ended(code_when_stopped(codes, stop_code=stopped_by(stop.sigval))) from None
         except RendezvousError as error:
             print(f"the other nodes have ended or cannot be reached: {error}", file=sys.stderr)
-            told = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
+            stops = [code for code in self._codes().values() if code in (PREEMPTED, INTERRUPTED)]
             # 1: srun reports the highest code, and another node has the cause
-            raise Ended(told[0] if told else 1) from None
+            raise Ended(stops[0] if stops else 1) from None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
-        # torch keeps the store over a restart: ranks find the addresses of those that are gone there (pytorch
-        # #135712, #167288). With this forgotten, it makes another one, on another port.
+        # torch keeps the store over a restart, so ranks would find the addresses of the dead ones in it
+        # (pytorch #135712, #167288). With this field reset, torch makes a new store on another port.
         worker_group.spec.rdzv_handler._bootstrap_store_info = None
         with interruptible():
             super()._rendezvous(worker_group)
@@ -152,16 +151,14 @@ def cause(codes: dict[int, int]) -> int:
     return min(codes, key=lambda rank: codes[rank] in AFTERMATH)
 
 
-def verdict(codes: dict[int, int | None], *, told: int) -> int:
-    """The exit code where the ranks were told to stop. `told`: if that is what they did, or had to be
-    killed.
-    """
+def code_when_stopped(codes: dict[int, int | None], *, stop_code: int) -> int:
+    """The exit code of ranks that were asked to stop. stop_code: if they did so or were killed."""
     failed = {rank: code for rank, code in codes.items() if code and code not in TOLD}
     if failed:
         rank = cause(failed)
         print(describe(rank, failed[rank]), file=sys.stderr)
         return exit_code(failed[rank])
-    return 0 if codes and not any(codes.values()) else told
+    return 0 if codes and not any(codes.values()) else stop_code
 
 
 def exit_code(code: int) -> int:
@@ -177,9 +174,9 @@ def describe(rank: int, code: int) -> str:
 
 
 def tell(number: int, frame: Any = None) -> None:
-    again, Agent.told = Agent.told is not None, signal.Signals(number)
+    again, Agent.stop_signal = Agent.stop_signal is not None, signal.Signals(number)
     if Agent.may_raise:
-        raise SignalException(f"signal {number}", sigval=Agent.told)
+        raise SignalException(f"signal {number}", sigval=Agent.stop_signal)
     if again and Agent.current is not None:
         Agent.current.pass_on(number)
 
@@ -189,8 +186,8 @@ def interruptible() -> Iterator[None]:
     """A signal raises SignalException here, also one that came before."""
     Agent.may_raise = True
     try:
-        if Agent.told is not None:
-            tell(Agent.told)
+        if Agent.stop_signal is not None:
+            tell(Agent.stop_signal)
         yield
     finally:
         Agent.may_raise = False
@@ -217,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(failure.exitcode)
     except Ended as ended:
         return ended.code
-    except SignalException as told:
-        return stopped_by(told.sigval)
+    except SignalException as stop:
+        return stopped_by(stop.sigval)
     return 0
 
 

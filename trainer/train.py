@@ -65,9 +65,9 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
-        now, before = run.program.at(run.tokens), run.stream.snapshot()
+        now, before = run.program.settings_at(run.tokens), run.stream.snapshot()
         compiles = shape != (shape := (now.micro_batch, now.seq_len))
-        watchdog.beat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
+        watchdog.heartbeat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
         if (batches := next_batches(run)) is None:
             if dist.get_rank() == 0:
                 print(f"the corpus is at its end after step {run.step} of {run.last_step}")
@@ -76,7 +76,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
             break
         values = train_step(run, batches, waited_s=time.perf_counter() - start_s)
         if values is None:
-            watchdog.beat("saving", limit_s=config.timeout_s)
+            watchdog.heartbeat("saving", limit_s=config.timeout_s)
             leave_unread(run, before.state_dict())
         step_s = time.perf_counter() - start_s
         values["tokens_per_s"] = values["data/step_tokens"] / step_s
@@ -85,18 +85,20 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.health.is_lost:
-            watchdog.beat("going back", limit_s=config.timeout_s)
+            watchdog.heartbeat("going back", limit_s=config.timeout_s)
             roll_back(run, metrics)
         elif due(run):
-            watchdog.beat(f"saving step {run.step}", limit_s=config.timeout_s)
+            watchdog.heartbeat(f"saving step {run.step}", limit_s=config.timeout_s)
             save(run)
         start_s = time.perf_counter()
-    watchdog.beat("saving", limit_s=config.timeout_s)
+    watchdog.heartbeat("saving", limit_s=config.timeout_s)
     finish_saving(run)
 
 
 def due(run: Run) -> bool:
-    """Is a checkpoint to be written? Not while steps are being skipped: the newest one is from before."""
+    """Whether to write a checkpoint now. While steps are being skipped none is written, so the newest one is
+    from before them.
+    """
     at_interval = run.step % run.config.checkpoint.interval == 0 and not run.health.in_row
     return at_interval or run.step == run.last_step or run.stop.agreed is not None
 
@@ -168,7 +170,7 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
     try:
         loop(run, metrics, watchdog)
     except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before
-        watchdog.beat("saving", limit_s=config.timeout_s)
+        watchdog.heartbeat("saving", limit_s=config.timeout_s)
         with suppress(SaveError):
             run.checkpoints.finish()
         raise
@@ -181,7 +183,9 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
 
 
 def announce(run: Run, loaded: Path | None) -> None:
-    c, now, count = run.config, run.program.at(run.tokens), count_parameters(run.config.model)
+    c = run.config
+    now = run.program.settings_at(run.tokens)
+    count = count_parameters(run.config.model)
     print(
         f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
         f"on {dist.get_world_size()} x {run.device.type}, "
@@ -191,8 +195,8 @@ def announce(run: Run, loaded: Path | None) -> None:
         longer = "steps= trains on" if c.steps is not None else "a longer stage= trains on"
         print(f"{run.directory} is complete at step {run.step}; {longer}, name= starts a new run")
     elif loaded is not None:
-        how = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
-        print(f"{how} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
+        beginning = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
+        print(f"{beginning} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
     elif c.init_from is not None:
         print(f"starting from the weights of {c.init_from}")
     for problem in export_problems(c.model):
@@ -222,11 +226,9 @@ def conclude(run: Run) -> int:
 
 
 def left_open(read: dict[str, int], *, num_open: int, tokens_read: int) -> str:
-    """Draws are uniform, so documents that are still open are the long ones: the user should know."""
-    of_open, of_ended = (
-        (tokens_read + read["open"]) / num_open,
-        (read["tokens"] - tokens_read) / max(1, read["documents"]),
-    )
+    """Tells the user that the documents still open are the long ones, because draws are uniform."""
+    of_open = (tokens_read + read["open"]) / num_open
+    of_ended = (read["tokens"] - tokens_read) / max(1, read["documents"])
     share = read["open"] / (read["open"] + read["tokens"])
     text = (
         f"buffer: {num_open} documents are still open, {read['open']} of their tokens unread "

@@ -293,13 +293,13 @@ def digest(run: Any) -> str:
     """Of this rank's part of weights, optimizer state and biases."""
     digest = hashlib.sha256()
     for tensor in [*run.model.parameters(), *run.model.buffers()]:
-        digest.update(local(tensor.detach()).contiguous().numpy().tobytes())
+        digest.update(local(tensor.detach()).cpu().contiguous().numpy().tobytes())
     for optimizer in run.optimizer.optimizers:
         for state in optimizer.state.values():
             for value in state.values():
-                digest.update(local(torch.as_tensor(value)).contiguous().numpy().tobytes())
+                digest.update(local(torch.as_tensor(value)).cpu().contiguous().numpy().tobytes())
     for value in run.balancer.state_dict().values():
-        digest.update(local(value).contiguous().numpy().tobytes())
+        digest.update(local(value).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

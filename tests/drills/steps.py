@@ -31,7 +31,7 @@ def by_hand(overrides: list[str], left_out: list[int], origin: Found | None, pas
     while run.step < run.last_step:
         batches = train.next_batches(run)
         if run.step + 1 in left_out:
-            run.tokens, run.step = run.tokens + run.program.at(run.tokens).tokens, run.step + 1
+            run.tokens, run.step = run.tokens + run.program.settings_at(run.tokens).tokens, run.step + 1
         else:
             lines.append(train.train_step(run, batches))
     run.stream.close()

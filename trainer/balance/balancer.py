@@ -39,7 +39,7 @@ class Balancer(nn.Module):
     biases even if the rule asks for none.
 
     The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
-    the counts of the run's tail, from which the verdict is spoken.
+    the counts of the run's tail, on which the verdict rests.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Balancer(nn.Module):
         self.end_at(steps)
 
     def end_at(self, steps: int) -> None:
-        """The run has this many steps. Counts of another tail are dropped."""
+        """Sets the number of steps of the run. If that moves the tail, the counts of the old tail are
+        dropped.
+        """
         self.steps, self.first_tail_step = steps, steps - max(1, round(TAIL_SHARE * steps)) + 1
         if self.tail_step != self.first_tail_step:
             self.tail_step.fill_(self.first_tail_step)
@@ -89,9 +91,7 @@ class Balancer(nn.Module):
             layer.label_share.fill_(label_share)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], *args, **kwargs):
-        """A run that has another number of steps now has another tail: `end_at` drops the counts of the old
-        one.
-        """
+        """If the number of steps has changed, so has the tail: `end_at` drops the counts of the old one."""
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self._share_load()
         self.end_at(self.steps)

@@ -28,7 +28,8 @@ NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE
 NUM_REQUIRED = 1000
 LOGIT_UNIT = 2.0**-20
 MAX_SQUARE = 2.0**16  # of a token's mean squared logit, nan too: the sum of 2^26 such tokens fits into int64
-# of an expert per token: the gain is read from margins up to where so many have been seen
+# The gain is read from the smallest margins, up to the first bin edge that this many chosen experts per token
+# lie below.
 DENSITY_WINDOW = 0.25
 
 
@@ -189,7 +190,8 @@ class RoutingStats:
         """
         if self.required_MEH is None:
             raise ValueError("no required biases were counted; the rule must set needs_required = True")
-        low_M1, high_M1 = self.bias_ME.amin(-1, keepdim=True) - 1, self.bias_ME.amax(-1, keepdim=True) + 1
+        low_M1 = self.bias_ME.amin(-1, keepdim=True) - 1
+        high_M1 = self.bias_ME.amax(-1, keepdim=True) + 1
         seen_MEH = self.required_MEH.cumsum(-1)
         wanted_ME1 = self.mean_M1.unsqueeze(-1).expand_as(seen_MEH[..., :1])  # T K / E
         bin_ME1 = (seen_MEH >= wanted_ME1).int().argmax(-1, keepdim=True)
@@ -214,14 +216,14 @@ def routing_metrics(stats: RoutingStats, bias_ME: Tensor) -> dict[str, Tensor]:
     """
     num_experts = bias_ME.shape[-1]
     load_ME = stats.load_ME
-    excess_M = load_ME.amax(-1) - 1  # MaxVio (arXiv:2602.17004, eq. 42)
+    max_violation_M = load_ME.amax(-1) - 1  # MaxVio (arXiv:2602.17004, eq. 42)
     floor_M1 = (
         2 * math.log(num_experts) * (1 - stats.top_k / num_experts) / stats.mean_M1.clamp_min(1e-9)
     ).sqrt()
     entropy_M = torch.special.entr(load_ME / num_experts).sum(-1) / max(math.log(num_experts), 1e-9)
     metrics = {
-        "balance/max_violation": excess_M.mean(),
-        "balance/max_violation_worst_layer": excess_M.amax(),
+        "balance/max_violation": max_violation_M.mean(),
+        "balance/max_violation_worst_layer": max_violation_M.amax(),
         "balance/floor": floor_M1.mean(),
         "balance/min_load": load_ME.amin(),
         "balance/dead_experts": (stats.counts_ME == 0).sum().double(),

@@ -1,12 +1,12 @@
 """What does a resumed run need, is it what was written, and where does it lie?"""
 
-from trainer.checkpoint.boxes import BoxReader, Kind, read_header, write_file
+from trainer.checkpoint.boxes import BoxReader, TensorSpec, read_header, write_file
 from trainer.checkpoint.checkpoints import Checkpoints, Found, SaveError
 from trainer.checkpoint.foreign import DamagedError, plain_name, read_json, reading
 from trainer.checkpoint.manifest import code_version, manifest_hash, problems, read_manifest
 from trainer.checkpoint.storage import (
-    Piece,
-    Stored,
+    StoredTensor,
+    TensorPiece,
     make_durable,
     read_index,
     refuse_uncovered,
@@ -19,10 +19,10 @@ __all__ = [
     "Checkpoints",
     "DamagedError",
     "Found",
-    "Kind",
-    "Piece",
     "SaveError",
-    "Stored",
+    "StoredTensor",
+    "TensorPiece",
+    "TensorSpec",
     "code_version",
     "load_into",
     "make_durable",

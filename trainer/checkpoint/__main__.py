@@ -83,8 +83,8 @@ def listed(checkpoints: Checkpoints) -> int:
 
 def columns_of(manifest: Mapping[str, Any]) -> list[str]:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
-    told = [str(manifest.get(key, "")) for key in ("saved_at", "ranks", "code")]
-    return [f"{manifest.get('tokens', 0):,}", told[0], f"{size / 1e6:,.1f} MB", *told[1:]]
+    facts = [str(manifest.get(key, "")) for key in ("saved_at", "ranks", "code")]
+    return [f"{manifest.get('tokens', 0):,}", facts[0], f"{size / 1e6:,.1f} MB", *facts[1:]]
 
 
 def verified(checkpoints: Checkpoints, steps: list[int]) -> int:

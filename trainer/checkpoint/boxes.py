@@ -19,14 +19,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from trainer.checkpoint.foreign import CODES, DamagedError, read_shapes, shown
-from trainer.checkpoint.storage import Index, Piece, read_box
+from trainer.checkpoint.storage import Index, TensorPiece, read_box
 
 MAX_OPEN = 64  # files at a time
 DTYPES = {CODES[dtype]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}  # of weights
 
 
-class Kind(NamedTuple):
-    """What a tensor is, before anything of it is read."""
+class TensorSpec(NamedTuple):
+    """A tensor's dtype and shape, known before any of its values is read."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -48,36 +48,36 @@ class BoxReader:
         part of it.
         """
         stored = self.index[name]
-        box, found = torch.empty(tuple(sizes), dtype=stored.dtype), 0
+        box, num_values = torch.empty(tuple(sizes), dtype=stored.dtype), 0
         for piece in stored.pieces:
             first, last = overlap(piece, offsets, sizes)
             if all(a < b for a, b in zip(first, last, strict=True)):
                 part = [b - a for a, b in zip(first, last, strict=True)]
-                where = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, offsets, strict=True))
+                target = tuple(slice(a - o, b - o) for a, b, o in zip(first, last, offsets, strict=True))
                 inside = [a - o for a, o in zip(first, piece.offsets, strict=True)]
-                box[where] = self.part(piece, offsets=inside, sizes=part)
-                found += prod(part)
-        if found != box.numel():
+                box[target] = self.part(piece, offsets=inside, sizes=part)
+                num_values += prod(part)
+        if num_values != box.numel():
             raise DamagedError(
-                f"{name}: the checkpoint's pieces hold {found} of the {box.numel()} values at "
+                f"{name}: the checkpoint's pieces hold {num_values} of the {box.numel()} values at "
                 f"{tuple(offsets)}"
             )
         return box
 
-    def part(self, piece: Piece, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    def part(self, piece: TensorPiece, *, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         return read_box(self.opened(piece.file), piece.key, offsets=offsets, sizes=sizes)
 
 
-def overlap(piece: Piece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """First corner and, exclusive, last corner of what a piece and a box have in common, in the whole
-    tensor's numbers.
+def overlap(piece: TensorPiece, offsets: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The intersection of a piece and a box: its first corner and, exclusive, its last one, in coordinates of
+    the whole tensor.
     """
     first = [max(a, b) for a, b in zip(piece.offsets, offsets, strict=True)]
     ends = zip(piece.offsets, piece.sizes, offsets, sizes, strict=True)
     return first, [min(a + n, b + m) for a, n, b, m in ends]
 
 
-def read_header(path: Path) -> dict[str, Kind]:
+def read_header(path: Path) -> dict[str, TensorSpec]:
     """What a safetensors file holds. Raises: DamagedError, naming the file, if it is none, cut off, or of
     other dtypes.
     """
@@ -88,10 +88,10 @@ def read_header(path: Path) -> dict[str, Kind]:
     if other := [name for name, (code, _) in shapes.items() if code not in DTYPES]:
         code = shapes[other[0]][0]
         raise DamagedError(f"{path}: {shown(other[0])} is {code}; weights must be one of {', '.join(DTYPES)}")
-    return {name: Kind(DTYPES[code], shape) for name, (code, shape) in shapes.items()}
+    return {name: TensorSpec(DTYPES[code], shape) for name, (code, shape) in shapes.items()}
 
 
-def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tensor]) -> None:
+def write_file(path: Path, kinds: Mapping[str, TensorSpec], make: Callable[[str], Tensor]) -> None:
     """Writes the tensors that `make` gives one by one, and makes the file durable. Wider dtypes come first:
     all lie aligned.
 
@@ -103,7 +103,7 @@ def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tens
         file.write(header_of({name: kinds[name] for name in names}))
         for name in names:
             tensor = make(name)
-            if (has := Kind(tensor.dtype, tuple(tensor.shape))) != kinds[name]:
+            if (has := TensorSpec(tensor.dtype, tuple(tensor.shape))) != kinds[name]:
                 raise ValueError(
                     f"{name}: is {has.dtype} {has.shape}, must be {kinds[name].dtype} {kinds[name].shape}"
                 )
@@ -113,7 +113,7 @@ def write_file(path: Path, kinds: Mapping[str, Kind], make: Callable[[str], Tens
         os.fsync(file.fileno())
 
 
-def header_of(kinds: Mapping[str, Kind]) -> bytes:
+def header_of(kinds: Mapping[str, TensorSpec]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, kind in kinds.items():

@@ -39,7 +39,7 @@ from trainer.checkpoint.storage import (
     write_durably,
 )
 from trainer.checkpoint.transfer import StagedPlanner, first_failure, load_into
-from trainer.ranks.agree import agreed, gathered
+from trainer.ranks.agree import all_gather_objects, broadcast_object
 
 LATEST = "latest"
 MAX_MISSES = 3  # checkpoints in a row that could not be written; then the run ends
@@ -275,7 +275,7 @@ class Checkpoints:
 
         Raises: DamagedError if there are some and none is good.
         """
-        steps, problem = agreed(attempted(self.all_steps) if dist.get_rank() == 0 else None)
+        steps, problem = broadcast_object(attempted(self.all_steps) if dist.get_rank() == 0 else None)
         if problem:
             raise DamagedError(f"{self.directory} cannot be read: {problem}; {REMEDY}")
         for step in reversed(steps):
@@ -297,7 +297,7 @@ class Checkpoints:
     def verify(self, step: int) -> list[str]:
         """What is wrong with a checkpoint: each rank reads a share of its files, all hear of everything."""
         own = problems(self.path(step), share=slice(dist.get_rank(), None, dist.get_world_size()))
-        return sorted({problem for of_rank in gathered(own) for problem in of_rank})
+        return sorted({problem for of_rank in all_gather_objects(own) for problem in of_rank})
 
     def go_on_from(self, step: int | None) -> None:
         """This run's next checkpoint follows that of `step`: newer ones were found damaged and are set aside,
@@ -316,8 +316,8 @@ class Checkpoints:
             if step is not None:
                 self.point_at(step)
 
-        problem = agreed(attempted(tidy)[1] if dist.get_rank() == 0 else None)
-        probed = gathered(attempted(self._probe)[1] if problem is None else None)
+        problem = broadcast_object(attempted(tidy)[1] if dist.get_rank() == 0 else None)
+        probed = all_gather_objects(attempted(self._probe)[1] if problem is None else None)
         refusals = [f"rank {rank}: {refusal}" for rank, refusal in enumerate(probed) if refusal]
         if problem := problem or next(iter(refusals), None):
             raise SaveError(f"{self.directory} cannot be written to: {problem}; {REMEDY}")

@@ -105,9 +105,9 @@ def _changed(path: Path, entry: Mapping[str, Any], hashes: bool) -> str | None:
         with reading(path):
             if (size := size_of(path)) != entry["bytes"]:
                 return f"{path} has {size} bytes, {entry['bytes']} were written"
-            if hashes and (own := file_entry(path)["xxh3"]) != entry["xxh3"]:
-                said = shown(entry["xxh3"])
-                return f"{path} was changed after it was written: its xxh3 is {own}, it was {said}"
+            if hashes and (xxh3 := file_entry(path)["xxh3"]) != entry["xxh3"]:
+                written = shown(entry["xxh3"])
+                return f"{path} was changed after it was written: its xxh3 is {xxh3}, it was {written}"
     except DamagedError as error:
         return str(error)
     return None

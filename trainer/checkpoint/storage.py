@@ -47,7 +47,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TensorPiece:
     """A box of a tensor, and where it lies. A file may leave out leading sizes of 1."""
 
     file: str
@@ -57,15 +57,15 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """A tensor on disk."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
 
-Index = Mapping[str, Stored]
+Index = Mapping[str, StoredTensor]
 
 
 class SafetensorsWriter(StorageWriter):
@@ -167,7 +167,7 @@ def read_box(opened: Any, key: str, *, offsets: Iterable[int], sizes: Iterable[i
     return part[tuple(box[len(box) - len(part.get_shape()) :])].view(sizes)
 
 
-def read_index(directory: Path) -> dict[str, Stored]:
+def read_index(directory: Path) -> dict[str, StoredTensor]:
     """Raises: DamagedError, also where the pieces of a tensor do not hold each of its elements once."""
     path = directory / INDEX
     with reading(path):
@@ -226,35 +226,35 @@ def _key(index: MetadataIndex) -> str:
     return key_of(index.fqn, index.offset or ())
 
 
-def _index(name: str, piece: Piece) -> MetadataIndex:
+def _index(name: str, piece: TensorPiece) -> MetadataIndex:
     return MetadataIndex(name, torch.Size(piece.offsets))
 
 
-def _stored(name: str, saved: Any, file_of: Mapping[str, str]) -> Stored:
+def _stored(name: str, saved: Any, file_of: Mapping[str, str]) -> StoredTensor:
     pieces = []
     for chunk in (chunk for chunk in saved.chunks if 0 not in chunk.sizes):
         key = key_of(name, chunk.offsets)
         pieces.append(
-            Piece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes))
+            TensorPiece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes))
         )
-    return Stored(dtype=saved.properties.dtype, shape=tuple(saved.size), pieces=tuple(pieces))
+    return StoredTensor(dtype=saved.properties.dtype, shape=tuple(saved.size), pieces=tuple(pieces))
 
 
-def _metadata(stored: Stored) -> TensorStorageMetadata:
+def _metadata(stored: StoredTensor) -> TensorStorageMetadata:
     chunks = [
         ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in stored.pieces
     ]
     return TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks)
 
 
-def _as_json(stored: Stored) -> dict[str, Any]:
+def _as_json(stored: StoredTensor) -> dict[str, Any]:
     return asdict(stored) | {"dtype": str(stored.dtype).removeprefix("torch.")}
 
 
-def _from_json(entry: Mapping[str, Any], *, where: str) -> Stored:
+def _from_json(entry: Mapping[str, Any], *, where: str) -> StoredTensor:
     with reading(where):
         pieces = tuple(
-            Piece(
+            TensorPiece(
                 file=plain_name(piece["file"]),
                 key=str(piece["key"]),
                 offsets=naturals(piece["offsets"]),
@@ -262,4 +262,4 @@ def _from_json(entry: Mapping[str, Any], *, where: str) -> Stored:
             )
             for piece in entry["pieces"]
         )
-        return Stored(dtype=DTYPES[entry["dtype"]], shape=naturals(entry["shape"]), pieces=pieces)
+        return StoredTensor(dtype=DTYPES[entry["dtype"]], shape=naturals(entry["shape"]), pieces=pieces)

@@ -37,11 +37,11 @@ class StagedPlanner(DefaultSavePlanner):
             raise TypeError(f"{', '.join(wrong)}: a checkpoint holds tensors only")
         before, self.copies = self.copies, {}
         for name, value in self.state_dict.items():
-            own = (value.to_local() if isinstance(value, DTensor) else value).detach()
+            tensor = (value.to_local() if isinstance(value, DTensor) else value).detach()
             copy = before.get(name)
-            if copy is None or copy.shape != own.shape or copy.dtype != own.dtype:
-                copy = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
-            self.copies[name] = copy.copy_(own, non_blocking=True)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.copies[name] = copy.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
@@ -57,20 +57,20 @@ def load_into(state: dict[str, Any], *, directory: Path, index: Index) -> dict[s
     """
     planner = DefaultLoadPlanner()
     planner.set_up_planner(state)
-    wanted = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in planner.state_dict.items()}
     missing = [
-        f"{name}: is not in it, must be {shape}" for name, shape in wanted.items() if name not in index
+        f"{name}: is not in it, must be {shape}" for name, shape in shapes.items() if name not in index
     ]
-    both = [(name, index[name].shape, shape) for name, shape in wanted.items() if name in index]
+    present = [(name, index[name].shape, shape) for name, shape in shapes.items() if name in index]
     wrong = missing + [
-        f"{name}: has {there}, must be {shape}" for name, there, shape in both if there != shape
+        f"{name}: has {held}, must be {shape}" for name, held, shape in present if held != shape
     ]
     pairs = [
         (name, index[name].dtype, tensor.dtype)
         for name, tensor in planner.state_dict.items()
         if name in index
     ]
-    wrong += [f"{name}: has {there}, must be {own}" for name, there, own in pairs if not converts(there, own)]
+    wrong += [f"{name}: has {held}, must be {ours}" for name, held, ours in pairs if not converts(held, ours)]
     if wrong:
         raise ValueError("\n".join([f"{directory}: {len(wrong)} tensors do not fit this run:", *wrong]))
     _load(state, SafetensorsReader(directory, index), alone=dist.get_world_size() == 1, planner=planner)

@@ -111,13 +111,13 @@ def target(*, partial: bool, example: str) -> dict[str, Bound]:
 
 def bounds_of(schema: Any) -> Iterator[tuple[dataclasses.Field, Bound | None]]:
     """Each field of a dataclass and what it declares."""
-    return ((of, of.metadata.get(BOUND)) for of in dataclasses.fields(schema))
+    return ((field, field.metadata.get(BOUND)) for field in dataclasses.fields(schema))
 
 
 def check_values(config: Any, *, where: str = "") -> None:
     """Every field of a dataclass, and of those in it. where: before the keys. Raises: ConfigError."""
-    for of, bound in bounds_of(config):
-        value, key = getattr(config, of.name), f"{where}{of.name}"
+    for field, bound in bounds_of(config):
+        value, key = getattr(config, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
             check_values(value, where=f"{key}.")
         elif bound is not None and value is not None and (problem := bound.problem(value)):

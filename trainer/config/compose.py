@@ -167,7 +167,7 @@ def _no_choice(overrides: list[str]) -> str | None:
     groups = {path.name: path for path in CONFIG_DIR.iterdir() if path.is_dir()}
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in groups and value not in (names := sorted(of.stem for of in groups[key].glob("*.yaml"))):
+        if key in groups and value not in (names := sorted(path.stem for path in groups[key].glob("*.yaml"))):
             return f"{override!r}: must be one of {', '.join(names)}"
     return None
 

@@ -26,7 +26,8 @@ def filled(schema: type, source: Path | DictConfig | dict, *, where: str = "") -
     except ConfigError:
         raise
     except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
-        key, owner = str(getattr(error, "full_key", None) or ""), getattr(error, "object_type", None)
+        key = str(getattr(error, "full_key", None) or "")
+        owner = getattr(error, "object_type", None)
         known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
         hint = "" if not known or key.rsplit(".", 1)[-1] in known else nearest(key.rsplit(".", 1)[-1], known)
         message = " ".join(

@@ -79,13 +79,14 @@ class DataConfig:
     sources: dict[str, Any] = field(default_factory=dict)  # or several of them by name
     # weights of sources, shares of tokens; none: equal ones
     mixture: dict[str, float] | None = field(default_factory=dict)
-    # b: b to 2 b documents stay open in each virtual stream; the report's 4,096 is b x num_streams / ranks
+    # b: each virtual stream keeps b to 2 b documents open; the report's 4,096 is b x num_streams / ranks
     buffer: int = number(0, **BUFFER)
-    # where the mixture changes, read open documents to their ends first; false: they wait for their source
+    # where the mixture changes, first read open documents to their ends; false: they wait for their source
     drain: bool = False
-    # stream: documents one after another, cut by rows | fit: cut at seq_len, whole in a row, padded
+    # stream: one document after another, cut where rows end | fit: cut at seq_len, then whole in a row
     packing: str = choice("stream", "stream", "fit")
-    # of a source: another epoch | stop: the others share its weight, the run ends with the last of them
+    # at the end of a source: another epoch | stop: the other sources share its weight, and the run ends with
+    # the last of them
     at_end: str = choice("repeat", "repeat", "stop")
     # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     tokenizer: str | None = path("train")
@@ -105,7 +106,8 @@ class DataConfig:
     workers: int = number(1, at_least=0, at_most=256, why="a few of them keep up with a GPU")
     # [steps] how far ahead
     prefetch: int = number(4, at_least=1, at_most=10_000, why="their documents are kept in memory")
-    retries: int = number(4, **RETRIES)  # of a read that fails, after 1, 2, 4, ... times retry_s
+    # how often a failed read is tried again, after 1, 2, 4, ... times retry_s
+    retries: int = number(4, **RETRIES)
     retry_s: float = number(1.0, **RETRY_S)  # [s]
     source_loss: bool = False  # also log the loss of each source
 
@@ -161,28 +163,28 @@ class ParallelConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     interval: int = number(200, **STEPS)  # [steps]
-    # the newest ones; the rest is deleted
+    # how many of the newest checkpoints stay; older ones are deleted
     keep: int = number(2, at_least=1, at_most=10**6, why="a directory each")
-    keep_every: int | None = number(None, **STEPS)  # [steps] and for good each at a multiple of it
+    keep_every: int | None = number(None, **STEPS)  # [steps] checkpoints at multiples of it stay for good
     # written while training goes on, from a copy in host memory; false: the step waits
     background: bool = True
-    # of a save that fails, after 1, 2, 4, ... times retry_s; three saves in a row that fail end the run
+    # how often a failed save is tried again, after 1, 2, 4, ... times retry_s; three failed saves in a row
+    # end the run
     retries: int = number(4, **RETRIES)
     retry_s: float = number(1.0, **RETRY_S)  # [s]
 
 
 @dataclass(kw_only=True)
 class SkipConfig:
-    """Which steps are not applied (trainer/run/health.py); one whose loss or gradient is not finite never
-    is.
-    """
+    """Which steps are skipped, besides those that are not finite (trainer/run/health.py)."""
 
-    # [deviations] above the median of the last steps that a loss or gradient norm may lie; null: any
+    # skip a step whose loss or gradient norm exceeds the running median by this many robust deviations;
+    # null: never
     spike: float | None = number(None, above=0.0, at_most=1e6, why="null: none is a spike")
-    most: int = number(5, **COUNT)  # in a row; one more ends the run, or
-    rollbacks: int = number(
-        0, **COUNT
-    )  # so many times: back to the newest checkpoint, passing over the data since
+    # the run stops, or rolls back, when more steps than this are skipped in a row
+    most: int = number(5, **COUNT)
+    # how often a run may return to its newest checkpoint, passing over the data that was read since
+    rollbacks: int = number(0, **COUNT)
 
 
 @dataclass(kw_only=True)
@@ -195,7 +197,7 @@ class LoggingConfig:
 
 _SpanWeights = make_dataclass(
     "_SpanWeights",
-    [(of.name, float | None, number(None, **WEIGHT)) for of in fields(RouterLossWeights)],
+    [(loss.name, float | None, number(None, **WEIGHT)) for loss in fields(RouterLossWeights)],
     kw_only=True,
 )
 
@@ -242,7 +244,7 @@ class Config:
     compile: bool = False  # torch.compile each block
     # [s] of a collective, of the first step and of a save
     timeout_s: float = number(600.0, at_least=1.0, least_why="ranks must find each other in it", **SECONDS)
-    # [s] a rank that hangs for so long in a later step writes its stacks and ends the job
+    # [s] a rank that hangs this long in a later step writes its stacks and ends the job
     heartbeat_s: float = number(
         180.0, at_least=1.0, least_why="a rank that waits for a core would be ended", **SECONDS
     )
@@ -251,9 +253,8 @@ class Config:
     # _target_: model -> optimizer (trainer/optim/)
     optim: Any = field(default=MISSING, metadata=target(partial=True, example=OPTIM))
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
-    branch: str | None = path(
-        None
-    )  # a run's directory, or one of its checkpoints, that a new run starts from
+    # a run's directory, or one of its checkpoints, that a new run starts from
+    branch: str | None = path(None)
     # directory or hub name of AfmoeForCausalLM weights that a new run starts from
     init_from: str | None = path(None)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

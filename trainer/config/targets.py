@@ -38,8 +38,8 @@ def _check_target(node: DictConfig, path: str) -> None:
         raise ConfigError(f"{path}._target_={node._target_}: not a dotted name")
     parameters, hints = _signature(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    given = [key for key in node if key not in ("_target_", "_partial_")]
-    for key in given:
+    arguments = [key for key in node if key not in ("_target_", "_partial_")]
+    for key in arguments:
         if key not in parameters and not takes_any:
             near = difflib.get_close_matches(str(key), list(parameters), n=3, cutoff=0.5) or list(parameters)
             raise ConfigError(
@@ -54,7 +54,7 @@ def _check_target(node: DictConfig, path: str) -> None:
             raise ConfigError(f"{path}.{key}={value!r}: {node._target_} wants {_type_name(hints[key])}")
     if not node.get("_partial_", False):
         named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        absent = [name for name, p in named.items() if p.default is p.empty and name not in given]
+        absent = [name for name, p in named.items() if p.default is p.empty and name not in arguments]
         if absent:
             raise ConfigError(f"{path}: {node._target_} needs {', '.join(absent)}")
 

@@ -7,10 +7,9 @@ to twice as many. A finished document leaves an empty slot, which draws pass ove
 up: removal costs nothing, and slots stay in the order of age. With size 0 the oldest document is read to its
 end: documents one after another.
 
-The k-th random draw is a function of (seed, stream, source, k). The count of draws advances only when a
-draw is used, so looking where the next piece would come from changes nothing. `size` may change between any
-two
-pieces: a buffer that is too full drains by itself.
+The k-th random draw is a pure function of (seed, stream, source, k). The counter advances only when a draw
+is consumed, so peeking at the next piece is free. `size` may change between any two pieces: a buffer that is
+too full drains by itself.
 """
 
 from itertools import compress

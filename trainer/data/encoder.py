@@ -20,8 +20,9 @@ REMEDY = "use data.backend=tokenizers"
 class Encoder:
     """Text to token ids, by `tokenizers` or a faster library that was seen to give the same.
 
-    May be used before a fork and in its children, which share what the parent has loaded: the fast ones have
-    no threads here. `check_every`: of so many texts of a process one is encoded by both; 0: none.
+    It may be used before a fork and in the children, which share what the parent has loaded: the fast
+    libraries start no thread here. `check_every`: one of so many texts of a process is encoded by both
+    libraries; 0: none.
     """
 
     def __init__(

@@ -10,11 +10,11 @@ from trainer.data.sources import Document, from_field, hashed
 class HubSource:
     """A Hugging Face dataset (hub name or local directory), streamed; after its end it begins again.
 
-    It reads forward only. `source[i]` reads on to document i, and keeps those of the documents it passes that
-    are `wanted` later. A TokenStream wants what lies between the slowest and the fastest stream of its rank:
-    that bounds the memory; documents of other ranks are dropped. A document further back is found by starting
-    over: right, but slow. Opening at document n reads n documents, unless `datasets` can skip whole files.
-    Where the dataset fails, whatever it raises is an OSError here, and `source[i]` may be asked again.
+    It reads forward only. `source[i]` reads on to document i and keeps those documents on the way that are
+    `wanted` later. A TokenStream wants the documents between the slowest and the fastest stream of its rank,
+    which bounds the memory; documents of other ranks are dropped. For a document further back the source
+    starts over, which is right but slow. Opening at document n reads n documents, unless `datasets` can skip
+    whole files. Any failure of the dataset becomes an OSError, and `source[i]` may be tried again.
     """
 
     def __init__(

@@ -165,8 +165,8 @@ class Intake:
         return future
 
     def reread(self, source: int, n: int, *, ticket: Ticket | None) -> Tokens:
-        """A document that was open before a resume: whatever the limits are now, and at once if a worker has
-        not come to it.
+        """The document that was open before a resume, whatever the limits are now. It is read at once if no
+        worker has begun it.
         """
         reader = self.readers[source]
         if ticket is None or not (ticket.task.done() or source in self.lanes):
@@ -207,8 +207,8 @@ class Intake:
 
     def answer(self, request: tuple[float, list[Any]]) -> TokenBatch:
         """`request`: the limit in MB, and documents, or (source, place) of them."""
-        limit_mb, wanted = request
-        documents = [self.document(*of) if type(of) is tuple else of for of in wanted]
+        limit_mb, entries = request
+        documents = [self.document(*entry) if type(entry) is tuple else entry for entry in entries]
         batch, texts = TokenBatch(), dict[int, str]()
         for i, document in enumerate(documents):
             entry = document

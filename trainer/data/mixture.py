@@ -2,10 +2,10 @@
 
     a document of length l from source s:  credit += weights * l;  credit[s] -= l
 
-A credit is what a source is owed [tokens]. Its next document, of length l, is due when half of it is owed,
-that is after (l / 2 - credit) / weight more tokens; the one due first is next. So what was delivered lies
-around the share on both sides, whatever the lengths are. (Merely the largest credit favours sources of long
-documents by half a document in each stream.)
+Sources are scheduled like periodic tasks. A credit is what a source is owed [tokens]. Its next document, of
+length l, is due when half of it is owed, that is after (l / 2 - credit) / weight more tokens; the document
+that is due first comes next. So delivered tokens lie around the share on both sides, whatever the lengths
+are. (Choosing the largest credit would favour sources of long documents by half a document in each stream.)
 
 Streams must not take turns in step with each other: a source that is wanted for the first time starts with a
 random credit of half its first document more or less. A source that was never wanted has an infinite credit.

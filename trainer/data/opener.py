@@ -96,7 +96,8 @@ class Opener:
             num_requested = len(self.queue_S[source])
             if num_requested < goal:
                 first, is_over = self.next_S[source], self.intake.readers[source].is_over
-                start, stop = first + num_requested * self.num_streams, first + goal * self.num_streams
+                start = first + num_requested * self.num_streams
+                stop = first + goal * self.num_streams
                 numbers = range(start, stop, self.num_streams)
                 wanted += [(source, n) for n in numbers if not is_over(n)]
         return wanted

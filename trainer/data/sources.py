@@ -1,10 +1,10 @@
 """Where do documents come from, and what makes one unusable?
 
-A source is a sequence of documents with random access (a stream on the hub: forward only); its constructor
-is its schema, configs/data/*.yaml name it. A user's own source is any class with `source[i]`, `fingerprint`
-and, unless it is endless, `len`. It raises BadDocument where a document is unusable, and OSError where
-reading failed but may succeed when tried again. It is read in forked processes: it must not hold a file's
-position.
+A source is a sequence of documents with random access; a stream on the hub only reads forward. The source's
+constructor is its schema, and configs/data/*.yaml name the constructor. A user's own source is any class with
+`source[i]`, `fingerprint` and, unless it is endless, `len`. It raises BadDocument where a document is
+unusable, and OSError where reading failed but may succeed when tried again. Sources are read in forked
+processes, so a source must not hold a file's position.
 """
 
 import glob
@@ -25,7 +25,7 @@ BAD_KINDS = ("empty", "not_utf8", "huge", "missing_field", "broken_json", "corru
 
 
 class Document(NamedTuple):
-    """One text, or the tokens of one (then complete: the end of text is the source's own business).
+    """One text, or the tokens of one (then complete: the source itself adds the end of text).
 
     mask: of the tokens; True where the model shall learn to predict the token. None: everywhere.
     """
@@ -156,7 +156,7 @@ def hashed(*parts: object) -> str:
 
 
 def hashed_files(files: list[Path], *parts: object) -> str:
-    """Names below the common directory and sizes: cheap, and a corpus may be moved."""
+    """A hash of sizes and of names below the common directory: cheap, and a corpus may be moved."""
     root = os.path.commonpath([file.parent for file in files])
     return hashed([(file.relative_to(root).as_posix(), file.stat().st_size) for file in files], *parts)
 

@@ -1,7 +1,7 @@
-"""What must be remembered for a stream to go on?
+"""What must be remembered for a stream to continue?
 
-Of each virtual stream its position: which documents come next, which are open and how far they were read. A
-Snapshot holds positions as plain lists: taking one costs microseconds. Its tensors are made when they are
+The position of each virtual stream: which documents come next, which are open and how far they were read. A
+Snapshot holds positions as plain lists, so taking one costs microseconds. The tensors are made when they are
 saved.
 
 Letters: V virtual streams, S sources, C slots of open documents.
@@ -56,10 +56,10 @@ class Snapshot:
         index_VC, read_VC = np.full(shape, BEYOND, np.int64), np.zeros(shape, np.int64)
         source_VC = np.zeros(shape, np.int64)
         for v, position in enumerate(positions_V):
-            own = slice(position.num_slots)
-            index_VC[v, own] = flat(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
-            read_VC[v, own] = flat(position.read_SC)
-            source_VC[v, own] = np.repeat(
+            filled = slice(position.num_slots)
+            index_VC[v, filled] = chained(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
+            read_VC[v, filled] = chained(position.read_SC)
+            source_VC[v, filled] = np.repeat(
                 np.arange(len(position.next_S)), list(map(len, position.numbers_SC))
             )
         return {
@@ -74,7 +74,7 @@ class Snapshot:
         }
 
 
-def flat(values_SC: list[list[int]]) -> np.ndarray:
+def chained(values_SC: list[list[int]]) -> np.ndarray:
     return np.array(list(chain.from_iterable(values_SC)), np.int64)
 
 

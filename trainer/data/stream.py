@@ -42,7 +42,7 @@ from trainer.data.rows import IGNORED
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
 from trainer.data.state import Snapshot, StreamState, positions, refuse_foreign
 from trainer.data.tokenizer import end_of_text_id
-from trainer.data.virtual import Settings, VirtualStream
+from trainer.data.virtual import StreamSettings, VirtualStream
 
 FEW_BAD = 10  # documents that say nothing about a corpus
 # Since the start of the run. documents: read to their ends; tokens: delivered, without padding; open:
@@ -178,7 +178,7 @@ class TokenStream:
             raise ValueError(f"mixture={mixture}: there is no source {', '.join(unknown)}")
         total = math.fsum(weights.values())
         weights_S = [weights.get(name, 0.0) / total for name in names]
-        self.now = Settings(
+        self.now = StreamSettings(
             seq_len=seq_len,
             rows_per_stream=global_batch // self.num_streams,
             weights_S=weights_S,
@@ -210,7 +210,9 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
+        now = self.now
+        has_workers = bool(self.intake.workers.num)
+        prefetch = self.config.prefetch
         num_rows = len(self.streams) * now.rows_per_stream
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"

@@ -58,23 +58,23 @@ def ready_tokenizer(spec: str) -> Tokenizer:
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     ids = [tokenizer.token_to_id(name) for name in END_OF_TEXT]
-    known = [i for i in ids if i is not None]
-    if not known:
+    present = [i for i in ids if i is not None]
+    if not present:
         raise ValueError(f"the tokenizer has no end-of-text token; looked for {', '.join(END_OF_TEXT)}")
-    return known[0]
+    return present[0]
 
 
 def roles(tokenizer: Tokenizer) -> dict[str, tuple[str, int]]:
     """{"eos": (token, id)}, and "bos" and "pad" where a special token has a name that says so."""
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     named = {"bos": START_OF_TEXT, "pad": PAD}
-    found = {
+    tokens_of = {
         role: [(name, special[name]) for name in names if name in special] for role, names in named.items()
     }
     end = end_of_text_id(tokenizer)
     return {
         "eos": (str(tokenizer.id_to_token(end)), end),
-        **{role: tokens[0] for role, tokens in found.items() if tokens},
+        **{role: candidates[0] for role, candidates in tokens_of.items() if candidates},
     }
 
 

@@ -25,7 +25,7 @@ from trainer.data.state import Position
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class StreamSettings:
     """What a span of the program says about the stream."""
 
     seq_len: int
@@ -63,7 +63,7 @@ class VirtualStream:
 
     # -- rows --
 
-    def concatenate(self, rows_NT: np.ndarray, now: Settings) -> None:
+    def concatenate(self, rows_NT: np.ndarray, now: StreamSettings) -> None:
         """The rows of one step, in place: documents one after another, cut where a row ends."""
         pieces = Pieces([], [], [], [], [], [])
         all_ids, positions, ends, targets, sources, masks = pieces
@@ -101,7 +101,7 @@ class VirtualStream:
         self.totals["documents"] += targets.count(IGNORED)
         self.write(pieces, rows_NT, seq_len)
 
-    def best_fit(self, rows_NT: np.ndarray, now: Settings) -> None:
+    def best_fit(self, rows_NT: np.ndarray, now: StreamSettings) -> None:
         """The rows of one step, in place: whole documents, cut at the length of a row, each in the fullest
         row that has room for it; the rest is padding. The step ends with the first document that finds no
         room.
@@ -140,8 +140,8 @@ class VirtualStream:
         self.totals["tokens"] += filled
         self.totals["padding"] += rows_NT.shape[1] - filled
 
-    def has_more(self, now: Settings) -> bool:
-        """Looks at the document that the next step takes first; asking changes nothing."""
+    def has_more(self, now: StreamSettings) -> bool:
+        """Peeks at the document that the next step would take first; calling it has no side effect."""
         is_open = any(buffer.num_open for buffer in self.buffer_S)
         return is_open or any(
             weight and self.opener.next_length(s) is not None for s, weight in enumerate(now.weights_S)
@@ -149,7 +149,7 @@ class VirtualStream:
 
     # -- which source --
 
-    def source_to_read(self, now: Settings, row_rest: int) -> int | None:
+    def source_to_read(self, now: StreamSettings, row_rest: int) -> int | None:
         """The source of the next piece: the one that is due, of those with an open document. None: all is
         read.
         """
@@ -182,12 +182,12 @@ class VirtualStream:
         # of sources that the mixture names no longer
         return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)
 
-    def look(self, source: int, now: Settings) -> tuple[int, int]:
+    def look(self, source: int, now: StreamSettings) -> tuple[int, int]:
         if source not in self.looked:
             self.looked[source] = self.buffer_S[source].look(now.size_S[source])
         return self.looked[source]
 
-    def length_left(self, source: int, now: Settings) -> int:
+    def length_left(self, source: int, now: StreamSettings) -> int:
         """[tokens] Unread of the open document of `source` that would be read on."""
         slot, _ = self.look(source, now)
         buffer = self.buffer_S[source]
@@ -217,14 +217,14 @@ class VirtualStream:
         total = sum(weight for weight, has in zip(weights_S, has_S, strict=True) if has)
         return [weight / total if has else 0.0 for weight, has in zip(weights_S, has_S, strict=True)]
 
-    def charge(self, source: int, length: int, now: Settings) -> None:
-        """Tokens that are left of an earlier phase are charged to no source."""
+    def charge(self, source: int, length: int, now: StreamSettings) -> None:
+        """Tokens left over from an earlier phase are charged to no source."""
         if self.phase == now.phase and now.weights_S[source] > 0:
             self.credits.charge(source, length, self.weights_left(now.weights_S))
 
     # -- open documents --
 
-    def refill(self, source: int, now: Settings) -> None:
+    def refill(self, source: int, now: StreamSettings) -> None:
         buffer = self.buffer_S[source]
         room = buffer.room(now.size_S[source])
         if room > 1:

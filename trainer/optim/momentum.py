@@ -79,7 +79,8 @@ class Muon(torch.optim.Optimizer):
         def direction(item: Item) -> Tensor:
             """This rank's piece of what is to be orthogonalised."""
             p = item.parameter
-            piece, past = item.of(local(p.grad)), item.of(local(self.state[p]["momentum_buffer"]))
+            piece = item.of(local(p.grad))
+            past = item.of(local(self.state[p]["momentum_buffer"]))
             return piece.add(past, alpha=group_of[p]["momentum"]).to(self.dtype)
 
         def apply(item: Item, update: Tensor) -> None:

@@ -163,7 +163,7 @@ class Plan:
             return lambda: apply_all(apply, shares[0], pieces)
         shapes = [[self.piece_shape(item, self.cut_rank) for item in share] for share in shares]
         sizes = [[math.prod(shape) for shape in share] for share in shapes]
-        sent, longest = self.flat(pieces), max(map(sum, sizes))
+        sent, longest = self.concatenated(pieces), max(map(sum, sizes))
         sent = F.pad(sent, (0, longest - len(sent)))
         received = sent.new_empty(self.num_replicas * longest)
         work = dist.all_gather_into_tensor(received, sent, group=self.replica_group, async_op=True)
@@ -180,7 +180,7 @@ class Plan:
         self, outgoing: list[list[Tensor]], shapes: list[list[tuple[int, ...]]]
     ) -> list[list[Tensor]]:
         """Sends outgoing[place] to each place of this replica; receives tensors of shapes[place] from it."""
-        sent = [self.flat(tensors) for tensors in outgoing]
+        sent = [self.concatenated(tensors) for tensors in outgoing]
         sizes = [[math.prod(shape) for shape in place] for place in shapes]
         received = self.empty.new_empty(sum(map(sum, sizes)))
         dist.all_to_all_single(
@@ -189,7 +189,7 @@ class Plan:
         parts = iter(received.split(list(chain.from_iterable(sizes))))
         return [[next(parts).view(shape) for shape in place] for place in shapes]
 
-    def flat(self, tensors: list[Tensor]) -> Tensor:
+    def concatenated(self, tensors: list[Tensor]) -> Tensor:
         return torch.cat([self.empty, *(tensor.flatten() for tensor in tensors)])
 
 

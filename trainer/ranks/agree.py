@@ -1,4 +1,4 @@
-"""Do all ranks see, decide and have the same? All functions are collective: every rank calls them."""
+"""Do all ranks see, decide and have the same? All functions but `turn_on_host` are collective."""
 
 import logging
 import os
@@ -15,14 +15,14 @@ MAX_CLOCK_S = 5.0  # [s] between clocks; more makes the times in logs of several
 log = logging.getLogger(__name__)
 
 
-def agreed(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on all ranks."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """Each rank's value, on all ranks."""
     values = [value] * dist.get_world_size()
     if len(values) > 1:
@@ -30,11 +30,16 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def turn_on_host() -> int:
+    """0 on the first rank of a host; 1 on the others, which find what the first has unpacked or fetched."""
+    return min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1)
+
+
 def refusing_on_all(
     action: Callable[[], Any], *, refusals: tuple[type[Exception], ...] = (ConfigError, OSError)
 ) -> Any:
-    """Rank 0 acts; what it refuses is refused on all ranks. Returns its result, None on the others. Raises:
-    ConfigError.
+    """Rank 0 acts, and what rank 0 refuses is refused on all ranks. Returns the result on rank 0 and None on
+    the others. Raises: ConfigError.
     """
     result, refusal = None, None
     if dist.get_rank() == 0:
@@ -42,7 +47,7 @@ def refusing_on_all(
             result = action()
         except refusals as error:
             refusal = str(error)
-    if (refusal := agreed(refusal)) is not None:
+    if (refusal := broadcast_object(refusal)) is not None:
         raise ConfigError(refusal)
     return result
 
@@ -51,13 +56,15 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
     """Raises: ConfigError, on all ranks, that names a rank whose facts are not those of rank 0, and the
     difference.
     """
-    first = agreed(dict(facts))
+    first = broadcast_object(dict(facts))
     pairs = {key: (facts.get(key), first.get(key)) for key in {**first, **facts}}
     differ = [
         f"{key}={own!r} (rank 0: {of_first!r})" for key, (own, of_first) in pairs.items() if own != of_first
     ]
     wrong = [
-        f"rank {rank} has {', '.join(of_rank)}" for rank, of_rank in enumerate(gathered(differ)) if of_rank
+        f"rank {rank} has {', '.join(of_rank)}"
+        for rank, of_rank in enumerate(all_gather_objects(differ))
+        if of_rank
     ]
     if wrong:
         shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more ranks" if len(wrong) > 8 else "")
@@ -67,12 +74,12 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
 
 
 def end_if_told(stop: StopRequest) -> None:
-    """Between two phases of a start. Raises: Stopped, on all ranks, if any was told to end."""
+    """Called between two phases of a start. Raises: Stopped, on all ranks, if any was asked to end."""
     if dist.is_initialized():
-        codes = gathered(stop.code)
+        codes = all_gather_objects(stop.code)
     elif int(os.environ.get("WORLD_SIZE", 1)) == 1:
         codes = [stop.code]
-    else:  # the others cannot be asked yet
+    else:  # no group yet, so no rank can ask the others
         return
     if heard := [code for code in codes if code is not None]:
         stop.agreed = max(heard)  # Ctrl-C before a preemption: somebody wanted it to end
@@ -81,8 +88,8 @@ def end_if_told(stop: StopRequest) -> None:
 
 def compare_clocks() -> None:
     """Warns of hosts whose clocks differ."""
-    agreed(None)  # all ranks leave this at the same time
-    clocks = gathered(time.time())
+    broadcast_object(None)  # all ranks leave this at the same time
+    clocks = all_gather_objects(time.time())
     late_s, rank = max((abs(clock - clocks[0]), rank) for rank, clock in enumerate(clocks))
     if dist.get_rank() == 0 and late_s > MAX_CLOCK_S:
         log.warning(

@@ -10,8 +10,9 @@ PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 def end_with_launcher() -> None:
-    """The kernel kills this process when trainer.torchrun has ended, if that started it: nobody would be left
-    to hear of its end, and the next start finds the last checkpoint. Elsewhere than on Linux: does nothing.
+    """Asks the kernel to kill this process when the trainer.torchrun that started it has ended. Without its
+    launcher nobody would notice the end of a rank; the next start finds the last checkpoint. Other systems
+    than Linux: does nothing.
     """
     launcher, parent = int(os.environ.get(LAUNCHER, 0)), os.getppid()
     if not launcher or not sys.platform.startswith("linux"):

@@ -1,4 +1,4 @@
-"""Told to end: how does a run end without losing a step? And with which code does it end?
+"""How does a run that is asked to end do so without losing a step, and with which code?
 
 Signals count from the first line of a program to its last, so this file imports next to nothing.
 docs/reliability.md has the table of signals.

@@ -29,13 +29,16 @@ MAX_LIMIT_S = 1e6  # eleven days; faulthandler's timer goes no further than 9e9 
 class Watchdog:
     """Ends this process if a phase lasts longer than its limit.
 
-    directory: where stacks.<rank>.txt is written, which need not be possible; limit_s, first_limit_s: [s] of
-    a phase, and of the time between `start` and the first `beat`; grace_s: [s] between the report and the
-    end, in which the other ranks reach their limit and report too. A rank that goes on within it was merely
-    slow and lives: if no other has ended, the job is saved, and if one has, the next collective fails or
-    reaches the limit. Where the thread has no turn, first_limit_s more may pass by the clock: a process may
-    have been stopped for so long, as collectives have that limit by the clock, too. Start it once the data
-    workers are forked: threads do not live on in a fork.
+    directory: where stacks.<rank>.txt is written, which need not be possible.
+    limit_s, first_limit_s: [s] of a phase, and of the time between `start` and the first `heartbeat`.
+    grace_s: [s] between the report and the end. The other ranks reach their limit in it and report too.
+
+    A rank that makes progress during the grace period was merely slow, and it is spared. If no other rank has
+    ended, the job goes on; if one has, the next collective fails or reaches the limit. Where Python gives the
+    thread no turn, up to first_limit_s more may pass by the clock: a process may have been stopped for that
+    long, and collectives have the same limit by the same clock. Start the watchdog once the data workers are
+    forked, because a fork has none of its parent's threads.
+
     Raises: ValueError if a limit is not above 0.
     """
 
@@ -69,7 +72,7 @@ class Watchdog:
             self._thread.join(timeout=10)
         faulthandler.cancel_dump_traceback_later()
 
-    def beat(self, phase: str, *, limit_s: float | None = None) -> None:
+    def heartbeat(self, phase: str, *, limit_s: float | None = None) -> None:
         """The rank is now in `phase`, which may take limit_s [s]; None: as long as any step."""
         self._phase = (phase, self.limit_s if limit_s is None else limit_s)
 

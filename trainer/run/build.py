@@ -1,7 +1,6 @@
 """How is a run put together from its configuration?"""
 
 import inspect
-import os
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +20,11 @@ from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSSES, Now, check_sources, program_of
+from trainer.program import LOSS_KEYS, StepSettings, check_sources, program_of
 from trainer.ranks import device
-from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
+from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement, turn_on_host
 from trainer.ranks.stop import StopRequest
-from trainer.run.directory import BadDocumentLog, checkpoints_of, flat, run_directory
+from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, run_directory
 from trainer.run.health import Health
 from trainer.run.memory import refuse_too_large
 from trainer.run.state import Groups, Run
@@ -38,7 +37,9 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     stop = stop or StopRequest()
     on = device.start(timeout_s=config.timeout_s)
     end_if_told(stop)
-    refuse_disagreement({**flat(asdict(config)), "the code": code_version(), "torch": torch.__version__})
+    refuse_disagreement(
+        {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
+    )
     compare_clocks()
     has_experts = config.model.num_dense_layers < config.model.num_layers
     dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
@@ -111,7 +112,7 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizers:
 
 
 def build_stream(
-    d: DataConfig, *, first: Now, seed: int, vocab_size: int, directory: Path, groups: Groups
+    d: DataConfig, *, first: StepSettings, seed: int, vocab_size: int, directory: Path, groups: Groups
 ) -> TokenStream:
     """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
     documents.
@@ -119,7 +120,7 @@ def build_stream(
     rank, num_ranks = groups.reader, groups.num_readers
     # the first rank of a host unpacks files and trains the tokenizer, the others use them
     for turn in (0, 1):
-        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+        if turn == turn_on_host():
             source = sources_of(d, vocab_size=vocab_size)
             tokenizer = load_tokenizer(
                 d.tokenizer, source=source, vocab_size=vocab_size, cache_dir=d.cache_dir
@@ -161,17 +162,17 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
     nodes = {f"data.sources.{name}": d.sources[name] for name in sorted(d.sources)} or {
         "data.source": d.source
     }
-    found = dict[str, Source]()
+    sources = dict[str, Source]()
     for key, node in nodes.items():
         try:
-            found[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
+            sources[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
             raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
-        if not hasattr(found[key.removeprefix("data.sources.")], "fingerprint"):
+        if not hasattr(sources[key.removeprefix("data.sources.")], "fingerprint"):
             raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
-        if getattr(found[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
+        if getattr(sources[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
             raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
-    return found if d.sources else found["data.source"]
+    return sources if d.sources else sources["data.source"]
 
 
 def source_of(node: Any, *, cache_dir: str | None) -> Source:
@@ -180,10 +181,10 @@ def source_of(node: Any, *, cache_dir: str | None) -> Source:
     return instantiate(node, cache_dir=node.get("cache_dir") or cache_dir) if keeps else instantiate(node)
 
 
-def loss_weights(of: BalanceConfig | Now) -> LossWeights:
+def loss_weights(settings: BalanceConfig | StepSettings) -> LossWeights:
     """A loss is named as its key, less what sets it apart from the LM head's z_loss_weight."""
-    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSSES}
-    return LossWeights(**{name: getattr(of, key) for key, name in names.items()})
+    names = {key: key.removesuffix("_loss_weight").removeprefix("router_") for key in LOSS_KEYS}
+    return LossWeights(**{name: getattr(settings, key) for key, name in names.items()})
 
 
 @contextmanager

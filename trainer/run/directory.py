@@ -25,11 +25,11 @@ from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, r
 from trainer.config import Config, ConfigError, read_plain, resolved_yaml
 from trainer.data import BadDocument
 from trainer.program import Program
-from trainer.ranks.agree import agreed, refuse_disagreement, refusing_on_all
+from trainer.ranks.agree import broadcast_object, refuse_disagreement, refusing_on_all
 from trainer.ranks.lock import InUseError, lock
 from trainer.records import append_line, write_text
 
-# A run is these: with another value it would not be the same run. All else may change when it is continued.
+# With another value of these it would be another run. All other settings may change when a run is continued.
 FIXED = (
     "model",
     "seed",
@@ -122,10 +122,10 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
         return checkpoint
     path = Path(config.branch)
     # a run may have such a name
-    if not path.name.startswith("step-") or agreed((path / "checkpoints").is_dir()):
+    if not path.name.startswith("step-") or broadcast_object((path / "checkpoints").is_dir()):
         checkpoint = Checkpoints(path / "checkpoints").newest_good()
     elif (step := path.name.removeprefix("step-")).isdecimal():
-        checkpoint = Found(int(step), path) if agreed(path.is_dir()) else None
+        checkpoint = Found(int(step), path) if broadcast_object(path.is_dir()) else None
         if checkpoint is not None and (problems := Checkpoints(path.parent).verify(checkpoint.step)):
             raise ConfigError(f"branch={config.branch}: " + "\n".join(problems))
     if checkpoint is None:
@@ -135,11 +135,10 @@ def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:
 
 
 def record_start(config: Config, *, program: Program, step: int, tokens: int, opened: Opened) -> None:
-    """Writes what describes the run. Once nothing can be refused any more: else it would describe a run that
-    never was.
+    """Writes the files that describe the run, and adds a line to starts.jsonl.
 
-    And adds a line to starts.jsonl: a run may continue under other settings, and config.yaml has the latest
-    only.
+    Call it once nothing can be refused any more, or the files would describe a run that never was. A run may
+    continue under other settings, and config.yaml has only the latest ones: hence starts.jsonl.
     """
     for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
         write_text(run_directory(config) / name, text)
@@ -155,8 +154,13 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     ]
     loaded = str(opened.origin.path) if opened.origin else None
     init_from = config.init_from if opened.origin is None else None
-    how = {"loaded": loaded, "init_from": init_from, "changed": opened.changed, "code": opened.about["code"]}
-    line = {"step": step, "tokens": tokens, **how, "program": spans}
+    origin = {
+        "loaded": loaded,
+        "init_from": init_from,
+        "changed": opened.changed,
+        "code": opened.about["code"],
+    }
+    line = {"step": step, "tokens": tokens, **origin, "program": spans}
     append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
 
 
@@ -173,8 +177,8 @@ def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[s
     the same run.
     """
     before, now = (
-        flat(read_plain(checkpoint / "config.yaml")),
-        flat(OmegaConf.create(resolved_yaml(config))),
+        dotted_keys(read_plain(checkpoint / "config.yaml")),
+        dotted_keys(OmegaConf.create(resolved_yaml(config))),
     )
     before |= fingerprints(read_manifest(checkpoint).get("data", {}))
     now |= fingerprints(data)
@@ -193,13 +197,15 @@ def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:
     return {f"the {name}'s fingerprint": value for name, value in data.items()}
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"model.dim": 64, ...}"""
     nodes = OmegaConf.to_container(config) if OmegaConf.is_config(config) else config
     if not isinstance(nodes, dict) or not nodes:
         return {prefix.rstrip("."): nodes}
     return {
-        key: value for name, node in nodes.items() for key, value in flat(node, f"{prefix}{name}.").items()
+        key: value
+        for name, node in nodes.items()
+        for key, value in dotted_keys(node, f"{prefix}{name}.").items()
     }
 
 

@@ -1,13 +1,13 @@
-"""May this step be applied? Judged from the reduced loss and gradient norm, so all ranks decide alike, before
-the weights move.
+"""May this step be applied? That is decided before the weights move, from the reduced loss and gradient norm:
+all ranks decide alike.
 
-A step whose loss or gradient norm is not finite is skipped: weights, optimizer state and biases stay, its
-data is passed over. With `spike`, so is one that lies far above the last applied steps: by more than `spike`
-deviations from their median, where a deviation is 1.4826 times the median distance from it (that of a
-Gaussian), and at least FLOOR of the median. Skipped steps are not among those that later ones are measured
-against: one value that is not a number would spoil the measure for all that follow. After `most` skipped
-steps in a row the run goes back to its newest checkpoint and passes over the data since, `rollbacks` times;
-then it ends.
+A step whose loss or gradient norm is not finite is skipped: weights, optimizer state and biases stay as they
+were, and the step's data is passed over. With `spike`, a step is also skipped if its loss or gradient norm
+exceeds median + spike x sigma over the last applied steps, with sigma = max(1.4826 x MAD, FLOOR x median).
+MAD is the median absolute deviation; 1.4826 x MAD is the standard deviation of a Gaussian. Skipped steps do
+not enter the median: a single NaN would spoil it for all later steps. When more than `most` steps in a row
+were skipped, the run goes back to its newest checkpoint and passes over the data that was read since. A run
+may go back `rollbacks` times; then it ends.
 """
 
 import math
@@ -24,25 +24,25 @@ class UnsoundError(FloatingPointError):
 
 
 class Health:
-    """spike [deviations], None: spikes are applied. most: skipped steps in a row. rollbacks: over the whole
-    run.
+    """spike: [sigma]; None: spikes are applied. most: how many steps in a row may be skipped. rollbacks: how
+    often the whole run may go back to a checkpoint.
     """
 
     def __init__(self, *, spike: float | None = None, most: int = 5, rollbacks: int = 0):
         if spike is not None and not spike > 0:
-            raise ValueError(f"skip.spike={spike}: must be above 0, or null; 6 to 10 deviations are far")
+            raise ValueError(f"skip.spike={spike}: must be above 0, or null; try 6 to 10")
         if most < 0 or rollbacks < 0:
             raise ValueError(f"skip.most={most}, skip.rollbacks={rollbacks}: must be 0 or more")
         self.spike, self.most, self.rollbacks = spike, most, rollbacks
         self.reason = ""  # of the last skipped step
-        self.counts_3 = torch.zeros(3, dtype=torch.int64)  # skipped in a row, skipped in all, rolled back
+        self.in_row = self.total = self.rolled_back = 0  # skipped steps in a row and in all; roll-backs
 
     def skips(self, *, loss: float, grad_norm: float, applied_2W: Tensor) -> bool:
         """Judges and counts a step."""
         reason = self.judge(loss=loss, grad_norm=grad_norm, applied_2W=applied_2W)
         self.reason = reason or self.reason
-        self.counts_3[0] = self.counts_3[0] + 1 if reason else 0
-        self.counts_3[1] += reason is not None
+        self.in_row = self.in_row + 1 if reason else 0
+        self.total += reason is not None
         return reason is not None
 
     def judge(self, *, loss: float, grad_norm: float, applied_2W: Tensor) -> str | None:
@@ -65,30 +65,18 @@ class Health:
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"counts_3": self.counts_3}
+        return {"counts_3": torch.tensor([self.in_row, self.total, self.rolled_back])}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.counts_3.copy_(state["counts_3"])
-
-    @property
-    def in_row(self) -> int:
-        return int(self.counts_3[0])
-
-    @in_row.setter
-    def in_row(self, number: int) -> None:
-        self.counts_3[0] = number
-
-    @property
-    def total(self) -> int:
-        return int(self.counts_3[1])
+        self.in_row, self.total, self.rolled_back = state["counts_3"].tolist()
 
     @property
     def is_lost(self) -> bool:
-        """More steps in a row were skipped than may be."""
+        """Whether more steps in a row were skipped than allowed."""
         return self.in_row > self.most
 
     def roll_back(self) -> bool:
         """Whether the run may go back once more; counts it."""
-        may = int(self.counts_3[2]) < self.rollbacks
-        self.counts_3[2] += may
+        may = self.rolled_back < self.rollbacks
+        self.rolled_back += may
         return may

@@ -1,7 +1,7 @@
-"""Does a run fit into this machine? Reckoned from the configuration, before anything is asked for.
+"""Does a run fit into this machine? Estimated from the configuration, before any memory is allocated.
 
-What is reckoned is a lower bound, so nothing that fits is refused: weights, gradients and the optimizer's
-state in float32, the input of each layer, on a CPU the masks of attention, and the rows of a step.
+The estimate is a lower bound, so nothing that fits is refused. It contains weights, gradients and optimizer
+state in float32, the input of each layer, the masks of attention on a CPU, and the rows of a step.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from trainer.config import Config, ConfigError, ModelConfig
-from trainer.program import Now, Program, named
+from trainer.program import Program, StepSettings, named
 
 GIB = 2**30
 WEIGHT, GRADIENT = 4, 4  # [bytes] of a parameter
@@ -65,7 +65,7 @@ def parts_of(config: Config, program: Program, *, num_shards: int, on_cpu: bool)
     return parts + max(of_spans, key=lambda of_span: sum(part.num_bytes for part in of_span))
 
 
-def parts_of_step(config: Config, now: Now, *, num_shards: int, on_cpu: bool) -> list[Part]:
+def parts_of_step(config: Config, now: StepSettings, *, num_shards: int, on_cpu: bool) -> list[Part]:
     m, tokens = config.model, now.micro_batch * now.seq_len
     inputs = tokens * m.dim * m.num_layers * getattr(torch, config.dtype).itemsize
     parts = [
@@ -81,7 +81,7 @@ def parts_of_step(config: Config, now: Now, *, num_shards: int, on_cpu: bool) ->
     return parts
 
 
-def written(config: Config, now: Now, *keys: str) -> str:
+def written(config: Config, now: StepSettings, *keys: str) -> str:
     """The keys with the values that a span has, which is named where these are its own."""
     where = "" if all(getattr(now, key) == getattr(config, key) for key in keys) else named(now.span)
     return where + " x ".join(f"{key}={getattr(now, key)}" for key in keys)
@@ -141,8 +141,8 @@ def cgroup_bytes() -> Iterator[int]:
         if controllers not in ("", "memory"):
             continue
         base, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
-        own = base / path.lstrip("/")
-        for directory in (own, *own.parents):
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
             if directory.is_relative_to(base):
                 size = read_bytes(directory / name)
                 if size < NO_LIMIT:

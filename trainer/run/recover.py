@@ -1,9 +1,9 @@
-"""How does a run go on: from a checkpoint, after steps that could not be applied, or not at all, as its data
-cannot be read?
+"""How does a run continue: from a checkpoint, after steps that were skipped, or after data that cannot be
+read?
 
-`rolled_back.json` in the run's directory makes a roll-back durable at once: which checkpoint the run went
-back to, which of its data it passes over, how often it may still go back. A run that is killed before its
-next checkpoint finds it there, and goes on as if it had not been killed.
+`rolled_back.json` in the run's directory makes a roll-back durable at once. It holds the checkpoint that the
+run went back to, the data that it passes over, and how often it may still go back. A run that is killed
+before its next checkpoint finds the file and continues as if it had not been killed.
 """
 
 import json
@@ -19,7 +19,7 @@ from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import DamagedError, Found, manifest_hash, write_durably
 from trainer.data import DataError, StreamState
 from trainer.metrics import MetricsLog
-from trainer.ranks.agree import agreed
+from trainer.ranks.agree import broadcast_object
 from trainer.run.directory import record_rollback
 from trainer.run.health import UnsoundError
 from trainer.run.saving import load_checkpoint, refuse_past_end, save
@@ -52,7 +52,7 @@ def leave_unread(run: Run, before: StreamState) -> NoReturn:
         save(run, stream=before)
     run.checkpoints.finish()
     error = run.unread or DataError("another rank could not read its data")
-    if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this one could not be written
+    if (saved := run.checkpoints.last_saved) is not None:  # an earlier step, if this save failed
         error.add_note(f"saved at step {saved}; the same command continues once the data can be read")
     raise error
 
@@ -99,8 +99,8 @@ def checkpoint_to_return_to(run: Run) -> Found:
         is_there = f"the newest checkpoint is of step {newest}, from before"
         kept = is_there if newest is not None else "there is no checkpoint"
         raise UnsoundError(
-            f"{since}; {kept}. go on with a lower learning rate, or skip.rollbacks=1: it passes over the "
-            "data since the newest checkpoint"
+            f"{since}; {kept}; continue with a lower learning rate, or with skip.rollbacks=1, which passes "
+            "over the data that was read since the newest checkpoint"
         )
     return origin
 
@@ -115,7 +115,8 @@ def pass_over(run: Run, *, steps: int) -> None:
         next_batches(run)
         if run.over_documents(int(run.unread is not None)):
             raise run.unread or DataError("another rank could not read its data")
-        run.tokens += run.program.at(run.tokens).tokens  # the program may have changed them on the way
+        now = run.program.settings_at(run.tokens)  # the program may change the batch on the way
+        run.tokens += now.tokens
     run.tokens = back_at
 
 
@@ -127,7 +128,7 @@ def write_record(run: Run, origin: Found, passed_over: list[int]) -> None:
         "step": origin.step,
         "checkpoint": manifest_hash(origin.path),
         "passed_over_steps": passed_over,
-        "health": run.health.counts_3.tolist(),
+        "health": run.health.state_dict()["counts_3"].tolist(),
     }
     draft = run.directory / f".{RECORD}.draft"
     try:
@@ -140,7 +141,7 @@ def write_record(run: Run, origin: Found, passed_over: list[int]) -> None:
 def read_record(run: Run, origin: Found) -> dict[str, Any]:
     """What a roll-back to exactly this checkpoint of this run left; {} if there was none. Collective."""
     path = run.directory / RECORD
-    return agreed(_read_record(path, origin) if dist.get_rank() == 0 else None)
+    return broadcast_object(_read_record(path, origin) if dist.get_rank() == 0 else None)
 
 
 def _read_record(path: Path, origin: Found) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def refuse_past_end(run: Run, *, where: Path) -> None:
         raise ConfigError(
             f"steps={run.config.steps}, but {where} is at step {run.step}; use steps={run.step} or more"
         )
-    if run.tokens >= run.program.end + run.program.at(run.tokens).tokens:
+    if run.tokens >= run.program.end + run.program.settings_at(run.tokens).tokens:
         raise ConfigError(
             f"stage: the program ends at {run.program.end} tokens, but {where} has seen {run.tokens}; "
             "use a longer program"

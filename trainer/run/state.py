@@ -154,8 +154,8 @@ class Run:
             if part in state:
                 getattr(self, part).load_state_dict(state[part])
         if "stream" in state:
-            own = {name: local(tensor).cpu() for name, tensor in state["stream"].items()}
-            self.stream.load_state_dict(own, keep_counts=self.groups.reader == 0)
+            shards = {name: local(tensor).cpu() for name, tensor in state["stream"].items()}
+            self.stream.load_state_dict(shards, keep_counts=self.groups.reader == 0)
 
     def _stream_state(self, own: StreamState, num_slots: int | None) -> dict[str, Tensor]:
         """The streams of all ranks in their order, cut along the ranks that read other documents, and the sum

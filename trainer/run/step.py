@@ -22,7 +22,7 @@ from trainer.model.afmoe import step_flops
 from trainer.model.loss import IGNORE
 from trainer.model.loss import Groups as LossGroups
 from trainer.model.parallelize import scale_gradients, squared_gradient_norm
-from trainer.program import Now
+from trainer.program import StepSettings
 from trainer.ranks.stop import INTERRUPTED, PREEMPTED, UNSOUND
 from trainer.run.build import loss_weights
 from trainer.run.state import Run
@@ -38,7 +38,7 @@ def next_batches(run: Run) -> Sequence[Batch | SourcedBatch] | None:
     If they cannot be read, `run.unread` says why, and the batches are blank: the other ranks hear of it in
     the step.
     """
-    now = run.program.at(run.tokens)
+    now = run.program.settings_at(run.tokens)
     run.stream.set(
         seq_len=now.seq_len,
         global_batch=now.global_batch,
@@ -114,7 +114,7 @@ def train_step(
     One all-reduce (`StepSums`) tells all ranks what they decide from. Returns the metrics; None if a rank
     had no rows: then nothing has changed.
     """
-    now = run.program.at(run.tokens)
+    now = run.program.settings_at(run.tokens)
     rates = apply_settings(run, now)
     torch.manual_seed(random_seed(run))
     sums = backward(run, batches, waited_s=waited_s).all_reduce(run.groups.tokens)
@@ -221,7 +221,7 @@ def random_seed(run: Run) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def apply_settings(run: Run, now: Now) -> dict[str, float]:
+def apply_settings(run: Run, now: StepSettings) -> dict[str, float]:
     """Everything that the program changes, set for this step. Returns the learning rates."""
     run.model.lm_head.z_loss_weight = now.z_loss_weight
     run.balancer.set(rate=now.bias_rate, loss_weights=loss_weights(now))

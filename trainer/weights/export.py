@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str] | None) -> int:
-    given = parsed(arguments)
-    if given.verify or given.prompt is not None:
+    options = parsed(arguments)
+    if options.verify or options.prompt is not None:
         need_transformers()
-    export(given)
+    export(options)
     return OK
 
 
@@ -74,12 +74,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         "--prompt", metavar="TEXT", help="let transformers continue a text with what was written"
     )
     # so that options may stand anywhere among RUN, step and OUT
-    given = parser.parse_intermixed_args(arguments)
-    if not given.shard_gb > 0:
-        parser.error(f"--shard-gb={given.shard_gb}: must be above 0")
-    if given.prompt is not None and any(0xD800 <= ord(character) < 0xE000 for character in given.prompt):
-        parser.error(f"--prompt={given.prompt!r}: must be text in UTF-8")
-    return given
+    options = parser.parse_intermixed_args(arguments)
+    if not options.shard_gb > 0:
+        parser.error(f"--shard-gb={options.shard_gb}: must be above 0")
+    if options.prompt is not None and any(0xD800 <= ord(character) < 0xE000 for character in options.prompt):
+        parser.error(f"--prompt={options.prompt!r}: must be text in UTF-8")
+    return options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,40 +93,40 @@ class Origin:
     tokenizer: Any
 
 
-def export(given: argparse.Namespace) -> None:
+def export(options: argparse.Namespace) -> None:
     """Raises: DamagedError, VerifyError, ConfigError, ValueError, OSError; then there is no OUT."""
-    draft = given.out.with_name(f"{given.out.name}.draft")
-    refuse_existing(given.out, draft)
-    origin = origin_of(given.run, given.step)
+    draft = options.out.with_name(f"{options.out.name}.draft")
+    refuse_existing(options.out, draft)
+    origin = origin_of(options.run, options.step)
     unread = export_problems(origin.config.model)
     if fatal := [problem.text for problem in unread if problem.is_fatal]:
         raise ConfigError("; ".join(fatal))
-    if given.prompt is not None and origin.tokenizer is None:
+    if options.prompt is not None and origin.tokenizer is None:
         raise ConfigError(
             f"--prompt: {origin.path} has no tokenizer, its run's source gave tokens; leave --prompt out"
         )
-    dtype = given.dtype or origin.config.dtype
+    dtype = options.dtype or origin.config.dtype
     shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
     draft.mkdir(parents=True)
     try:
-        told = write(origin, draft, dtype=dtype, shard_bytes=given.shard_gb * 1e9)
-        if given.verify:
+        summary = write(origin, draft, dtype=dtype, shard_bytes=options.shard_gb * 1e9)
+        if options.verify:
             verified = compare(
                 origin.path, origin.config, draft, dtype=getattr(torch, dtype), tokenizer=origin.tokenizer
             )
-            told = f"{told}\n{verified}"
+            summary = f"{summary}\n{verified}"
         make_durable(draft)
-        draft.rename(given.out)
-        make_durable(given.out.parent)
+        draft.rename(options.out)
+        make_durable(options.out.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    print(f"{given.out}: step {origin.step} of {origin.config.name}, {told}")
+    print(f"{options.out}: step {origin.step} of {origin.config.name}, {summary}")
     for problem in unread:
         print(f"note: {problem.text}")
-    if given.prompt is not None:
-        text = continuation(given.out, given.prompt, origin.config.model)
-        print(f"transformers continues {given.prompt!r}:\n{text}")
+    if options.prompt is not None:
+        text = continuation(options.out, options.prompt, origin.config.model)
+        print(f"transformers continues {options.prompt!r}:\n{text}")
 
 
 def write(origin: Origin, draft: Path, *, dtype: str, shard_bytes: float) -> str:
@@ -179,8 +179,8 @@ def origin_of(run: Path, step: int | None) -> Origin:
         )
     elif not run.is_dir():
         raise ConfigError(f"{run}: there is no such checkpoint")
-    if found := problems(path):
-        raise DamagedError("\n".join([*found, remedy(path)]))
+    if damages := problems(path):
+        raise DamagedError("\n".join([*damages, remedy(path)]))
     manifest, config = read_manifest(path), reread(path / "config.yaml")
     return Origin(
         path=path,

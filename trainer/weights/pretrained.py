@@ -8,20 +8,18 @@ An index says under our names where each expert's matrix lies; torch's DCP then 
 each rank its part. Nothing that could run code is read: no pickle, no Python file of the directory.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from trainer.checkpoint import (
     DamagedError,
-    Kind,
-    Piece,
-    Stored,
+    StoredTensor,
+    TensorPiece,
+    TensorSpec,
     load_into,
     plain_name,
     read_header,
@@ -32,7 +30,13 @@ from trainer.checkpoint import (
 from trainer.config import Config, ConfigError, ModelConfig
 from trainer.data import load_tokenizer
 from trainer.model.hf import KEYS, config_misfits, our_shapes, places, refuse_misfits
-from trainer.ranks.agree import agreed, gathered, refuse_disagreement, refusing_on_all
+from trainer.ranks.agree import (
+    all_gather_objects,
+    broadcast_object,
+    refuse_disagreement,
+    refusing_on_all,
+    turn_on_host,
+)
 
 SINGLE, SEVERAL = "model.safetensors", "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -58,19 +62,19 @@ def start_from(config: Config, state: dict[str, Any], tokenizer: Any) -> dict[st
     tokenizer: of the run; None if its source has tokens. Raises: ConfigError, on all ranks; before anything
     is loaded.
     """
-    where = f"init_from={config.init_from}"
+    key = f"init_from={config.init_from}"
     directory = fetched(config.init_from)
     refusals = (ConfigError, DamagedError, OSError, ValueError)
 
-    def found() -> dict[str, Stored]:
+    def checked_index() -> dict[str, StoredTensor]:
         try:
             refuse_other_model(directory, config.model)
             refuse_other_tokenizer(directory, tokenizer, vocab_size=config.model.vocab_size)
             return index_of(directory, config.model)
         except refusals as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{key}: {error}") from error
 
-    index = agreed(refusing_on_all(found))
+    index = broadcast_object(refusing_on_all(checked_index))
     refuse_disagreement(sizes(directory, index))
     return load_into(state, directory=directory, index=index)
 
@@ -79,12 +83,12 @@ def fetched(spec: str) -> Path:
     """The directory, on this host. Collective. Raises: ConfigError, on all ranks."""
     path, problem = Path(spec).expanduser(), None
     for turn in (0, 1):  # the first rank of a host fetches from the hub, the others find it in the cache
-        if turn == min(int(os.environ.get("LOCAL_RANK", dist.get_rank())), 1):
+        if turn == turn_on_host():
             try:
                 path = directory_of(spec)
             except ConfigError as error:
                 problem = str(error)
-        if refusal := next(filter(None, gathered(problem)), None):
+        if refusal := next(filter(None, all_gather_objects(problem)), None):
             raise ConfigError(refusal)
     return path
 
@@ -121,8 +125,10 @@ def refuse_other_model(directory: Path, model: ModelConfig) -> None:
     with reading(path):
         wrong = config_misfits(theirs, model)
     if wrong:
-        said = {key: theirs[name] for key, name in KEYS.items() if name in theirs}
-        fits = " ".join(f"model.{key}={value}" for key, value in said.items() if value != getattr(model, key))
+        values = {key: theirs[name] for key, name in KEYS.items() if name in theirs}
+        fits = " ".join(
+            f"model.{key}={value}" for key, value in values.items() if value != getattr(model, key)
+        )
         raise ConfigError(
             "\n".join([f"{path} is of another model:", *wrong, *([f"use {fits}"] if fits else [])])
         )
@@ -137,41 +143,41 @@ def refuse_other_tokenizer(directory: Path, tokenizer: Any, *, vocab_size: int) 
         raise ConfigError(f"the run's tokenizer is not that of the weights; use data.tokenizer={path}")
 
 
-def index_of(directory: Path, model: ModelConfig) -> dict[str, Stored]:
+def index_of(directory: Path, model: ModelConfig) -> dict[str, StoredTensor]:
     """Where each of our tensors lies, under the names of a run's state. Raises: DamagedError, ConfigError,
     ValueError.
     """
     kinds, file_of = tensors_of(directory)
     on_disk, shapes = places(model), our_shapes(model)
     refuse_misfits(kinds, {name: place.shape for name, place in on_disk.items()})
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorPiece]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for name, (ours, expert, shape) in on_disk.items():
         offsets, sizes = ((), ()) if expert is None else ((expert,), (1,))
         box = {"offsets": (*offsets, *[0] * len(shape)), "sizes": (*sizes, *shape)}
-        pieces.setdefault(ours, []).append(Piece(file=file_of[name], key=name, **box))
+        pieces.setdefault(ours, []).append(TensorPiece(file=file_of[name], key=name, **box))
         dtypes[ours] = kinds[name].dtype
     index = {
-        f"model.{ours}": Stored(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(of))
-        for ours, of in pieces.items()
+        f"model.{ours}": StoredTensor(dtype=dtypes[ours], shape=shapes[ours], pieces=tuple(parts))
+        for ours, parts in pieces.items()
     }
     refuse_uncovered(index, where=directory)
     return index
 
 
-def tensors_of(directory: Path) -> tuple[dict[str, Kind], dict[str, str]]:
+def tensors_of(directory: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """{name: kind} and {name: file} of all tensors in the files of a directory. Raises: DamagedError,
     ConfigError.
     """
-    said = weight_map(directory)
-    files = sorted(set(said.values())) if said is not None else [SINGLE]
+    listed = weight_map(directory)
+    files = sorted(set(listed.values())) if listed is not None else [SINGLE]
     if missing := [file for file in files if not (directory / file).is_file()]:
         raise DamagedError(f"{directory}: {', '.join(missing)} missing; fetch it again")
     headers = {file: read_header(directory / file) for file in files}
     held = {(name, file) for file, header in headers.items() for name in header}
-    if said is not None and (wrong := sorted(held ^ set(said.items()))):
-        where = ", ".join(f"{name} in {file}" for name, file in wrong[:8])
-        raise DamagedError(f"{directory / SEVERAL} and the files do not agree on {where}")
+    if listed is not None and (wrong := sorted(held ^ set(listed.items()))):
+        differences = ", ".join(f"{name} in {file}" for name, file in wrong[:8])
+        raise DamagedError(f"{directory / SEVERAL} and the files do not agree on {differences}")
     return {name: headers[file][name] for name, file in held}, dict(held)
 
 
@@ -199,7 +205,7 @@ def weight_map(directory: Path) -> dict[str, str] | None:
         raise DamagedError(f"{path}: {error}") from error
 
 
-def sizes(directory: Path, index: Mapping[str, Stored]) -> dict[str, int]:
+def sizes(directory: Path, index: Mapping[str, StoredTensor]) -> dict[str, int]:
     """{file: bytes, -1 if it is not there}: are they the same on all hosts?"""
     paths = {
         file: directory / file

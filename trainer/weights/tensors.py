@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import BoxReader, DamagedError, Kind, read_index, write_durably, write_file
+from trainer.checkpoint import BoxReader, DamagedError, TensorSpec, read_index, write_durably, write_file
 from trainer.config import ModelConfig
 from trainer.model.hf import BIAS, Place, our_shapes, places, refuse_misfits
 
@@ -23,7 +23,7 @@ IN_CHECKPOINT = "model."  # before the names of the model's tensors
 
 class Shard(NamedTuple):
     file: str
-    kinds: dict[str, Kind]  # by name on disk
+    kinds: dict[str, TensorSpec]  # by name on disk
 
     @property
     def num_bytes(self) -> int:
@@ -34,10 +34,10 @@ def plan(model: ModelConfig, *, dtype: torch.dtype, shard_bytes: float) -> list[
     """Tensors layer by layer in files of at most `shard_bytes`; a tensor that is larger has a file of its
     own.
     """
-    shards: list[dict[str, Kind]] = []
+    shards: list[dict[str, TensorSpec]] = []
     room = 0.0
     for name, place in places(model).items():
-        kind = Kind(torch.float32 if place.name.endswith(BIAS) else dtype, place.shape)
+        kind = TensorSpec(torch.float32 if place.name.endswith(BIAS) else dtype, place.shape)
         if not shards or kind.num_bytes > room:
             shards.append({})
             room = shard_bytes

@@ -28,7 +28,7 @@ from trainer.weights.tensors import IN_CHECKPOINT
 TEXTS = (argparse, inspect)  # real text that every Python has
 MAX_LENGTH = 256  # [tokens] of a row
 NUM_NEW = 16  # [tokens] that both sides continue each row's beginning with
-LIMIT = 2**10 * torch.finfo(torch.float32).eps  # [largest logit] = 1.2e-4; measured: docs/running.md
+LIMIT = 2**10 * torch.finfo(torch.float32).eps  # [largest logit] = 1.2e-4; measured: docs/weights.md
 
 
 class VerifyError(ValueError):
@@ -45,27 +45,28 @@ def need_transformers() -> None:
 def compare(checkpoint: Path, config: Config, exported: Path, *, dtype: torch.dtype, tokenizer: Any) -> str:
     """What was compared, in words. Raises: VerifyError."""
     tokens_BL = text_tokens(config, tokenizer)
-    ours, theirs = our_model(checkpoint, config, dtype=dtype), their_model(exported, config.model)
+    ours = our_model(checkpoint, config, dtype=dtype)
+    theirs = their_model(exported, config.model)
     logits_BLV = ours(tokens_BL)
     difference = (logits_BLV - theirs(tokens_BL).logits).abs().max().item()
     limit = LIMIT * logits_BLV.abs().max().item()
     rows, length = tokens_BL.shape
     kind = "" if rows_are_aligned(config.model) else " eager experts"
-    told = (
+    comparison = (
         f"logits of {rows} x {length} tokens differ from transformers'{kind} by at most {difference:.2g} "
         f"(limit {limit:.2g})"
     )
     if not difference <= limit:  # a NaN is none, either
-        raise VerifyError(f"{told}: the exported weights are not those of {checkpoint}")
+        raise VerifyError(f"{comparison}: the exported weights are not those of {checkpoint}")
     begun_BL = tokens_BL[:, : max(1, length // 2)]
-    own = greedy(ours, begun_BL)
-    other = continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)
-    if own != other:
+    our_tokens = greedy(ours, begun_BL)
+    their_tokens = continued(theirs, begun_BL, NUM_NEW, do_sample=False, eos_token_id=None)
+    if our_tokens != their_tokens:
         raise VerifyError(
-            f"{told}, but {NUM_NEW} tokens after each row's first {begun_BL.shape[1]} do: {own}, "
-            f"theirs {other}"
+            f"{comparison}, but {NUM_NEW} tokens after each row's first {begun_BL.shape[1]} do: "
+            f"{our_tokens}, theirs {their_tokens}"
         )
-    return f"verified: {told}, {NUM_NEW} greedy tokens are the same"
+    return f"verified: {comparison}, {NUM_NEW} greedy tokens are the same"
 
 
 def text_tokens(config: Config, tokenizer: Any) -> Tensor:
@@ -110,9 +111,9 @@ def their_model(exported: Path, shape: ModelConfig) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     load: Any = AutoModelForCausalLM.from_pretrained
     experts = {} if rows_are_aligned(shape) else {"experts_implementation": "eager"}
-    model, told = load(exported, dtype=torch.float32, output_loading_info=True, **experts)
-    if any(told.values()):
-        raise VerifyError(f"transformers does not load {exported} as it is: {told}")
+    model, report = load(exported, dtype=torch.float32, output_loading_info=True, **experts)
+    if any(report.values()):
+        raise VerifyError(f"transformers does not load {exported} as it is: {report}")
     return model.eval()
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
-from trainer.run.directory import flat
+from trainer.run.directory import dotted_keys
 
 TAKES = ("mean", "spread", "lag_1", "max", "min", "last", "first_below", "first_above")
 # change no number
@@ -160,7 +160,7 @@ def jobs_of(study: Study, program: Any, directory: Path) -> list[Job]:
 
 def settings(config: Any) -> dict[str, Any]:
     """Every value of a configuration that its numbers depend on, by its dotted key."""
-    values = flat(OmegaConf.structured(config))
+    values = dotted_keys(OmegaConf.structured(config))
     return {key: value for key, value in values.items() if not key.startswith(NEUTRAL)}
 
 
@@ -181,7 +181,7 @@ def differences(
 
 def refuse_changed(job: Job, before: dict[str, Any]) -> None:
     """Raises: ConfigError if a job that was started has other settings now."""
-    defaults = flat(OmegaConf.structured(type(job.config)))
+    defaults = dotted_keys(OmegaConf.structured(type(job.config)))
     now = settings(job.config)
     if keys := differences(before, now, defaults):
         shown = ", ".join(

@@ -59,7 +59,8 @@ def as_json(study: Study, results: Results, *, name: str, command: str) -> dict[
         arms[arm] = {"overrides": overrides, "outcomes": dict(outcomes), "metrics": {}, "differences": {}}
         for metric in study.metrics:
             values = values_of(results, arm, metric)
-            mean, change = estimate(list(values.values())), paired(results, arm, study.reference, metric)
+            mean = estimate(list(values.values()))
+            change = paired(results, arm, study.reference, metric)
             arms[arm]["metrics"][metric] = {
                 "values": values,
                 **(mean.as_dict() if mean else {"num_seeds": 0}),

@@ -5,8 +5,8 @@
                                     ...        what the program writes there
 
 Outcomes: ok, collapsed and diverged are results. started, interrupted and failed run again with the next
-command. A child leads a process group of its own, so Ctrl-C reaches the parent, which tells each child once
-and waits.
+command. A child leads a process group of its own, so Ctrl-C reaches the parent alone; the parent signals each
+child once and waits.
 """
 
 import ctypes
@@ -134,9 +134,9 @@ def conclude(job: Job, process: BaseProcess, *, stopping: bool) -> dict[str, Any
     assert record is not None  # `start` wrote it
     if record["outcome"] == "started":
         code = process.exitcode or 0
-        how = f"killed by signal {-code}" if code < 0 else f"the process left with exit code {code}"
-        how += ", out of memory?" if code == -signal.SIGKILL else ""
-        record |= {"outcome": INTERRUPTED} if stopping else {"outcome": "failed", "message": how}
+        message = f"killed by signal {-code}" if code < 0 else f"the process left with exit code {code}"
+        message += ", out of memory?" if code == -signal.SIGKILL else ""
+        record |= {"outcome": INTERRUPTED} if stopping else {"outcome": "failed", "message": message}
         write_record(job, record)
     return record
 

@@ -42,28 +42,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str]) -> int:
-    own = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in OWN}
-    overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN]
+    pairs = [argument.partition("=") for argument in arguments]
+    options = {key: value for key, _, value in pairs if key in OWN}
+    overrides = ["".join(pair) for pair in pairs if pair[0] not in OWN]
     if (text := looked_up(overrides, __doc__)) is not None:
         print(text)
         return OK
-    preview = preview_of(overrides, own)
+    preview = preview_of(overrides, options)
     print_table(preview)
-    out = Path(own["out"]) if "out" in own else run_directory(preview.config) / "preview.html"
+    out = Path(options["out"]) if "out" in options else run_directory(preview.config) / "preview.html"
     write(preview, out, command=" ".join(["triquetra preview", *arguments]))
     print(f"{out}: the page")
     return OK
 
 
-def preview_of(overrides: list[str], own: dict[str, str]) -> Preview:
+def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
     """Of what trainer.train would be called with, and our own keys. Raises: ConfigError."""
-    known = {"experiment", *(field.name for field in fields(Config))}
-    for key in {override.split("=")[0] for override in overrides} - known:
+    keys = {"experiment", *(field.name for field in fields(Config))}
+    for key in {override.split("=")[0] for override in overrides} - keys:
         if near := difflib.get_close_matches(key, OWN, n=1, cutoff=0.75):
             raise ConfigError(f"{key}: there is no such key (did you mean {near[0]}?)")
     config = load(overrides)
     default = config.parallel.dp_replicate * (config.parallel.dp_shard or 1)
-    ranks, speed = own.get("ranks", str(default)), own.get("tokens_per_s", "inf")
+    ranks, speed = options.get("ranks", str(default)), options.get("tokens_per_s", "inf")
     if not (ranks.isdecimal() and int(ranks) >= 1):
         raise ConfigError(
             f"ranks={ranks}: must be a whole number, at least 1; without it, parallel= gives {default}"
@@ -72,7 +73,7 @@ def preview_of(overrides: list[str], own: dict[str, str]) -> Preview:
         tokens_per_s = float(speed)
     except ValueError:
         tokens_per_s = math.nan
-    if "tokens_per_s" in own and not 0 < tokens_per_s < math.inf:
+    if "tokens_per_s" in options and not 0 < tokens_per_s < math.inf:
         raise ConfigError(
             f"tokens_per_s={speed}: must be a number above 0, like 6e6; without it there are no days"
         )
@@ -114,11 +115,11 @@ def print_table(preview: Preview) -> None:
     head, rows = table(preview)
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180, highlight=False)
 
-    def of(columns: list[int], *, widest: int | None = None) -> Table:
-        made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    def side_by_side(columns: list[int], *, widest: int | None = None) -> Table:
+        columns_table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for i in columns:
             wraps = head[i] == "Else"
-            made.add_column(
+            columns_table.add_column(
                 head[i],
                 justify="left" if i == 0 or wraps else "right",
                 no_wrap=not wraps,
@@ -126,17 +127,17 @@ def print_table(preview: Preview) -> None:
                 max_width=widest if wraps else None,
             )
         for row in rows:
-            made.add_row(*(row[i] for i in columns))
-        return made
+            columns_table.add_row(*(row[i] for i in columns))
+        return columns_table
 
     tables = [[0]]
     for i in range(1, len(head)):
-        least = of([*tables[-1], i], widest=ELSE_WIDTH)
+        least = side_by_side([*tables[-1], i], widest=ELSE_WIDTH)
         if console.measure(least, options=console.options.update(width=1000)).maximum > console.width:
             tables.append([0])
         tables[-1].append(i)
     for columns in tables:
-        console.print(of(columns))
+        console.print(side_by_side(columns))
     console.print("In all: " + " · ".join(f"{name} {value}" for name, value in totals(preview).items()))
 
 

@@ -102,7 +102,8 @@ def _figure(
     end = preview.stretches[-1].end
     size, letter = unit_of(end)
     positions, traces = _positions(preview), []
-    x, spans = typed([at / size for _, at in positions]), [escape(s.span.name) for s, _ in positions]
+    x = typed([at / size for _, at in positions])
+    spans = [escape(s.span.name) for s, _ in positions]
     for i, (name, value) in enumerate(lines.items()):
         template = "%{y:.3~g} · %{text}" if i == 0 and spans[0] else "%{y:.3~g}"
         traces.append(

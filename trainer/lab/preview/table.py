@@ -67,12 +67,14 @@ def stretches(program: Program) -> list[Stretch]:
 
 def changes(stretch: Stretch, before: Stretch | None) -> str:
     """What is new in a span and has no column; in the first one, whatever is on."""
-    now, old = vars(stretch.span.now), vars(before.span.now) if before else dict.fromkeys(SHOWN, 0) | OFF
+    now = vars(stretch.span.now)
+    old = vars(before.span.now) if before else dict.fromkeys(SHOWN, 0) | OFF
     words = {key: value for key in SHOWN if (value := now[key]) != old[key]}
     changed = [
         f"{key} {mixture(value) if key == 'mixture' else short(value)}" for key, value in words.items()
     ]
-    rate, last = stretch.along(stretch.span.bias_rate), before.along(before.span.bias_rate) if before else "1"
+    rate = stretch.along(stretch.span.bias_rate)
+    last = before.along(before.span.bias_rate) if before else "1"
     return " · ".join(changed + [f"bias_rate {rate}"] * (rate != last.split(" → ")[-1]))
 
 

@@ -71,9 +71,10 @@ def arms(config: SimulateConfig, overrides: list[str]) -> list[SimulateConfig]:
     if not config.compare:
         return [config]
     names = ARMS if config.compare == "all" else list(config.compare)
-    own = [o for o in overrides if o.split("=")[0].lstrip("+~") == "balance" or o.startswith("balance.rule")]
-    if own:
-        raise ConfigError(f"{own[0]} with compare=: each arm brings its own rule; leave it out")
+    keys = {override: override.split("=")[0].lstrip("+~") for override in overrides}
+    rules = [override for override, key in keys.items() if key == "balance" or key.startswith("balance.rule")]
+    if rules:
+        raise ConfigError(f"{rules[0]} with compare=: each arm brings its own rule; leave it out")
     for name in names:
         if name not in ARMS:
             near = difflib.get_close_matches(str(name), ARMS, n=3) or ARMS

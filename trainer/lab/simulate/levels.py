@@ -1,7 +1,7 @@
 """What routes in a simulation? The trainer's own router, counters, losses and Balancer, with less and less of
 a model around.
 
-    Tiny     a small AFMoE, trained by trainer.train.train_step
+    Tiny     a small AFMoE, trained by train_step of trainer/run/step.py
     Closed   no experts: an expert that gets more tokens becomes more attractive
     Frozen   no experts, no feedback: the scores are what they are
     Replay   no router either: the sums that a training run recorded, under another rule

@@ -92,7 +92,8 @@ def write_page(result: Mapping[str, Any], path: Path) -> None:
 
 def verdict(runs: Sequence[Mapping[str, Any]]) -> Cell:
     """Of all seeds of an arm. The sign says it too, not the colour alone."""
-    collapsed, failed = [run for run in runs if run["collapsed"]], [run for run in runs if not run["ok"]]
+    collapsed = [run for run in runs if run["collapsed"]]
+    failed = [run for run in runs if not run["ok"]]
     of_seeds = f" in {len(collapsed or failed)} of {len(runs)} seeds" if len(runs) > 1 else ""
     detail, tone = "✓ passed", "good"
     if collapsed:
@@ -166,7 +167,9 @@ def _table(
             return Cell("never", tone="warn") if key in row.metrics else Cell("–")
         detail = ""
         if isinstance(entry, Mapping):
-            low, high, of_seeds = entry.get("low"), entry.get("high"), entry.get("num_seeds", len(row.runs))
+            low = entry.get("low")
+            high = entry.get("high")
+            of_seeds = entry.get("num_seeds", len(row.runs))
             detail = "" if low is None or high is None else f"[{number(low)}, {number(high)}]"
             # the others never reached it
             detail += f" {of_seeds} of {len(row.runs)} seeds" * (of_seeds < len(row.runs))
@@ -239,7 +242,8 @@ def _lines(arms: Mapping[str, list], key: str) -> tuple[list[dict[str, Any]], tu
     """One line an arm, with a band over its seeds; smallest and largest value; the arms that have none."""
     traces, smallest, largest, without = [], np.inf, -np.inf, []
     for i, (arm, runs) in enumerate(arms.items()):
-        steps, curves = runs[0]["steps"], [run["curves"][key] for run in runs if key in run["curves"]]
+        steps = runs[0]["steps"]
+        curves = [run["curves"][key] for run in runs if key in run["curves"]]
         values = np.array(curves, dtype=float).reshape(-1, len(steps))
         if CURVES[key].log:
             values[values <= 0] = np.nan
@@ -256,7 +260,8 @@ def _lines(arms: Mapping[str, list], key: str) -> tuple[list[dict[str, Any]], tu
             traces += [{**edge, "y": typed(low)}, {**edge, "y": typed(high), **band}]
         line = {"line": {"color": series(i), "width": 1.8}, "hovertemplate": "%{y:.3~g}"}
         traces.append({**common, "y": typed(mean), "name": escape(arm), **line})
-        smallest, largest = min(smallest, float(np.nanmin(values))), max(largest, float(np.nanmax(values)))
+        smallest = min(smallest, float(np.nanmin(values)))
+        largest = max(largest, float(np.nanmax(values)))
     return traces, (smallest, largest), without
 
 

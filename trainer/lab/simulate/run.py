@@ -174,15 +174,15 @@ def ranking(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     rows = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = [run for run in runs if run["arm"] == arm]
+        arm_runs = [run for run in runs if run["arm"] == arm]
         metrics = {}
-        for name in dict.fromkeys(key for run in own for key in run["summary"]):
-            values = [run["summary"][name] for run in own if run["summary"].get(name) is not None]
+        for name in dict.fromkeys(key for run in arm_runs for key in run["summary"]):
+            values = [run["summary"][name] for run in arm_runs if run["summary"].get(name) is not None]
             interval = estimate(values)
             metrics[name] = (
                 interval.as_dict() if interval else {"mean": None, "low": None, "high": None, "num_seeds": 0}
             )
-        collapsed = sum(not run["ok"] for run in own)
-        rows.append({"arm": arm, "num_seeds": len(own), "collapsed_runs": collapsed, "metrics": metrics})
+        collapsed = sum(not run["ok"] for run in arm_runs)
+        rows.append({"arm": arm, "num_seeds": len(arm_runs), "collapsed_runs": collapsed, "metrics": metrics})
     rows.sort(key=lambda row: (row["collapsed_runs"], row["metrics"][RANKED_BY]["mean"]))
     return [{"rank": rank, **row} for rank, row in enumerate(rows, start=1)]

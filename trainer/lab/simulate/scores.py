@@ -123,7 +123,8 @@ class TopicScores:
             topics = torch.randn(num_topics, width, generator=generator) * topic_std
             if self.gate_MRE is not None:
                 self.gate_MRE[layer].normal_(0, width**-0.5, generator=generator)
-                popularity, topics = popularity @ self.gate_MRE[layer], topics @ self.gate_MRE[layer]
+                popularity = popularity @ self.gate_MRE[layer]
+                topics = topics @ self.gate_MRE[layer]
             self.popularity_M2E[layer], self.topics_MCE[layer] = popularity, topics
             num_shifted = max(1, round(shifted_experts * num_experts)) if shifted_experts else 0
             self.shifted_ME[layer, torch.randperm(num_experts, generator=generator)[:num_shifted]] = True
