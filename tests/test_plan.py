@@ -127,11 +127,11 @@ def sent_by_ranks(degrees, accumulation):
 def planned_bytes(degrees_of_all):
     config = config_of("seq_len=62", "global_batch=12")
     traces = Traces(config)
-    found = []
+    planned = []
     for replicate, shard, ep in degrees_of_all:
         layout = Layout(replicate * shard, replicate, ep, 1, "none")
-        found.append(sums(sent_on(layout, traces.whole(layout.variant(8)), tokens=62)))
-    return found
+        planned.append(sums(sent_on(layout, traces.whole(layout.variant(8)), tokens=62)))
+    return planned
 
 
 FOUR = [(1, 4, 1), (2, 2, 1), (1, 4, 2), (2, 2, 2)]  # FSDP, HSDP, EP, HSDP x EP

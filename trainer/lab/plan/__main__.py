@@ -46,51 +46,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str]) -> int:
-    own = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in OWN}
-    overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN]
+    pairs = [argument.partition("=") for argument in arguments]
+    options = {key: value for key, _, value in pairs if key in OWN}
+    overrides = ["".join(pair) for pair in pairs if pair[0] not in OWN]
     if (text := looked_up(overrides, __doc__)) is not None:
         print(text)
         return OK
-    planned = plan_of(overrides, own)
+    planned = plan_of(overrides, options)
     refuse_unfit(planned)
     print_plan(planned)
-    out = Path(own["out"]) if "out" in own else run_directory(planned.config) / "plan.html"
+    out = Path(options["out"]) if "out" in options else run_directory(planned.config) / "plan.html"
     write(planned, out, command=" ".join(["triquetra plan", *arguments]))
     print(f"{out}: the page")
     return OK
 
 
-def plan_of(overrides: list[str], own: dict[str, str]) -> Plan:
+def plan_of(overrides: list[str], options: dict[str, str]) -> Plan:
     """Of what trainer.train would be called with, and our own keys. Raises: ConfigError."""
-    known = {"experiment", *(field.name for field in fields(Config))}
-    for key in {override.split("=")[0] for override in overrides} - known:
+    keys = {"experiment", *(field.name for field in fields(Config))}
+    for key in {override.split("=")[0] for override in overrides} - keys:
         if near := difflib.get_close_matches(key, OWN, n=1, cutoff=0.75):
             raise ConfigError(f"{key}: there is no such key (did you mean {near[0]}?)")
-    if "device" not in own:
+    if "device" not in options:
         raise ConfigError("not set: device. Name the GPU, like device=h200 (configs/device has them)")
     config = load(overrides)
-    device = own["device"]
+    device = options["device"]
     hardware(device)
     calibration = (
-        read(Path(own["calibration"]), device=device) if "calibration" in own else Calibration(device)
+        read(Path(options["calibration"]), device=device) if "calibration" in options else Calibration(device)
     )
-    numbers = {key: number(key, own[key]) for key in NUMBERS if key in own}
-    ranks = own.get("ranks")
+    numbers = {key: number(key, options[key]) for key in NUMBERS if key in options}
+    ranks = options.get("ranks")
     if ranks is not None and not (ranks.isdecimal() and 1 <= int(ranks) <= MOST_RANKS):
         raise ConfigError(
             f"ranks={ranks}: must be a whole number from 1 to {MOST_RANKS:,}; without it, parallel= says"
         )
-    if own.get("search", "true") not in ("true", "false"):
-        raise ConfigError(f"search={own['search']}: must be true or false")
+    if options.get("search", "true") not in ("true", "false"):
+        raise ConfigError(f"search={options['search']}: must be true or false")
     made = plan(
         config,
         hardware(device, calibration),
         calibration,
         ranks=None if ranks is None else int(ranks),
-        searches=own.get("search", "true") == "true",
+        searches=options.get("search", "true") == "true",
         **numbers,
     )
-    return replace(made, given=tuple(overrides))
+    return replace(made, overrides=tuple(overrides))
 
 
 def number(key: str, text: str) -> float:

@@ -23,7 +23,7 @@ from trainer.lab.plan.layout import (
 )
 from trainer.lab.plan.trace import OptimizerStep
 from trainer.lab.plan.whole import Whole
-from trainer.program import Now
+from trainer.program import StepSettings
 
 PHASES = ("forward", "backward")
 LEFT_OF_KERNELS = 0.35  # of launches, with compile=true [assumed]
@@ -63,7 +63,7 @@ class Step:
     """Of one layout, in one span."""
 
     layout: Layout
-    now: Now
+    now: StepSettings
     accumulation: int
     memory: Memory
     phases: tuple[Phase, ...]  # forward, backward, last backward, optimizer
@@ -81,11 +81,11 @@ class Step:
 
     def times(self) -> dict[str, float]:
         """[s] of a step by what bounds it."""
-        found = Counter()
+        by_bound = Counter()
         n = self.accumulation
         for phase, count in zip(self.phases, (n, n - 1, 1, 1), strict=True):
-            found[phase.bound] += count * phase.seconds
-        return dict(found)
+            by_bound[phase.bound] += count * phase.seconds
+        return dict(by_bound)
 
     @property
     def bound(self) -> str:
@@ -98,7 +98,7 @@ class Clock:
     def __init__(self, config: Config, hardware: Hardware, optimizer: OptimizerStep, *, imbalance: float):
         self.config, self.hardware, self.optimizer, self.imbalance = config, hardware, optimizer, imbalance
 
-    def step(self, layout: Layout, whole: Whole, now: Now) -> Step:
+    def step(self, layout: Layout, whole: Whole, now: StepSettings) -> Step:
         """now: of the span, with the layout's micro_batch or its own."""
         tokens = layout.micro_batch * now.seq_len
         accumulation = max(1, now.global_batch // (layout.ranks * layout.micro_batch))
@@ -121,15 +121,15 @@ class Clock:
             self.links(layout, sent, accumulation),
         )
 
-    def flop(self, whole: Whole, now: Now, layout: Layout) -> Counter:
+    def flop(self, whole: Whole, now: StepSettings, layout: Layout) -> Counter:
         """[FLOP] of a microbatch by phase and part."""
         by_token = layout.micro_batch * now.seq_len / whole.tokens
-        found = Counter()
+        flop = Counter()
         for (phase, part), value in whole.flop.items():
             name, _, window = part.partition(" ")
             per = layout.micro_batch * attended(now.seq_len, int(window)) if window else by_token
-            found[phase, name] += value * per
-        return found
+            flop[phase, name] += value * per
+        return flop
 
     def phase(
         self,
@@ -192,13 +192,13 @@ class Clock:
         return Phase("optimizer", parts, links.nvlink / h.speed("nvlink"), links.nic / h.speed("nic"), host)
 
     def links(self, layout: Layout, sent: Counter, accumulation: int) -> dict[str, Traffic]:
-        found = dict[str, Traffic]()
+        links = dict[str, Traffic]()
         per_node = int(self.hardware.per_node.value)
         for key, num_bytes in sent.items():
             times = 1 if key.operator == "all-reduce" else accumulation
             name = f"{key.operator} of {key.part}"
-            found[name] = found.get(name, Traffic()) + traffic(key, num_bytes, per_node=per_node).times(times)
+            links[name] = links.get(name, Traffic()) + traffic(key, num_bytes, per_node=per_node).times(times)
         for key, num_bytes in optimizer_on(layout, self.optimizer).items():
             name = f"{key.operator} of the optimizer"
-            found[name] = found.get(name, Traffic()) + traffic(key, num_bytes, per_node=per_node)
-        return found
+            links[name] = links.get(name, Traffic()) + traffic(key, num_bytes, per_node=per_node)
+        return links

@@ -62,9 +62,9 @@ def hardware(name: str, calibration: Calibration | None = None) -> Hardware:
     if name not in names:
         raise ConfigError(f"device={name}: there is no such device{nearest(name, names)}")
     path = DEVICES / f"{name}.yaml"
-    found = filled(Hardware, read_plain(path), where=f"{path.name}: ")
-    check(found, path)
-    return calibrated(found, calibration) if calibration else found
+    device = filled(Hardware, read_plain(path), where=f"{path.name}: ")
+    check(device, path)
+    return calibrated(device, calibration) if calibration else device
 
 
 def check(hardware: Hardware, path: Path) -> None:
@@ -77,10 +77,10 @@ def check(hardware: Hardware, path: Path) -> None:
 
 
 def figures(hardware: Hardware) -> dict[str, Figure]:
-    own = {of.name: getattr(hardware, of.name) for of in fields(Hardware)}
-    efficiency = own.pop("efficiency")
-    own.pop("name")
-    return own | {f"efficiency.{of.name}": getattr(efficiency, of.name) for of in fields(Efficiency)}
+    every = {part.name: getattr(hardware, part.name) for part in fields(Hardware)}
+    efficiency = every.pop("efficiency")
+    every.pop("name")
+    return every | {f"efficiency.{part.name}": getattr(efficiency, part.name) for part in fields(Efficiency)}
 
 
 def calibrated(hardware: Hardware, calibration: Calibration) -> Hardware:

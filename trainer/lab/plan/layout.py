@@ -16,7 +16,7 @@ from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.trace import OptimizerStep
 from trainer.lab.plan.watch import CLASSES, KINDS, Sent
 from trainer.lab.plan.whole import Variant, Whole, axis_of, group_of
-from trainer.program import Now
+from trainer.program import StepSettings
 from trainer.ranks import device
 
 GIB = 2**30
@@ -85,7 +85,7 @@ class Refusal(NamedTuple):
     message: str
 
 
-def refusal(config: Config, layout: Layout, nows: list[Now]) -> Refusal | None:
+def refusal(config: Config, layout: Layout, nows: list[StepSettings]) -> Refusal | None:
     """Why training would refuse the layout; None if it would not."""
     m = config.model
     num_experts = m.num_experts if m.num_dense_layers < m.num_layers else None
@@ -107,7 +107,7 @@ def refusal(config: Config, layout: Layout, nows: list[Now]) -> Refusal | None:
     return None
 
 
-def rows_at_once(now: Now, *, ranks: int, most: int) -> int:
+def rows_at_once(now: StepSettings, *, ranks: int, most: int) -> int:
     """micro_batch of a span: the most rows that divide a rank's, up to `most`."""
     return max((n for n in divisors(max(1, now.global_batch // ranks)) if n <= most), default=1)
 
@@ -190,7 +190,7 @@ class Traffic(NamedTuple):
 def sent_on(layout: Layout, whole: Whole, *, tokens: int) -> Counter[Sent]:
     """Every collective of a microbatch of `tokens` tokens: bytes, as Watch counts them. The all-reduce over
     replicas is that of the last microbatch of a step."""
-    found = Counter[Sent]()
+    sent = Counter[Sent]()
     scale = dict(zip(CLASSES, class_scale(layout, whole, tokens=tokens), strict=True))
     for key, num_bytes in whole.sent.items():
         axis = axis_of(key, whole.degrees)
@@ -200,8 +200,8 @@ def sent_on(layout: Layout, whole: Whole, *, tokens: int) -> Counter[Sent]:
         by = {"dp_replicate": scale["shard"], "fsdp": 1.0, "efsdp": scale["expert whole"]}.get(axis)
         if by is None:
             by = scale["tokens"] if key.part == "tokens" else 1.0
-        found[key._replace(size=size, stride=stride)] += num_bytes * by
-    return found
+        sent[key._replace(size=size, stride=stride)] += num_bytes * by
+    return sent
 
 
 def traffic(key: Sent, num_bytes: float, *, per_node: int) -> Traffic:
@@ -220,10 +220,10 @@ def traffic(key: Sent, num_bytes: float, *, per_node: int) -> Traffic:
 
 def optimizer_on(layout: Layout, step: OptimizerStep) -> Counter[Sent]:
     """What the ranks of another layout send in the optimizer's step, scaled from those of the run's own."""
-    found = Counter[Sent]()
+    sent = Counter[Sent]()
     for key, num_bytes in step.sent.items():
         axis = axis_of(key, step.degrees)
         size, stride = group_of(axis, layout.degrees)
         if size > 1:
-            found[key._replace(size=size, stride=stride)] += num_bytes * step.degrees[1] / layout.dp_shard
-    return found
+            sent[key._replace(size=size, stride=stride)] += num_bytes * step.degrees[1] / layout.dp_shard
+    return sent

@@ -140,14 +140,14 @@ def search_figure(page: Page, plan: Plan) -> None:
                 "hovertemplate": "%{text}<br>%{x:.0f} GiB, %{y:,.0f} tokens/s<extra></extra>",
             }
         )
-    own, room = plan.main.step, plan.hardware.memory.value
+    now, room = plan.main.step, plan.hardware.memory.value
     traces.append(
         {
             "type": "scatter",
             "mode": "markers",
-            "x": [own.memory.total / GIB],
-            "y": [own.tokens_per_s / plan.layout.ranks],
-            "name": "this configuration" if fits(own, plan.hardware) else "this configuration, does not fit",
+            "x": [now.memory.total / GIB],
+            "y": [now.tokens_per_s / plan.layout.ranks],
+            "name": "this configuration" if fits(now, plan.hardware) else "this configuration, does not fit",
             "marker": {"symbol": "diamond", "size": 12, "color": series(5)},
             "hovertemplate": "%{x:.0f} GiB, %{y:,.0f} tokens/s",
         }

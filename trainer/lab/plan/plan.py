@@ -42,7 +42,7 @@ class Plan:
     spans: tuple[SpanPlan, ...]
     search: Search | None
     price: float | None  # of a GPU hour
-    given: tuple[str, ...] = ()  # overrides of the command line
+    overrides: tuple[str, ...] = ()  # overrides of the command line
 
     @property
     def main(self) -> SpanPlan:
@@ -86,21 +86,23 @@ def plan(
     clock = Clock(config, hardware, optimizer, imbalance=imbalance)
     spans = spans_of(config, program, layout, traces, clock)
     main = max(program.spans, key=lambda span: span.end - span.start)
-    found = search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
-    return Plan(config, hardware, calibration, layout, spans, found, price)
+    searched = (
+        search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
+    )
+    return Plan(config, hardware, calibration, layout, spans, searched, price)
 
 
 def spans_of(
     config: Config, program: Program, layout: Layout, traces: Traces, clock: Clock
 ) -> tuple[SpanPlan, ...]:
     whole = traces.whole(layout.variant(config.model.num_experts))
-    found, left = list[SpanPlan](), program.last_step()
+    planned, left = list[SpanPlan](), program.last_step()
     for span, _, num_steps in program.walk():
         if num_steps := min(num_steps, left):
             step = clock.step(replace(layout, micro_batch=span.now.micro_batch), whole, span.now)
-            found.append(SpanPlan(span.name, num_steps * span.now.tokens, num_steps, step))
+            planned.append(SpanPlan(span.name, num_steps * span.now.tokens, num_steps, step))
             left -= num_steps
-    return tuple(found)
+    return tuple(planned)
 
 
 def bounded_by(step: Step) -> str:
@@ -140,10 +142,10 @@ def first_change(plan: Plan) -> tuple[str, Step] | None:
     5 %."""
     if plan.search is None:
         return None
-    own, now = plan.layout, plan.main.step
+    before, now = plan.layout, plan.main.step
     best = None
     for step in plan.search.best:
-        changed = [key for key, of in CHANGES.items() if of(step.layout) != of(own)]
+        changed = [key for key, read in CHANGES.items() if read(step.layout) != read(before)]
         if len(changed) == 1 or set(changed) == set(TOGETHER):
             best = changed, step
             break

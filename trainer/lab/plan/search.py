@@ -30,9 +30,9 @@ class Search:
 
 def space(config: Config, ranks: int, rows: int) -> Iterator[Layout]:
     """rows: of a rank in a step of the span that is searched for."""
-    known = {of.name for of in fields(ParallelConfig)}
-    reshard = (True, False) if "reshard_after_forward" in known else (True,)
-    reduce = ("float32", "bfloat16") if "reduce_dtype" in known else ("float32",)
+    keys = {part.name for part in fields(ParallelConfig)}
+    reshard = (True, False) if "reshard_after_forward" in keys else (True,)
+    reduce = ("float32", "bfloat16") if "reduce_dtype" in keys else ("float32",)
     most_ep = config.model.num_experts if config.model.num_dense_layers < config.model.num_layers else 1
     replicas = [n for n in divisors(ranks) if n <= MOST_REPLICAS]
     eps = [2**i for i in range(most_ep.bit_length())]
@@ -55,10 +55,10 @@ def search(
 ) -> Search:
     """Of all layouts, in the span that most tokens are seen in. Where its microbatch does not divide the
     batch of another span, that one has a smaller one (`micro_batches`)."""
-    own = replace(span.now, micro_batch=config.micro_batch)
+    first = replace(span.now, micro_batch=config.micro_batch)
     steps, fallen = list[Step](), Counter()
-    for layout in space(config, ranks, max(1, own.global_batch // ranks)):
-        now = replace(own, micro_batch=layout.micro_batch)
+    for layout in space(config, ranks, max(1, first.global_batch // ranks)):
+        now = replace(first, micro_batch=layout.micro_batch)
         if why := refusal(config, layout, [now]):
             fallen[why.why] += 1
             continue
@@ -75,13 +75,13 @@ def micro_batches(program: Program, layout: Layout) -> list[str]:
     """Overrides of the spans in which the layout's micro_batch cannot be, in the order of the program."""
     words, holds, before = [], layout.micro_batch, program.spans[0].now.micro_batch
     for span in program.spans:
-        own = span.now.micro_batch != before
+        is_own = span.now.micro_batch != before
         rows = (
             span.now.micro_batch
-            if own
+            if is_own
             else rows_at_once(span.now, ranks=layout.ranks, most=layout.micro_batch)
         )
-        if rows != holds and not own and span.name:
+        if rows != holds and not is_own and span.name:
             words.append(f"stage.{span.name}.micro_batch={rows}")
         holds, before = rows, span.now.micro_batch
     return words

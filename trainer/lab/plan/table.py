@@ -204,7 +204,7 @@ def best(plan: Plan, count: int = 5) -> Rows:
 
 def command(plan: Plan, step: Step) -> str:
     spans = micro_batches(program_of(plan.config), step.layout)
-    return " ".join(["triquetra train", *plan.given, *step.layout.overrides(), *spans])
+    return " ".join(["triquetra train", *plan.overrides, *step.layout.overrides(), *spans])
 
 
 def fallen(plan: Plan) -> str:

@@ -259,10 +259,10 @@ class Watch(TorchDispatchMode):
             parts = {"counts": 1.0}
         elif self.share is not None:
             parts = {"rest": 1 - self.share, "experts": self.share}
-        for part, of_it in parts.items():
-            if of_it:
+        for part, fraction in parts.items():
+            if fraction:
                 key = Sent(self.phase, operator, len(ranks), stride, part)
-                self.sent[key] += size * of_it
+                self.sent[key] += size * fraction
                 self.calls[key] += 1
 
 
@@ -281,14 +281,14 @@ OPERATORS = {
 def expert_share(group: FSDPParamGroup) -> float:
     """Of the elements that the group gathers, those of routed experts."""
     sizes = Counter[bool]()
-    for of in group.fsdp_params:
-        sizes[isinstance(of._module_info.module, Experts)] += of._orig_size.numel()
+    for param in group.fsdp_params:
+        sizes[isinstance(param._module_info.module, Experts)] += param._orig_size.numel()
     return sizes[True] / max(1, sizes.total())
 
 
 def shard_numel(group: FSDPParamGroup) -> int:
     """Elements of this rank's part of what the group gathers."""
-    return sum(of._sharded_param_data.numel() for of in group.fsdp_params)
+    return sum(param._sharded_param_data.numel() for param in group.fsdp_params)
 
 
 def group_of(args, kwargs) -> dist.ProcessGroup:

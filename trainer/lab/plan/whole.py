@@ -36,8 +36,8 @@ class Variant:
     def sharding(self) -> dict[str, Any]:
         """Arguments of build_parallel."""
         others = {"reshard_after_forward": self.reshard, "reduce_dtype": getattr(torch, self.reduce_dtype)}
-        known = inspect.signature(build_parallel).parameters
-        return {key: value for key, value in others.items() if key in known}
+        accepted = inspect.signature(build_parallel).parameters
+        return {key: value for key, value in others.items() if key in accepted}
 
     def degrees(self, m: ModelConfig) -> tuple[int, int, int]:
         ep = 2 if self.has_ep and m.num_experts % 2 == 0 else 1
@@ -125,7 +125,7 @@ class Traces:
             add(self.small(variant, has_global=True), num_global)
         timeline = self.small(variant, moe=2) if num_moe else base
         scaled = [(on_mesh(trace, timeline.degrees), times) for trace, times in terms]
-        after = {key: sum(times * of.after[key] for of, times in scaled) for key in base.after}
+        after = {key: sum(times * trace.after[key] for trace, times in scaled) for key in base.after}
         counts = {name: added(scaled, name) for name in COUNTED}
         late = timeline.moments["late"] + after["forward"] - timeline.after["forward"]
         early = timeline.moments["early"] + after["backward"] - timeline.after["backward"]

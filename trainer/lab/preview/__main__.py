@@ -79,12 +79,12 @@ def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
         )
     program = program_of(config)
     program.check_split(num_ranks=int(ranks), num_streams=config.data.num_streams)
-    if "device" in own:
-        if "tokens_per_s" in own:
+    if "device" in options:
+        if "tokens_per_s" in options:
             raise ConfigError(
-                f"tokens_per_s={speed} and device={own['device']} are both set; keep one of them"
+                f"tokens_per_s={speed} and device={options['device']} are both set; keep one of them"
             )
-        tokens_per_s = planned_speed(config, own["device"], ranks=int(ranks))
+        tokens_per_s = planned_speed(config, options["device"], ranks=int(ranks))
     return Preview(config, stretches(program), int(ranks), tokens_per_s)
 
 
