@@ -10,11 +10,12 @@ VENV := .venv/bin/python
 INSTALLED := .venv/.installed
 LINTERS := .venv/.installed-dev
 LOG := .venv/setup.log
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help setup demo test drills gpu lint clean
+.PHONY: help setup demo test test-all drills gpu lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
 
 setup: $(INSTALLED)  ## make .venv and install what constraints.txt pins; again only when the pins change
 
@@ -22,8 +23,11 @@ demo: setup  ## train a small AFMoE on Python's standard library (about 4 minute
 	@$(VENV) -m trainer.train experiment=demo $(ARGS)
 	@$(if $(filter -h --help --cfg,$(ARGS)),,$(export_demo))
 
-test: setup  ## run the tests
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 $(ARGS)
+test: setup  ## run the tests but the slow ones (under 5 minutes on 2 cores); those alone: ARGS="-m slow"
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: setup  ## run all tests
+	@$(PYTEST) $(ARGS)
 
 drills: setup  ## break runs on purpose and print what held (6 to 9 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m tests.drills $(ARGS)

@@ -18,26 +18,32 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 import trainer.train  # noqa: F401  # and with it torchtitan: before the fork, or every rank imports it again
+from tests.waiting import until
+from trainer.config import load
+from trainer.ranks import device
+
+load(["experiment=synthetic"])  # the first time takes four times as long as all that follow, in a fork too
+
+MEASURE = device.peak_flops
+PEAK_FLOPS = 1e11  # [FLOP/s] that a rank's `mfu` is reckoned with; to measure it takes longer than two steps
 
 
-def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 600.0) -> list[Any]:
     """Calls `worker(*args)` in `num_ranks` new processes that share a gloo process group. Returns each rank's
     result.
 
     A result must survive torch.save: whole tensors, no DTensor. `worker` and `args` are inherited, not
     pickled, so closures are fine. What the first failing rank raised is raised here, with its traceback as a
-    note; a job that is not done after `timeout_s` is killed and raises TimeoutError. A worker need not end
-    the group; having ended it, it cannot start another.
+    note; a job that is not done after `timeout_s` is killed and raises TimeoutError (what waiting.py counts).
+    A worker need not end the group; having ended it, it cannot start another.
     """
     with tempfile.TemporaryDirectory(prefix="triquetra-ranks-") as directory:
-        job = (worker, args, num_ranks, free_port(), timeout_s, Path(directory))
+        job = (worker, args, num_ranks, free_port(), Path(directory))
         context = start_processes(_run_rank, job, nprocs=num_ranks, join=False, start_method="fork")
-        deadline_s = time.monotonic() + timeout_s
         try:
-            while not context.join(timeout=max(0.0, deadline_s - time.monotonic()), grace_period=2.0):
-                if time.monotonic() >= deadline_s:
-                    alive = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
-                    raise TimeoutError(f"ranks {alive} of {num_ranks} were not done after {timeout_s} s")
+            if not until(lambda: context.join(timeout=0.2, grace_period=2.0), timeout_s=timeout_s):
+                alive = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                raise TimeoutError(f"ranks {alive} of {num_ranks} were not done after {timeout_s} s")
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise _first_failure(Path(directory)) or error from None
         finally:
@@ -56,7 +62,6 @@ def _run_rank(
     args: tuple,
     num_ranks: int,
     port: int,
-    timeout_s: float,
     directory: Path,
 ) -> None:
     os.environ |= {
@@ -68,8 +73,9 @@ def _run_rank(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    device.peak_flops = lambda *_: PEAK_FLOPS
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group("gloo", timeout=timedelta(hours=1))  # run_ranks ends it long before
         torch.save(worker(*args), directory / f"result-{rank}")
     except BaseException as error:  # SystemExit too
         failure = pickle.dumps((time.monotonic(), _picklable(error, rank)))

@@ -3,20 +3,22 @@
 Origins of the expected values: the texts that were written, by hand; the same cache undisturbed.
 """
 
+import errno
 import os
 import pwd
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from tokenizers import Tokenizer
 
-from tests.test_sources import TEXTS, forked, outcomes, write
-from trainer import data
+from tests.corpora import TEXTS, forked, outcomes, write
+from trainer import data, train
 from trainer.config import ConfigError, DataConfig
 from trainer.data import files
-from trainer.data.cache import CacheError, cache_path
+from trainer.data.cache import CacheError, cache_path, kept
 from trainer.data.reader import Reader
 from trainer.run.build import sources_of
 
@@ -188,6 +190,19 @@ def test_a_full_disk_under_the_tokenizer_names_the_key_and_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
+def test_a_cache_that_may_not_be_looked_at_names_the_key(cache: Path, monkeypatch) -> None:
+    """As the home directory of another user; root may look everywhere."""
+
+    def refuse(*of: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache))
+
+    monkeypatch.setattr(Path, "glob", refuse)
+    with pytest.raises(
+        CacheError, match=rf"^data\.cache_dir={cache}: cannot be .*denied.*; data\.cache_dir="
+    ):
+        kept(cache, "tokenizer")
+
+
 def test_a_copy_that_cannot_be_read_names_the_key(corpus: Path, cache: Path) -> None:
     data.JsonlSource(str(corpus))
     (copy,) = cache.iterdir()
@@ -243,3 +258,20 @@ def test_a_file_that_becomes_unreadable_while_it_is_read_names_key_and_remedy() 
     )
     with pytest.raises(data.DataError, match=message):
         reader.read(3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.cache_dir=/dev/null", "data.cache_dir=/dev/null: cannot be written to (File exists); "),
+        ("data.tokenizer=/dev/null", "data.tokenizer=/dev/null: cannot load it (EOF while parsing"),
+        ("data.tokenizer=/nowhere", "data.tokenizer=/nowhere: cannot load it ("),
+    ],
+)
+def test_a_run_says_which_key_and_which_remedy(tmp_path: Path, capsys, override: str, message: str) -> None:
+    """What a constructor says reaches the user, not what lies below it."""
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog")
+    run = ["model=debug", "data=txt", f"data.source.path={tmp_path}/a.txt", f"run_dir={tmp_path}", "steps=1"]
+    run += ["name=run", "seq_len=16", "global_batch=2", "micro_batch=1", "model.vocab_size=262"]
+    assert train.main([*run, override]) == train.REFUSED
+    assert capsys.readouterr().err.startswith(f"error: {message}")

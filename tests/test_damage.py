@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.test_sources import PACK, TEXTS, forked, outcome, write
+from tests.corpora import PACK, TEXTS, forked, outcome, write
 from trainer import data
 from trainer.data import BAD_KINDS, BadDocument
 

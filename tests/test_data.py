@@ -19,87 +19,25 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from tests.corpora import outcome
+from tests.streams import (
+    LENGTHS,
+    ListSource,
+    TextListSource,
+    equal,
+    gathered,
+    global_rows,
+    load,
+    make_stream,
+    numbered,
+    ranks,
+    step_rows,
+    write_lines,
+)
 from trainer import data
-from trainer.data import BadDocument, Document, StreamConfig, TokenStream, with_slots
+from trainer.data import BadDocument, TokenStream
 
 # ---- Corpora and the slow reference ----------------------------------------------------------------------
-
-
-class ListSource:
-    """Token documents from a list."""
-
-    fingerprint = "list"
-
-    def __init__(self, documents: list[list[int]]) -> None:
-        self.documents = documents
-
-    def __len__(self) -> int:
-        return len(self.documents)
-
-    def __getitem__(self, i: int) -> Document:
-        return Document(f"list:{i}", tokens=np.array(self.documents[i]))
-
-
-class TextListSource(ListSource):
-    """Texts from a list."""
-
-    def __getitem__(self, i: int) -> Document:
-        return Document(f"list:{i}", text=self.documents[i])
-
-
-def numbered(lengths: list[int]) -> list[list[int]]:
-    """Documents in which no token occurs twice, so that a token says where it comes from."""
-    ends = np.cumsum(lengths)
-    return [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
-
-
-# Empty, of one token, just a row (L = 16), one token around it, many rows, and ragged ones in between.
-LENGTHS = [5, 0, 1, 16, 15, 17, 32, 300, 1, 1, 0, 7, 48, 3, 11, 2, 64, 9, 23, 130, 1, 6, 16, 41]
-
-
-def make_stream(
-    source: object, *, tokenizer=None, rank: int = 0, num_ranks: int = 1, report=None, **changes: object
-) -> TokenStream:
-    """`changes`: of the StreamConfig."""
-    config = {"seq_len": 16, "global_batch": 16, "num_streams": 8, "seed": 3, **changes}
-    return TokenStream(
-        StreamConfig(**config),
-        source=source,
-        tokenizer=tokenizer,
-        rank=rank,
-        num_ranks=num_ranks,
-        report=report or (lambda bad: None),
-    )
-
-
-def step_rows(stream: TokenStream, micro_batch: int = 1) -> torch.Tensor:
-    """tokens, labels, positions of a rank's rows of one step: (3, rows, L)."""
-    return torch.cat([torch.stack(list(batch)) for batch in stream.next_step(micro_batch)], dim=1)
-
-
-def global_rows(streams: list[TokenStream]) -> torch.Tensor:
-    return torch.cat([step_rows(stream) for stream in streams], dim=1)
-
-
-def ranks(num_ranks: int, source: object, **changes: object) -> list[TokenStream]:
-    return [make_stream(source, rank=rank, num_ranks=num_ranks, **changes) for rank in range(num_ranks)]
-
-
-def gathered(streams: list[TokenStream]) -> dict[str, torch.Tensor]:
-    """The state of the run: the streams of all ranks, and the sum of what they counted."""
-    states = [stream.state_dict() for stream in streams]
-    num_slots = max(state["index_VC"].shape[1] for state in states)
-    states = [with_slots(state, num_slots=num_slots) for state in states]
-    parts = {name: [state[name] for state in states] for name in states[0]}
-    return {name: sum(each) if name == "counts" else torch.cat(each) for name, each in parts.items()}
-
-
-def load(streams: list[TokenStream], state: dict[str, torch.Tensor]) -> list[TokenStream]:
-    for stream in streams:
-        own = slice(stream.streams.start, stream.streams.stop)
-        part = {name: tensor if name == "counts" else tensor[own] for name, tensor in state.items()}
-        stream.load_state_dict(part, keep_counts=stream.streams.start == 0)
-    return streams
 
 
 def cursor_of(stream: TokenStream) -> torch.Tensor:
@@ -110,10 +48,6 @@ def cursor_of(stream: TokenStream) -> torch.Tensor:
     n_VC = number_V[:, None] + state["index_VC"] * stream.num_streams
     n_V = torch.where(is_open_VC.any(1), (n_VC * is_open_VC).sum(1), state["next_VS"][:, 0])
     return torch.stack([n_V, (state["read_VC"] * is_open_VC).sum(1)], dim=1)
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def reference_rows(documents: list[list[int]], *, stream: int, num_streams: int, num_rows: int, seq_len: int):
@@ -311,14 +245,6 @@ def test_impossible_micro_batch_is_refused_with_those_that_work() -> None:
 # ---- Bad documents ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Byte-level BPE of 300 entries, trained on a few sentences."""
-    texts = TextListSource(["the quick brown fox jumps over the lazy dog; who packs five dozen liquor jugs?"])
-    cache_dir = tmp_path_factory.mktemp("cache")
-    return data.load_tokenizer("train", source=texts, vocab_size=300, cache_dir=cache_dir)
-
-
 BAD_LINES = {
     "empty": b"",
     "not_utf8": b'{"text": "\xff\xfe"}',
@@ -326,11 +252,6 @@ BAD_LINES = {
     "missing_field": b'{"body": "no text"}',
     "broken_json": b'{"text": "trunca',
 }
-
-
-def write_lines(path: Path, lines: list[bytes]) -> str:
-    path.write_bytes(b"\n".join(lines))
-    return str(path)
 
 
 def test_every_kind_of_bad_document_is_counted_and_located(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -511,13 +432,6 @@ def test_a_tokenizer_is_asked_for_where_it_is_needed() -> None:
 
 
 # ---- Sources ---------------------------------------------------------------------------------------------
-
-
-def outcome(source: object, i: int) -> str:
-    try:
-        return source[i].text
-    except BadDocument as bad:
-        return bad.kind
 
 
 @pytest.mark.parametrize("tail", [b"", b"\n", b"\n\n"])

@@ -3,14 +3,24 @@
 import pytest
 
 from tests.drills.every import DRILLS
-from tests.drills.table import span
+from tests.drills.table import Drill, span
 
 SHORT = [drill for drill in DRILLS.values() if drill.in_short_set]
+QUICK = {  # what no other test comes near: processes that are killed, told, stuck, or in each other's way
+    "kill_at_a_point_of_a_save",
+    "signal_to_one_rank",
+    "the_data_cannot_be_read",
+    "the_data_source_hangs",
+    "ranks_disagree",
+    "two_runs_in_one_directory",
+}
 
 
-@pytest.mark.parametrize(
-    "drill", [pytest.param(of, marks=pytest.mark.timeout(of.limit_s), id=of.name) for of in SHORT]
-)
+def marked(drill: Drill):
+    return pytest.param(drill, id=drill.name, marks=() if drill.name in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("drill", [marked(drill) for drill in SHORT])
 def test_what_must_hold_holds(drill, tmp_path):
     drill.act(tmp_path, True)
 

@@ -116,7 +116,7 @@ child = lambda: results.put([ids.tolist() for ids in encode(texts)])
 for _ in range(2):
     context.Process(target=child, daemon=True).start()
 right = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-print(json.dumps({"right": [results.get(timeout=60) == right for _ in range(2)], "new threads": threads}))
+print(json.dumps({"right": [results.get(timeout=250) == right for _ in range(2)], "new threads": threads}))
 """
 
 
@@ -124,7 +124,7 @@ print(json.dumps({"right": [results.get(timeout=60) == right for _ in range(2)],
 def test_parent_and_forked_children_encode(plain: Tokenizer, backend: str) -> None:
     command = [sys.executable, "-c", FORK, backend]
     env = os.environ | ({"TOKENIZERS_PARALLELISM": "false"} if backend in FAST else {})
-    done = subprocess.run(command, input=plain.to_str(), env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, input=plain.to_str(), env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["right"] == [True, True]

@@ -627,7 +627,7 @@ def refusal(overrides: list[str]) -> str | None:
 @pytest.fixture
 def alone():
     """A process group of this process."""
-    device.start(timeout_s=60)
+    device.start(timeout_s=600)
     yield
     torch.distributed.destroy_process_group()
 

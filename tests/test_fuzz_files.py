@@ -2,7 +2,7 @@
 
 from tests.fuzz.files import run_cases
 
-CASES = 60  # 0.4 s of CPU each
+CASES = 100  # 0.4 s of CPU each
 
 
 def test_whatever_lies_in_a_checkpoint_is_loaded_as_it_was_written_or_refused_in_one_line():

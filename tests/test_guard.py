@@ -7,7 +7,6 @@ Letters: M layers, E experts. Running means by hand: after n steps from 1 to x, 
 import json
 import logging
 import math
-import time
 from copy import deepcopy
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch.distributed as dist
 from tests.arms import GatedLayer, Lab, batch, make_lab
 from tests.arms import train as feed
 from tests.ranks import run_ranks
-from tests.test_resume import metrics
+from tests.runs import metrics
+from tests.waiting import until
 from trainer import train
 from trainer.balance import Balancer, Guard, RoutingStats
 from trainer.config import GuardConfig, load
@@ -391,10 +391,7 @@ def test_wandb_takes_an_alarm_offline(tmp_path, monkeypatch):
     wandb.finish()
     (stored,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     # its own process writes; on a busy machine later than `finish` returns
-    deadline_s = time.monotonic() + 30
-    while b"told so" not in stored.read_bytes():
-        assert time.monotonic() < deadline_s, "wandb stored no alarm"
-        time.sleep(0.1)
+    assert until(lambda: b"told so" in stored.read_bytes()), "wandb stored no alarm"
 
 
 def rank_worker() -> tuple[list[str], list[torch.Tensor]]:

@@ -4,14 +4,14 @@ import json
 import math
 import signal
 import statistics
-import time
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.test_resume import BASE, metrics, tensors
+from tests.runs import BASE, NAN, Scaled, metrics, tensors
 from trainer import train
 from trainer.balance import Balancer
 from trainer.checkpoint import Checkpoints, problems, storage
@@ -21,7 +21,7 @@ from trainer.ranks.agree import refuse_disagreement
 from trainer.ranks.stop import PREEMPTED
 from trainer.run.health import FLOOR, LEAST, Health
 
-NAN, INF = math.nan, math.inf
+INF = math.inf
 
 
 def judged(health: Health, applied: list[tuple[float, float]], loss: float, grad_norm: float) -> str | None:
@@ -100,19 +100,6 @@ def test_settings_that_cannot_be_are_refused(change, message):
 
 
 # -- in a run ---------------------------------------------------------------------------------------------
-
-
-class Scaled(torch.autograd.Function):
-    """The same loss; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx, loss, factor):
-        ctx.factor = factor
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.factor, None
 
 
 def faulty(overrides: list[str], *, wrong_at: tuple[int, ...], factor: float, rank: int = 0) -> int:
@@ -214,14 +201,15 @@ def test_a_run_that_cannot_go_on_writes_the_checkpoint_that_it_began(
     """A rule may give biases that are no numbers in the step after a save: what writes it must not die with
     the run.
     """
-    save_file, update = storage.save_file, Balancer.update
+    save_file, update, failed = storage.save_file, Balancer.update, threading.Event()
 
     def slow(*arguments, **options):
-        time.sleep(2)
+        failed.wait()
         return save_file(*arguments, **options)
 
     def failing(balancer, step, stats):
         if step == 5:
+            failed.set()
             raise FloatingPointError("step 5: biases that are not finite")
         return update(balancer, step, stats)
 
@@ -274,7 +262,10 @@ def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go
     )
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(1, ["data.workers=0"]), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)],
+)
 def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, layout):
     where = [
         f"run_dir={tmp_path}",
@@ -389,7 +380,8 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout", "at_end"), [(1, [], "repeat"), (4, ["parallel=hsdp_ep"], "stop")]
+    ("num_ranks", "layout", "at_end"),
+    [(1, [], "repeat"), pytest.param(4, ["parallel=hsdp_ep"], "stop", marks=pytest.mark.slow)],
 )
 def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path, num_ranks, layout, at_end):
     corpus = tmp_path / "corpus.jsonl"
@@ -411,6 +403,8 @@ def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path,
         "checkpoint.interval=5",
         "data.num_streams=4",
         "model=debug",
+        "model.num_layers=3",
+        "model.global_every=3",
         "seq_len=32",
         "global_batch=4",
         "micro_batch=1",
@@ -454,6 +448,7 @@ def test_ranks_that_disagree_are_named_with_both_values():
         refuse_disagreement({"seed": 0, "code": "1+ab", **different.get(torch.distributed.get_rank(), {})})
 
     run_ranks(worker, 3, {})
+    run_ranks(worker, 3, {rank: {"mixture": math.nan, "betas": [math.nan]} for rank in range(3)})
     with pytest.raises(ConfigError, match=r"do not agree: rank 2 has seed=7 \(rank 0: 0\)\. Start all"):
         run_ranks(worker, 3, {2: {"seed": 7}})
     with pytest.raises(

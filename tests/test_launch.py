@@ -8,7 +8,12 @@ import pytest
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
 STAND_INS = {
-    "srun": '[ -z "$NEAR" ] || { sleep 0.5; kill -USR1 $PPID; sleep 0.5; }; echo "$@" >> calls; exit $STATUS',
+    "srun": """if [ "$NEAR" ]; then
+        kill -USR1 $PPID
+        until grep -qs save calls; do sleep 0.05; done
+    fi
+    echo "$@" >> calls
+    exit $STATUS""",
     "scontrol": '[ "$1" != requeue ] || echo requeued >> calls; echo node0',
     "squeue": "echo $STATE",
     "scancel": "echo asked to save >> calls",
@@ -32,7 +37,7 @@ def calls(directory, *, status, near="", state="RUNNING", **environment):
     }
     stand_ins = {"STATUS": str(status), "NEAR": near, "STATE": state}
     done = subprocess.run(
-        ["bash", SCRIPT, "experiment=demo"], env=os.environ | slurm | stand_ins | environment, timeout=30
+        ["bash", SCRIPT, "experiment=demo"], env=os.environ | slurm | stand_ins | environment, timeout=250
     )
     return (directory / "calls").read_text().splitlines(), done.returncode
 

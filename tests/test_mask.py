@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_data import (
+from tests.streams import (
     LENGTHS,
     ListSource,
     TextListSource,
@@ -20,10 +20,11 @@ from tests.test_data import (
     load,
     make_stream,
     numbered,
+    ragged_sources,
     ranks,
+    settings,
     step_rows,
 )
-from tests.test_stream import ragged_sources, settings
 from trainer import data
 from trainer.data import BadDocument, DataError, Document
 from trainer.data.intake import TokenBatch

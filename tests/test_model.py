@@ -20,35 +20,16 @@ from torch import Tensor
 from transformers import AfmoeConfig, AfmoeForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from tests.models import GQA, LENGTH, assert_close, build, one_moe, tokens_of
 from trainer.balance import LossWeights
 from trainer.config import CONFIG_DIR, ModelConfig
 from trainer.model import loss as loss_module
-from trainer.model.afmoe import PADDING, Afmoe, afmoe_config, count_parameters, flops_per_token, moe_layers
+from trainer.model.afmoe import PADDING, Afmoe, count_parameters, flops_per_token, moe_layers
 from trainer.model.hf import hf_config, to_hf
-from trainer.model.init import initialize
 from trainer.model.loss import IGNORE, linear_cross_entropy
 from trainer.model.moe import MoE
 from trainer.model.parallelize import CHECKPOINTING
 
-CPU = torch.device("cpu")
-
-# two layers per key-value head, heads wider than the model, a window shorter than the rows
-GQA = ModelConfig(
-    vocab_size=61,
-    dim=32,
-    num_layers=5,
-    num_dense_layers=1,
-    ffn_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    window=6,
-    num_experts=8,
-    top_k=3,
-    expert_dim=24,
-    num_shared_experts=1,
-    route_scale=2.448,
-)
 SHAPES = {
     "gqa": GQA,
     "mha, no dense layer": replace(GQA, num_dense_layers=0, num_layers=4, num_kv_heads=4, head_dim=8),
@@ -61,45 +42,12 @@ SHAPES = {
         GQA, num_dense_layers=2, num_layers=2, global_every=2, window=99
     ),
 }
-LENGTH = 24
-
-
-@torch.no_grad()
-def build(shape: ModelConfig, **extra) -> Afmoe:
-    """A model in which everything matters: spread routing scores, random biases, norm gains away from 1."""
-    with torch.device("meta"):
-        model = afmoe_config(shape, flex=False, **extra).build()
-    initialize(model, device=CPU, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("expert_bias_E"):
-            tensor.copy_(0.2 * noise)
-        elif tensor.ndim == 1:
-            tensor.mul_(1 + 0.3 * noise)
-        elif "router" in name:
-            tensor.mul_(3)  # scores from 0.05 to 0.95
-    return model.train()
-
-
-def tokens_of(shape: ModelConfig, *size: int, seed: int = 2) -> Tensor:
-    return torch.randint(shape.vocab_size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model: Afmoe, *args: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     model(*args).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-@torch.no_grad()
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float) -> None:
-    """Each tensor by itself: |actual - expected| <= relative |expected|, so a zero must be a zero."""
-    assert actual.keys() == expected.keys()
-    errors = {name: float((actual[name] - e).norm()) for name, e in expected.items()}
-    assert not {
-        name: error for name, error in errors.items() if not error <= relative * float(expected[name].norm())
-    }
 
 
 def row(*lengths: int) -> list[int]:
@@ -303,10 +251,6 @@ def slow_moe(
     return torch.stack(out_BLD).view_as(x_BLD), alpha * balance, counts
 
 
-def one_moe(shape: ModelConfig, **extra) -> MoE:
-    return moe_layers(build(shape, **extra))[0]
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_moe_layer_of_a_slow_loop(alpha, padded):
@@ -390,7 +334,7 @@ def test_activation_checkpointing_changes_nothing(kind):
     for wrap in (False, True):
         model = build(GQA, loss_weights=LossWeights(sequence=0.1))
         if wrap:
-            CHECKPOINTING[kind].Config().build().apply(model)
+            CHECKPOINTING[kind].build().apply(model)
         loss = model(tokens_BL, positions_BL, labels_BL)
         loss.backward()
         once = taken_counts(model)

@@ -277,11 +277,11 @@ def test_a_narrow_terminal_gets_all_columns_below_each_other(call, monkeypatch):
         ),
         (
             "tokens_per_s=-1",
-            "tokens_per_s=-1: must be a number above 0, like 6e6; without it there are no days",
+            "tokens_per_s=-1: must be a number above 0, like 6e6, at least 0.001; without it",
         ),
         *(
             (f"tokens_per_s={value}", f"tokens_per_s={value}: must be a number above 0")
-            for value in ("0", "x", "nan", "inf", "")
+            for value in ("0", "x", "nan", "inf", "", "1e-320")
         ),
         ("tokens_per_sec=5", "tokens_per_sec: there is no such key (did you mean tokens_per_s?)"),
         ("rank=4", "rank: there is no such key (did you mean ranks?)"),

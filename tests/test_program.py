@@ -405,7 +405,12 @@ REFUSED = [  # program, steps, message
             None,
             f"stage.a: mixture={mixture}: weights of sources, 0 or more, and not all 0",
         )
-        for mixture in ({}, {"web": 0.0}, {"web": 1.0, "code": -1.0}, {"web": math.nan}, {"web": math.inf})
+        for mixture in (
+            {},
+            {"web": 0.0},
+            {"web": 1.0, "code": -1.0},
+            *({"web": value} for value in (math.nan, math.inf, 1e308)),
+        )
     ),
     (
         {"a": {**ONE, "lr": "high"}},

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models import GQA
 from tests.ranks import run_ranks
-from tests.test_model import GQA
 from trainer import train
 from trainer.balance import RoutingStats, SignRule, SmebuRule
 from trainer.checkpoint import Checkpoints
@@ -129,6 +129,8 @@ def test_the_first_rank_warns_of_the_shape_once(tmp_path):
         (["{run}", "{out}", "--shard-gb=nan"], "--shard-gb=nan: must be above 0"),
         (["{run}", "{out}", "--dtype=int8"], "argument --dtype: invalid choice: 'int8'"),
         (["{run}", "newest", "{out}"], "argument step: invalid int value: 'newest'"),
+        (["{run}", ""], r"argument out: is empty \(an unset shell variable\?\); give a path"),
+        (["", "{out}"], "argument run: is empty"),
         (["{run}"], "the following arguments are required: "),
         (["{run}", "{out}", "--verfy"], "unrecognized arguments: --verfy"),
     ],

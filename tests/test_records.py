@@ -133,6 +133,15 @@ def test_a_log_that_cannot_be_opened_ends_nothing(tmp_path, caplog):
     assert len(caplog.records) == 2  # its lines wait, and in the end are lost
 
 
+def test_a_device_in_place_of_a_log_is_not_read(tmp_path, caplog):
+    """It has no end; /dev/full takes no line, either."""
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = StepLog(tmp_path / "log.jsonl", after_step=4)
+    log.add({"step": 5})
+    log.close()
+    assert len(caplog.records) == 2
+
+
 def test_texts_and_single_lines_are_whole_or_not_there(tmp_path, disk, caplog):
     """A full disk leaves the earlier text and the earlier lines, and one warning for each file."""
     text, lines, bad = tmp_path / "config.yaml", tmp_path / "starts.jsonl", tmp_path / "new" / "bad.txt"

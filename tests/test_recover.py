@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tests.ranks import run_ranks
-from tests.test_health import NAN, Scaled
-from tests.test_resume import BASE, metrics
+from tests.runs import BASE, NAN, Scaled, metrics
 from trainer import train
 from trainer.config import load
 
@@ -96,7 +95,9 @@ def test_a_record_that_cannot_be_read_is_refused_with_its_name(tmp_path):
     record = tmp_path / "back" / "rolled_back.json"
     content = json.loads(record.read_text())
     assert content["step"] == 3 and content["passed_over_steps"] == [2] and content["health"] == [0, 1, 1]
-    for text in ("{", "[]", json.dumps({**content, "passed_over_steps": "x"})):
+    wrong = [{"passed_over_steps": of} for of in ("x", [-1], [0], [10**30], [1.5])]
+    wrong += [{"health": of} for of in ([0], [0, 1, -1], None)]
+    for text in ("{", "[]", "[" * 100_000, *(json.dumps(content | of) for of in wrong)):
         record.write_text(text)
         with pytest.raises(train.ConfigError, match=r"rolled_back\.json cannot be read"):
             run_ranks(lambda: training(where, wrong=()), 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchtitan.components.quantization.utils import swap_token_dispatcher
 from torchtitan.models.common.moe import GroupedExperts
 
-from tests.test_model import CPU, GQA, LENGTH, assert_close, build, one_moe, tokens_of
+from tests.models import CPU, GQA, LENGTH, assert_close, build, one_moe, tokens_of
 from trainer.balance import Balancer, LossWeights, router_loss
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.init import initialize

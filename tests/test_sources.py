@@ -12,7 +12,6 @@ import resource
 import shutil
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,53 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.corpora import PACK, TEXTS, forked, lines, outcome, outcomes, write, zstd
 from trainer import data
 from trainer.data import BadDocument, files
-
-TEXTS = [f"row {i} " + "é" * (i % 7) * i for i in range(60)]
-
-
-def outcome(source: object, i: int) -> str:
-    try:
-        return source[i].text
-    except BadDocument as bad:
-        return bad.kind
-
-
-def outcomes(source: object) -> list[str]:
-    return [outcome(source, i) for i in range(len(source))]
-
-
-def lines(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-
-
-def zstd(content: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(content)
-    return sink.getvalue().to_pybytes()
-
-
-PACK = {"gz": gzip.compress, "zst": zstd}
-
-
-def write(source: type, path: Path, texts: list[str]) -> Path:
-    """The texts as a file of this kind of source, in more than one part where it has parts."""
-    table = pa.table({"text": pa.array(texts, pa.string())})
-    if source is data.JsonlSource:
-        path.write_bytes(PACK[path.suffix[1:]](lines(texts)) if path.suffix[1:] in PACK else lines(texts))
-    elif source is data.ParquetSource:
-        pq.write_table(
-            table, path, row_group_size=7, compression="none", use_dictionary=False, write_page_checksum=True
-        )
-    elif source is data.ArrowSource:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table, max_chunksize=7)
-    else:
-        path.write_text(texts[0])
-    return path
-
 
 NAMES = {
     data.TextSource: "a.txt",
@@ -82,25 +37,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where compressed files are unpacked: $XDG_CACHE_HOME/triquetra."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "triquetra"
-
-
-def forked(work: Callable[[], object]) -> Callable[[], object]:
-    """Starts the work in a child now; the result is asked for later."""
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        try:
-            os.write(writer, repr(work()).encode())
-        finally:
-            os._exit(0)  # it must not go on with the tests
-    os.close(writer)
-
-    def result() -> object:
-        with os.fdopen(reader, "rb") as pipe:
-            answer = pipe.read()
-        os.waitpid(child, 0)
-        return eval(answer or b"'the child failed'")
-
-    return result
 
 
 # ---- Compressed lines ------------------------------------------------------------------------------------
@@ -406,14 +342,15 @@ def test_text_that_is_not_utf8_is_counted_in_every_format(tmp_path: Path) -> Non
         assert outcomes(source(str(tmp_path))) == ["fine", "not_utf8", "é"] * times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.txt"])
 def test_a_document_of_100_mb_takes_seconds(tmp_path: Path, name: str) -> None:
     source = next(source for source, own in NAMES.items() if Path(name).name.startswith(own))
     text = "0123456789" * 10_000_000
     path = write(source, tmp_path / name, [text])
-    start = time.perf_counter()
+    start_s = time.process_time()
     document = source(str(path))[0]
-    assert time.perf_counter() - start < 20  # measured: 1 s; quadratic: hours
+    assert time.process_time() - start_s < 60  # measured: 1 s; quadratic: hours
     assert document.text == text
 
 

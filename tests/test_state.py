@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tests.test_resume import BASE
+from tests.runs import BASE
 from trainer import train
 from trainer.config import load
 from trainer.run.state import PARTS, Groups

@@ -16,19 +16,25 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_data import (
+from tests.streams import (
     LENGTHS,
+    PHASES,
+    ArraySource,
     ListSource,
     TextListSource,
+    arrays,
     equal,
     gathered,
     global_rows,
     load,
     make_stream,
     numbered,
+    open_documents,
+    place,
+    ragged_sources,
     ranks,
+    settings,
     step_rows,
-    tokenizer,  # noqa: F401  # a fixture
     write_lines,
 )
 from trainer import data
@@ -39,18 +45,6 @@ from trainer.data.mixture import Credits
 from trainer.program import check_sources, program_of
 
 # ---- Corpora and the slow reference ----------------------------------------------------------------------
-
-
-class ArraySource(ListSource):
-    """Token documents from a list of arrays."""
-
-    def __getitem__(self, i: int) -> data.Document:
-        return data.Document(f"array:{i}", tokens=self.documents[i])
-
-
-def arrays(lengths: list[int], *, first: int = 0) -> ArraySource:
-    """Documents of tokens first, first + 1, ...: a token says where it comes from."""
-    return ArraySource(np.split(np.arange(first, first + sum(lengths)), np.cumsum(lengths)[:-1]))
 
 
 class Constant(ListSource):
@@ -120,25 +114,9 @@ def slow_rows(
     return steps_rows
 
 
-def settings(stream: TokenStream, **changes: object) -> None:
-    """What next_batches does when the program goes on."""
-    batch = stream.now.rows_per_stream * stream.num_streams
-    now = {"seq_len": stream.now.seq_len, "global_batch": batch, "mixture": None, "buffer": 0}
-    stream.set(**{**now, **changes})
-
-
 # ---- Ledger ----------------------------------------------------------------------------------------------
 
 RAGGED = [*LENGTHS, 1_000_000, 1, 1, 0, 2, 250]
-
-
-def open_documents(stream: TokenStream) -> list[tuple[int, int, int]]:
-    """(source, document, tokens read) from the state, which is all that a resumed run knows."""
-    state = stream.state_dict()
-    rows, slots = np.nonzero(state["index_VC"].numpy() >= 0)
-    index, read, source = (state[name].numpy()[rows, slots] for name in ("index_VC", "read_VC", "source_VC"))
-    number = rows + stream.streams.start + index.astype(int) * stream.num_streams
-    return list(zip(source.tolist(), number.tolist(), read.tolist(), strict=True))
 
 
 def owed(stream: TokenStream, sources: list[ArraySource], *, seed: int, size: int) -> np.ndarray:
@@ -186,11 +164,6 @@ def test_ledger_every_token_of_every_document_once_an_epoch(buffer: int, num_sou
         len(sources[s].documents[place(sources[s], n, seed)]) - read for s, n, read in open_documents(stream)
     )
     assert stream.counts["open"] == left and stream.counts["tokens"] == 20 * 16 * 8192
-
-
-def place(source: ArraySource, n: int, seed: int) -> int:
-    epoch, position = divmod(n, len(source))
-    return int(data.permutation(len(source), seed=seed, epoch=epoch)[position])
 
 
 # ---- The buffer ------------------------------------------------------------------------------------------
@@ -536,23 +509,6 @@ def test_credits_are_what_the_formula_says() -> None:
 
 # ---- Elastic and exact -----------------------------------------------------------------------------------
 
-PHASES = [
-    ({"a": 1.0, "b": 2.0}, 0),
-    ({"a": 1.0, "b": 2.0}, 3),
-    ({"a": 5.0, "c": 1.0}, 8),
-    ({"b": 1.0, "c": 1.0}, 2),
-    ({"b": 1.0, "c": 1.0}, 0),
-    ({"a": 1.0, "b": 1.0, "c": 1.0}, 5),
-]
-
-
-def ragged_sources() -> dict[str, ListSource]:
-    documents = {name: numbered(LENGTHS[i:] + LENGTHS[:i]) for i, name in enumerate("abc")}
-    return {
-        name: ListSource([[token + 1000 * i for token in d] for d in documents[name]])
-        for i, name in enumerate("abc")
-    }
-
 
 def at_phase(streams: list[TokenStream], step: int) -> torch.Tensor:
     mixture, buffer = PHASES[step // 3]
@@ -604,7 +560,7 @@ def test_a_stream_of_several_sources_in_use_goes_back_to_a_state(buffer: int) ->
         assert all(torch.equal(step_rows(stream), rows) for rows in expected)
 
 
-def test_a_document_that_is_open_is_finished_whatever_the_limit_has_become(tokenizer) -> None:  # noqa: F811
+def test_a_document_that_is_open_is_finished_whatever_the_limit_has_become(tokenizer) -> None:
     texts = TextListSource(["the quick brown fox jumps over the lazy dog " * 20, "packs"] * 8)
     straight = make_stream(texts, tokenizer=tokenizer, num_streams=1, buffer=2)
     step_rows(straight)
@@ -666,7 +622,7 @@ def test_foreign_states_are_refused() -> None:
         step_rows(short)
 
 
-def test_streamed_sources_mix_and_buffer_like_indexed_ones(tmp_path: Path, tokenizer) -> None:  # noqa: F811
+def test_streamed_sources_mix_and_buffer_like_indexed_ones(tmp_path: Path, tokenizer) -> None:
     """`datasets` against our own reader, beside another source, through phases and resumes on 2 -> 8 -> 4 ->
     1 ranks.
     """

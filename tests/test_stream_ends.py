@@ -15,9 +15,23 @@ import torch
 import torch.nn.functional as F
 
 from tests.ranks import run_ranks
-from tests.test_data import ListSource, equal, gathered, global_rows, load, make_stream, numbered, step_rows
-from tests.test_stream import LENGTHS, arrays, open_documents, place, ragged_sources, settings
-from tests.test_train import run_main
+from tests.runs import run_main
+from tests.streams import (
+    LENGTHS,
+    ListSource,
+    arrays,
+    equal,
+    gathered,
+    global_rows,
+    load,
+    make_stream,
+    numbered,
+    open_documents,
+    place,
+    ragged_sources,
+    settings,
+    step_rows,
+)
 from trainer import train
 from trainer.config import ConfigError
 from trainer.config import load as load_config
@@ -388,6 +402,8 @@ def test_losses_of_groups_are_those_of_their_tokens_alone() -> None:
 SMALL = [
     "experiment=synthetic",
     "model=debug",
+    "model.num_layers=3",
+    "model.global_every=3",
     "seq_len=32",
     "global_batch=4",
     "micro_batch=1",

@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from trainer import terminal
+from trainer import terminal, train
 from trainer.__main__ import COMMANDS
+from trainer.config.limits import OF_A_RUN
 
 REPOSITORY = Path(__file__).parent.parent
 # speaks in every way that a command does, and says on a descriptor of its own that it came to its end
@@ -51,7 +53,7 @@ def spoken(redirection: str, *arguments: str, **environment: str) -> tuple[int, 
         pass_fds=[writing],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
     )
     os.close(writing)
     with os.fdopen(reading) as file:
@@ -113,7 +115,7 @@ sys.exit(terminal.run(speak, {}))
         ["bash", "-c", '"$0" -c "$1" "$2" >&- 2>&- <&-', sys.executable, code, str(tmp_path / "file")],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         check=True,
-        timeout=120,
+        timeout=250,
     )
     assert (tmp_path / "file").read_text() == "content"
 
@@ -211,3 +213,22 @@ def test_a_training_run_outlives_its_terminal(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("entry", ["trainer.train", "trainer.torchrun --standalone -m trainer.train"])
+def test_no_file_of_a_run_is_printed_into(tmp_path, entry, redirection):
+    """Pipes, sockets and files that are opened early must not get the numbers of closed descriptors."""
+    command = f"{sys.executable} -m {entry} {' '.join(SMALL)} run_dir={tmp_path} {redirection}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(["bash", "-c", command], env=environment, stderr=subprocess.DEVNULL, timeout=400)
+    assert done.returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_run_writes_nothing_but_what_no_trace_may_be_called(tmp_path):
+    assert train.main([*SMALL, f"run_dir={tmp_path}", "logging=tensorboard"]) == 0
+    written = {path.name for path in (tmp_path / "run").iterdir()} - {"router.trace"}
+    assert {"config.yaml", "metrics.jsonl", "tensorboard"} <= written
+    assert [name for name in written if not any(fnmatchcase(name, own) for own in OF_A_RUN)] == []

@@ -27,8 +27,9 @@ def path_of(rank):
     return os.path.join(os.path.dirname(__file__), f"lives.{rank}")
 def has_started(rank):
     return os.path.exists(path_of(rank)) and f"{life}\n" in open(path_of(rank))
-with open(path_of(rank), "a") as file:
-    file.write(f"{life}\n")
+def say_started():
+    with open(path_of(rank), "a") as file:
+        file.write(f"{life}\n")
 what = sys.argv[1 + rank].split("/")[min(life, sys.argv[1 + rank].count("/"))]
 def told(*_):
     os.write(1, b"told\n")
@@ -39,12 +40,15 @@ def told_once(number, frame):
 if what in ("wait", "start"):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, told if what == "wait" else told_once)
+    say_started()
     os.write(1, b"ready\n")
     time.sleep(600)
 if what == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    say_started()
     os.write(1, b"ready\n")
     time.sleep(600)
+say_started()
 while int(what) and not all(has_started(rank) for rank in range(int(os.environ["WORLD_SIZE"]))):
     time.sleep(0.01)
 if int(what) < 0:
@@ -83,7 +87,7 @@ def finish(process):
     finally:
         if process.poll() is None:
             process.terminate()  # it ends its ranks, which a killed one could not
-            process.communicate(timeout=60)
+            process.communicate(timeout=250)
 
 
 def told_once_ready(process, number):
@@ -160,7 +164,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
     process = start(tmp_path, "deaf", "wait")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.kill()
-    assert process.communicate(timeout=60)[0] == ""
+    assert process.communicate(timeout=250)[0] == ""
 
 
 def test_no_directory_is_left_behind(tmp_path):
@@ -173,7 +177,7 @@ def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
     hold stderr open.
     """
     worker = tmp_path / "worker.sh"
-    worker.write_text('#!/bin/sh\n[ "$RANK" != 0 ] || kill -TERM "$PPID"\nexec sleep 100\n')
+    worker.write_text('#!/bin/sh\n[ "$RANK" != 0 ] || kill -TERM "$PPID"\nexec sleep 3600\n')
     worker.chmod(0o755)
     launch = ["-m", "trainer.torchrun", "--standalone", "--nproc-per-node", "16", "--no-python", worker]
     process = subprocess.Popen([sys.executable, *launch], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
@@ -181,7 +185,7 @@ def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
 
 
 def test_ranks_that_had_to_be_killed_leave_the_last_checkpoint(tmp_path):
-    process = start(tmp_path, "deaf", "wait", options=["--standalone", "--shutdown-timeout", "1"])
+    process = start(tmp_path, "deaf", "wait", options=["--standalone", "--shutdown-timeout", "5"])
     errors, code = told_once_ready(process, signal.SIGTERM)
     assert code == 75
     assert len(errors) == 1 and "Unable to shutdown process" in errors[0]

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import MEASURE, run_ranks
+from tests.runs import run_main
+from tests.waiting import until
 from trainer import train
 from trainer.config import load
+from trainer.ranks import device
 
 REPOSITORY = Path(__file__).parent.parent
 QUICK = [
@@ -60,11 +62,6 @@ METRICS = [
 ]
 
 
-def run_main(overrides):
-    sys.argv = ["train", *overrides]
-    return train.main()
-
-
 def logged(directory, arm="smebu"):
     return [
         json.loads(line)
@@ -79,21 +76,29 @@ def python(*arguments, **kwargs):
     )
 
 
-def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
+SHORTER = ["steps=300", "model.num_layers=3", "model.global_every=3"]
+
+
+@pytest.mark.parametrize("shorter", [SHORTER, pytest.param([], marks=pytest.mark.slow)])
+def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path, shorter):
     """The same run, one word changed. A check that cannot fail is no check."""
 
     def both(balance):
-        return run_main(["experiment=synthetic", f"balance={balance}", f"run_dir={tmp_path}"])
+        return run_main(["experiment=synthetic", f"balance={balance}", f"run_dir={tmp_path}", *shorter])
 
-    assert run_ranks(both, 1, "smebu", timeout_s=240) == [train.OK]
-    assert run_ranks(both, 1, "none", timeout_s=240) == [train.COLLAPSED]
+    assert run_ranks(both, 1, "smebu") == [train.OK]
+    assert run_ranks(both, 1, "none") == [train.COLLAPSED]
     last = {arm: logged(tmp_path, arm)[-1] for arm in ("smebu", "none")}
     assert last["smebu"]["balance/max_violation"] < last["none"]["balance/max_violation"]
     assert last["none"]["balance/bias_rms"] == 0 < last["smebu"]["balance/bias_rms"]
 
 
 def test_every_step_has_every_metric_in_its_unit(tmp_path):
-    assert run_ranks(run_main, 1, [*QUICK, f"run_dir={tmp_path}"])[0] in (train.OK, train.COLLAPSED)
+    def measuring() -> int:
+        device.peak_flops = MEASURE
+        return run_main([*QUICK, f"run_dir={tmp_path}"])
+
+    assert run_ranks(measuring, 1)[0] in (train.OK, train.COLLAPSED)
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
@@ -157,9 +162,10 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     metrics = tmp_path / "synthetic-smebu" / "metrics.jsonl"
     process = python(*command)
     try:
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, process)
+        trains = lambda: metrics.exists() and metrics.read_text().count("\n") >= 3  # noqa: E731
+        assert until(lambda: trains() or process.poll() is not None) and trains()
         process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
+        output = process.communicate(timeout=250)[0]
     finally:
         process.kill()
     assert process.returncode == train.INTERRUPTED, output
@@ -203,11 +209,3 @@ def test_torchrun_is_the_same_program(tmp_path):
     run_ranks(run_main, 1, [*settings, f"run_dir={tmp_path / 'one'}"])
     two, one = ([line["loss"] for line in logged(directory)] for directory in (tmp_path, tmp_path / "one"))
     assert two == pytest.approx(one, rel=1e-5)
-
-
-def wait_for(condition, process, timeout_s=120.0):
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline_s, "nothing happened"
-        time.sleep(0.1)

@@ -17,7 +17,7 @@ import ctypes, os, signal, sys, time
 from pathlib import Path
 from trainer.ranks.watchdog import Watchdog
 def hangs_here():
-    time.sleep(60)
+    time.sleep(3600)
 rank = int(os.environ.get("RANK", 0))
 dog = Watchdog(Path(sys.argv[1]), rank=rank, limit_s=0.5, first_limit_s=5, grace_s=0.5)
 dog.start()
@@ -34,7 +34,7 @@ def python(directory, code, **environment):
     )
 
 
-def ended(process, *, timeout_s=300):
+def ended(process, *, timeout_s=800):
     """The exit code and what was printed to stderr."""
     try:
         return process.communicate(timeout=timeout_s)[1], process.returncode
@@ -62,27 +62,27 @@ def test_a_rank_that_hangs_says_where_and_ends(tmp_path):
 
 
 def test_all_ranks_of_a_stuck_collective_report(tmp_path):
-    """Rank 1 sleeps, rank 0 waits for it. The grace of rank 1 is the longer one: were it gone first, the
+    """Rank 1 sleeps, rank 0 waits for it. Rank 1 has no end before rank 0 has: were it gone first, the
     collective of rank 0 would fail.
     """
     code = """
+dog.heartbeat("meeting", limit_s=1000)
 import torch, torch.distributed as dist
-store = dist.FileStore(sys.argv[1] + "/store", 2)
-dog.heartbeat("meeting", limit_s=100)
-dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+store, rank = dist.FileStore(sys.argv[1] + "/store", 2), int(os.environ["RANK"])
+def hangs_here():
+    while True:
+        time.sleep(0.05)
+        dog.grace_s = 0.5 if Path(sys.argv[1], "rank 0 has ended").exists() else dog.grace_s
+dog.grace_s = 1e9 if rank == 1 else 0.5
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 dist.barrier()
 dog.heartbeat("step 1: forward and backward")
-hangs_here() if dist.get_rank() == 1 else dist.all_reduce(torch.ones(1))
+hangs_here() if rank == 1 else dist.all_reduce(torch.ones(1))
 """
-    ranks = [
-        python(
-            tmp_path,
-            code.replace("dist.barrier()", f"dist.barrier(); dog.grace_s = {0.5 + 9 * rank}"),
-            RANK=str(rank),
-        )
-        for rank in (0, 1)
-    ]
-    results = [ended(process) for process in ranks]
+    ranks = [python(tmp_path, code, RANK=str(rank)) for rank in (0, 1)]
+    first = ended(ranks[0])
+    (tmp_path / "rank 0 has ended").touch()
+    results = [first, ended(ranks[1])]
     assert [code for _, code in results] == [HUNG, HUNG], results
     waiting, guilty = ((tmp_path / f"stacks.{rank}.txt").read_text() for rank in (0, 1))
     assert "in all_reduce" in waiting and "hangs_here" not in waiting
@@ -200,7 +200,7 @@ holds_the_lock()
 """
     errors, code, took_s = run(tmp_path, code)
     assert code == 1
-    assert "Timeout (0:00:0" in errors and "in holds_the_lock" in errors
+    assert "Timeout (0:" in errors and "in holds_the_lock" in errors
     assert took_s > 2
 
 
@@ -231,16 +231,22 @@ def test_the_share_of_a_core_is_that_of_all_who_want_one():
     assert 0 < core_share() <= 1
 
 
-def test_a_beat_costs_less_than_a_microsecond_or_two(tmp_path):
-    """The promise is 1; a busy machine may take twice that."""
-    dog = Watchdog(tmp_path, rank=0, limit_s=100, first_limit_s=100)
-    best_s = float("inf")
-    for _ in range(20):
+def best_s(call):
+    """[s] of a thousand calls, without what other processes took."""
+
+    def once_s():
         start_s = time.perf_counter()
         for _ in range(1000):
-            dog.heartbeat("step 1: data")
-        best_s = min(best_s, (time.perf_counter() - start_s) / 1000)
-    assert best_s < 2e-6
+            call("step 1: data")
+        return time.perf_counter() - start_s
+
+    return min(once_s() for _ in range(20))
+
+
+def test_a_beat_costs_about_as_much_as_a_few_calls_of_nothing(tmp_path):
+    """The promise is a microsecond, which is about twenty of them: a ratio, measured in one run."""
+    dog = Watchdog(tmp_path, rank=0, limit_s=100, first_limit_s=100)
+    assert best_s(dog.heartbeat) < 20 * best_s(lambda phase: None)
 
 
 def test_start_and_close_leave_nothing_behind(tmp_path):

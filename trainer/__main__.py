@@ -4,6 +4,7 @@
     triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
     triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
     triquetra plan        memory, time, best layout           triquetra plan device=h200 model=mini ...
+    triquetra evaluate    held-out loss, tasks, needles       triquetra evaluate runs/demo evaluate=held_out
     triquetra export      weights that transformers loads     triquetra export runs/demo out --verify
     triquetra checkpoint  list, verify, rewind                triquetra checkpoint list runs/demo
     triquetra ablate      a study: arms x seeds               triquetra ablate study=rules
@@ -25,6 +26,7 @@ COMMANDS = {
     "simulate": "trainer.lab.simulate.__main__",
     "preview": "trainer.lab.preview.__main__",
     "plan": "trainer.lab.plan.__main__",
+    "evaluate": "trainer.evaluate.__main__",
     "export": "trainer.weights.export",
     "checkpoint": "trainer.checkpoint.__main__",
     "ablate": "trainer.lab.ablate.__main__",

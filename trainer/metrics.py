@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trainer.records import StepLog
 
+EVALUATIONS = "evaluations.jsonl"  # beside metrics.jsonl
 log = logging.getLogger(__name__)
 
 
@@ -137,6 +138,7 @@ class MetricsLog:
     ):
         """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
         self.lines = StepLog(path, after_step=after_step)
+        self.evaluations = StepLog(path.with_name(EVALUATIONS), after_step=after_step)
         self.steps, self.interval = steps, interval
         self.tracker = self._guarded(start_tracker) if start_tracker else None
         # the bar is drawn on stdout and takes over what is printed to stderr
@@ -157,12 +159,24 @@ class MetricsLog:
         elif step == 1 or step % self.interval == 0 or step == self.steps:
             print(f"step {step}/{self.steps}  {summary(metrics)}", flush=True)
 
+    def write_evaluation(self, result: dict[str, Any]) -> None:
+        """A line of evaluations.jsonl and one of the terminal; the tracker gets eval/<name>/<number>."""
+        self.evaluations.add(result)
+        name, step, numbers = result["evaluation"], result["step"], scalars(result)
+        if self.tracker is not None:
+            tracker, tracked = self.tracker, {f"eval/{name}/{key}": value for key, value in numbers.items()}
+            self._guarded(lambda: tracker.log(tracked, step))
+        shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
+        print(f"step {step}/{self.steps}  {name}: {shown}", flush=True)
+
     def rewind(self, step: int) -> None:
         """The run went back to this step: lines of later ones are dropped."""
         self.lines.rewind(step)
+        self.evaluations.rewind(step)
 
     def close(self) -> None:
         self.lines.close()
+        self.evaluations.close()
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
@@ -184,6 +198,11 @@ def summary(metrics: dict[str, float]) -> str:
     if "balance/max_violation" in metrics:
         text += f"  MaxVio {metrics['balance/max_violation']:.2f}"
     return text
+
+
+def scalars(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation that stand by themselves: those in lists and tables do not."""
+    return {key: value for key, value in result.items() if isinstance(value, float) and key != "seconds"}
 
 
 class _Bar:

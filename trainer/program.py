@@ -28,6 +28,7 @@ CURVES = ("lr", "bias_rate")
 SHAPES = ("linear", "cosine")
 MAX_FACTOR = 1_000_000  # of a curve: on the peak rates
 LOSS_KEYS = tuple(loss.name for loss in fields(RouterLossWeights))
+MAX_SHARE = 1e18  # weight of a source; even its number of tokens is less
 STREAM = ("mixture", "buffer", "drain")
 # until a span says otherwise
 KEPT = ("global_batch", "micro_batch", "seq_len", "z_loss_weight", *LOSS_KEYS, *STREAM)
@@ -214,8 +215,9 @@ def settings(stage: dict[str, SpanConfig], now: StepSettings) -> Iterator[StepSe
 
 
 def check_mixture(where: str, weights: dict[str, float]) -> None:
-    if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()):
-        raise ConfigError(f"{where}mixture={weights}: weights of sources, 0 or more, and not all 0")
+    if not all(0 <= w <= MAX_SHARE for w in weights.values()) or not sum(weights.values()):
+        limits = f"0 or more, and not all 0, at most {MAX_SHARE:g}"
+        raise ConfigError(f"{where}mixture={weights}: weights of sources, {limits}")
 
 
 def check_sources(config: Config, program: Program) -> None:

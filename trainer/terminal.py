@@ -1,10 +1,12 @@
 """How does a command speak to a terminal that may be gone or lack letters, and how does it end?"""
 
+import argparse
 import io
 import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 
 def run(
@@ -20,6 +22,13 @@ def run(
         line = interrupted if isinstance(error, KeyboardInterrupt) else f"error: {error}"
         print("\n".join([line, *getattr(error, "__notes__", [])]), file=sys.stderr)
         return next(code for kind, code in codes.items() if isinstance(error, kind))
+
+
+def path(text: str) -> Path:
+    """The type of an argument of argparse. An empty shell variable must not mean the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty (an unset shell variable?); give a path")
+    return Path(text)
 
 
 def outlive_terminal() -> None:

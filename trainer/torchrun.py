@@ -13,8 +13,10 @@ import signal
 from trainer.ranks.launcher import LAUNCHER
 from trainer.ranks.stop import exit_code as stopped_by
 from trainer.ranks.stop import heard_signals
+from trainer.terminal import outlive_terminal
 
 if __name__ == "__main__":  # torch takes seconds to be imported; no rank has been started yet
+    outlive_terminal()  # before a socket could take the number of a closed stdout, and be printed into
     for number in heard_signals():
         signal.signal(number, lambda number, frame: os._exit(stopped_by(number)))
 

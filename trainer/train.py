@@ -10,8 +10,10 @@ end (SIGTERM, SIGHUP and their like), saved · 130 Ctrl-C, saved.
 
 from trainer.ranks.launcher import end_with_launcher
 from trainer.ranks.stop import StopRequest
+from trainer.terminal import outlive_terminal
 
 if __name__ == "__main__":  # the imports below take seconds
+    outlive_terminal()  # before the pipe of StopRequest could take the number of a closed stdout
     end_with_launcher()
     StopRequest().__enter__()
 
@@ -32,6 +34,7 @@ from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError
+from trainer.evaluate import start_evaluations
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters
 from trainer.model.hf import export_problems
@@ -63,6 +66,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
     """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
     config = run.config
     peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
+    evaluate(run, metrics, watchdog, at_start=True)
     start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
         now, before = run.program.settings_at(run.tokens), run.stream.snapshot()
@@ -87,12 +91,30 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
         if run.health.is_lost:
             watchdog.heartbeat("going back", limit_s=config.timeout_s)
             roll_back(run, metrics)
-        elif due(run):
-            watchdog.heartbeat(f"saving step {run.step}", limit_s=config.timeout_s)
-            save(run)
+        else:
+            evaluate(run, metrics, watchdog)
+            if due(run):
+                watchdog.heartbeat(f"saving step {run.step}", limit_s=config.timeout_s)
+                save(run)
         start_s = time.perf_counter()
     watchdog.heartbeat("saving", limit_s=config.timeout_s)
     finish_saving(run)
+
+
+def evaluate(run: Run, metrics: MetricsLog | None, watchdog: Watchdog, *, at_start: bool = False) -> None:
+    """Makes the evaluations that are due. A run that is told to stop meanwhile has `stop.agreed` afterwards.
+
+    Raises: Stopped if there is nothing to save then.
+    """
+    limit_s = run.config.timeout_s if run.config.compile else None
+    was_made = run.evaluations.make(
+        run,
+        run.evaluations.due(run, at_start=at_start),
+        report=metrics.write_evaluation if metrics is not None else lambda result: None,
+        heartbeat=partial(watchdog.heartbeat, limit_s=limit_s),
+    )
+    if not was_made and run.step == 0:
+        raise Stopped(run.stop.agreed)
 
 
 def due(run: Run) -> bool:
@@ -100,7 +122,8 @@ def due(run: Run) -> bool:
     from before them.
     """
     at_interval = run.step % run.config.checkpoint.interval == 0 and not run.health.in_row
-    return at_interval or run.step == run.last_step or run.stop.agreed is not None
+    is_best = run.step == run.checkpoints.best
+    return at_interval or is_best or run.step == run.last_step or run.stop.agreed is not None
 
 
 # -- entry point ------------------------------------------------------------------------------------------
@@ -135,6 +158,7 @@ def _start(config: Config, stop: StopRequest) -> Run:
         with refusing():
             weights = run.state_dict(["model"])
             run.load_state_dict(start_from(config, weights, run.stream.tokenizer))
+    start_evaluations(run)
     end_if_told(stop)
     refusing_on_all(
         partial(record_start, config, program=run.program, step=run.step, tokens=run.tokens, opened=opened)

@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.drills", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(DRILLS)}; none: all")
     parser.add_argument(
-        "--short", action="store_true", help="the set that `make test` runs, with fewer trials"
+        "--short", action="store_true", help="the set that `make test-all` runs, with fewer trials"
     )
     given = parser.parse_args()
     if unknown := set(given.names) - set(DRILLS):

@@ -28,6 +28,7 @@ import torch
 
 from tests.drills import faulty
 from tests.ranks import free_port
+from tests.waiting import until
 from trainer.checkpoint import problems
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -226,12 +227,9 @@ class Job:
 
     def wait(self, timeout_s: float = 100.0) -> list[int]:
         """As a launcher does: when one has failed, the others are given PATIENCE_S to end by themselves."""
-        deadline_s = time.monotonic() + timeout_s
-        assert until(lambda: any(self.codes) or None not in self.codes, timeout_s=timeout_s), (
-            f"not done after {timeout_s} s"
-        )
-        left_s = deadline_s - time.monotonic()
-        patience_s = min(PATIENCE_S, max(1.0, left_s)) if any(self.codes) else left_s
+        left_s = until(lambda: any(self.codes) or None not in self.codes, timeout_s=timeout_s)
+        assert left_s, f"not done after {timeout_s} s"
+        patience_s = min(PATIENCE_S, max(1.0, left_s))
         if not until(lambda: None not in self.codes, timeout_s=patience_s):
             raise AssertionError(f"one rank has ended, others live on after {patience_s:.0f} s: {self.codes}")
         return self.codes
@@ -374,15 +372,6 @@ def same_losses(where: Where, reference: Where, *, but: Sequence[str] = ()) -> s
         }
         assert not differ, f"step {one['step']} is not the undisturbed run's: {differ}"
     return f"yes, {len(steps)} of {len(steps)} bit for bit"
-
-
-def until(condition: Callable[[], Any], *, timeout_s: float) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def group_lives(group: int) -> bool:

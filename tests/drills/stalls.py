@@ -44,15 +44,15 @@ def the_data_source_hangs(directory: Path, short: bool) -> Facts:
     """a read of the data never returns on one rank · as above; the stack names the read, exit code 7"""
     where = Where(directory)
     fault = {"fault": "source", "rank": 1, "after": 12, "hangs": True}
-    with where.start(f"heartbeat_s={HEARTBEAT_S}", "data.workers=0", fault=fault) as job:
+    # the longer grace is for a machine that is so busy that the other rank comes to its limit much later
+    with where.start(f"heartbeat_s={2 * HEARTBEAT_S}", "data.workers=0", fault=fault) as job:
         job.until(lambda: (where.path / "fired").exists(), what="the read")
         fault_s = time.time()
-        job.wait()
+        job.wait(4 * HEARTBEAT_S)
         ended_s = time.time() - fault_s
     assert HUNG in job.codes, job.codes
     waiting, hanging = stacks(where)
     assert "read_of_a_dead_disk" in hanging and "read_of_a_dead_disk" not in waiting
-    assert ended_s < 4 * HEARTBEAT_S
     last = where.last_trained()
     where.completes("data.workers=0")
     lost = last - where.starts()[-1]["step"]

@@ -51,7 +51,7 @@ DRILLS: dict[str, Drill] = {}
 
 def drill(*, limit_s: float = 120.0, short: bool = False) -> Callable:
     """Of a function whose docstring is "what is done · what must hold". short: it is in the set that `make
-    test` runs.
+    test-all` runs.
     """
 
     def register(act: Callable[[Path, bool], Facts]) -> Callable[[Path, bool], Facts]:

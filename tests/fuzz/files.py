@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tests.fuzz import cases_of, until_told
 from tests.ranks import run_ranks
 from trainer import train
 from trainer.checkpoint import Checkpoints, read_whole
@@ -455,21 +456,23 @@ def run_cases(num_cases: int, seed: int, *, first: int = 0) -> Iterator[Outcome]
             yield run_case(number, seed, origin=origin, directory=case, config=config)
 
 
+def report(outcome: Outcome, seed: int) -> str:
+    told = re.sub(r"\\n", "\n    ", outcome.told)[-1500:]
+    return f"case {outcome.number} of seed {seed}: {outcome.problem}\n  {outcome.what}\n    {told}\n"
+
+
 def main(num_cases: int = 200, seed: int = 0, first: int = 0) -> int:
     kinds, problems = Counter[str](), 0
-    for outcome in run_cases(num_cases, seed, first=first):
+    for outcome in until_told(run_cases(num_cases, seed, first=first)):
         kinds[outcome.kind] += 1
         if outcome.problem:
             problems += 1
-            told = re.sub(r"\\n", "\n    ", outcome.told)[-1500:]
-            print(
-                f"case {outcome.number} of seed {seed}: {outcome.problem}\n  {outcome.what}\n    {told}\n",
-                flush=True,
-            )
-    print(f"{num_cases} cases, {problems} with a problem")
+            print(report(outcome, seed), flush=True)
+    print(f"{kinds.total()} cases, {problems} with a problem")
     print("\n".join(f"  {count:6d}  {kind}" for kind, count in kinds.most_common()))
     return int(problems > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    asked = cases_of("files", __doc__)
+    sys.exit(main(asked.cases, asked.seed, asked.first))

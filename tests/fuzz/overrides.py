@@ -1,6 +1,6 @@
 """Does every command line end in a run or in one line that says what is wrong?
 
-    python -m tests.fuzz.overrides [CASES] [SEED]
+    python -m tests.fuzz.overrides [CASES] [SEED] [FIRST]
 
 A case is a tiny run of two steps with one to three overrides that are drawn at random: extreme numbers, wrong
 types, nothing, other alphabets, lists, interpolations, keys left out and keys added. It runs in a forked
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from tests.fuzz import cases_of, until_told
 from trainer import train
 from trainer.config import CONFIG_DIR, load
 from trainer.ranks import device, stop
@@ -114,10 +115,13 @@ class Outcome(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return self.problem or {getattr(stop, name): name for name in NAMES}.get(self.code, str(self.code))
+        return self.problem or NAMES.get(self.code, str(self.code))
 
 
-NAMES = [name for name in vars(stop) if name.isupper() and isinstance(getattr(stop, name), int)]
+NAMES = {
+    getattr(stop, name): name
+    for name in ("OK", "REFUSED", "COLLAPSED", "NO_DATA", "CANNOT_SAVE", "UNSOUND", "PREEMPTED")
+}
 
 
 # -- drawing ----------------------------------------------------------------------------------------------
@@ -305,7 +309,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(num_cases: int = 200, seed: int = 0, first: int = 0) -> int:
     outcomes = []
-    for outcome in run_cases(num_cases, seed, first=first):
+    for outcome in until_told(run_cases(num_cases, seed, first=first)):
         outcomes.append(outcome)
         if outcome.problem:
             print(report(outcome, seed), flush=True)
@@ -314,4 +318,5 @@ def main(num_cases: int = 200, seed: int = 0, first: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    asked = cases_of("overrides", __doc__)
+    sys.exit(main(asked.cases, asked.seed, asked.first))

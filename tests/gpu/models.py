@@ -212,7 +212,7 @@ def compiled(bench: Bench, size: Size) -> None:
     if not bench.is_gpu:
         bench.absent("compilation", "graphs are made on a GPU only; the calls run without")
     with one_rank() as dims:
-        model = spread(bench, size, dims, dtype=torch.bfloat16, compile=True)
+        model = spread(bench, size, dims, dtype=torch.bfloat16, compile="inductor")
         eager = spread(bench, size, dims, dtype=torch.bfloat16)
         for num_rows, length in size.shapes:
             batch = rows(size.shape, num_rows, length, bench.on)

@@ -26,7 +26,8 @@ from tests.gpu.bench import Bench, random
 from tests.gpu.speed import fill
 from trainer.config import Config, load
 from trainer.model.afmoe import Afmoe, afmoe_config
-from trainer.model.moe import Experts, TokenDispatcher
+from trainer.model.dispatch import TokenDispatcher
+from trainer.model.moe import Experts
 from trainer.model.parallelize import build_parallel, local, scale_gradients, squared_gradient_norm
 from trainer.optim import muon
 from trainer.ranks import device

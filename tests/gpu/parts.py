@@ -17,9 +17,9 @@ from tests.gpu.attention import SHAPE
 from tests.gpu.bench import Bench, random, relative, worst
 from trainer.balance import routing_sums
 from trainer.model.afmoe import afmoe_config
+from trainer.model.dispatch import gather_sum, invert
 from trainer.model.init import initialize
 from trainer.model.loss import IGNORE, linear_cross_entropy
-from trainer.model.moe import gather_sum, invert
 from trainer.model.norm import RMSNorm
 from trainer.optim.newton_schulz import QUINTIC, STEPS, orthogonalize
 

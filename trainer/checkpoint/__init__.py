@@ -2,7 +2,7 @@
 
 from trainer.checkpoint.boxes import BoxReader, TensorSpec, read_header, write_file
 from trainer.checkpoint.checkpoints import Checkpoints, Found, SaveError
-from trainer.checkpoint.foreign import DamagedError, plain_name, read_json, reading
+from trainer.checkpoint.foreign import DamagedError, json_of, naturals, plain_name, read_json, reading
 from trainer.checkpoint.manifest import code_version, manifest_hash, problems, read_manifest
 from trainer.checkpoint.storage import (
     StoredTensor,
@@ -24,9 +24,11 @@ __all__ = [
     "TensorPiece",
     "TensorSpec",
     "code_version",
+    "json_of",
     "load_into",
     "make_durable",
     "manifest_hash",
+    "naturals",
     "plain_name",
     "problems",
     "read_header",

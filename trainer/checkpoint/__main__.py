@@ -37,7 +37,7 @@ def command(arguments: list[str] | None) -> int:
         prog="triquetra checkpoint", description=__doc__, formatter_class=as_written
     )
     parser.add_argument("action", choices=("list", "verify", "rewind"))
-    parser.add_argument("run", type=Path, help="a run's directory")
+    parser.add_argument("run", type=terminal.path, help="a run's directory")
     parser.add_argument("step", type=int, nargs="?")
     flags = parser.parse_args(arguments)
     checkpoints = Checkpoints(flags.run / "checkpoints")
@@ -107,8 +107,10 @@ def rewound(checkpoints: Checkpoints, run: Path, step: int) -> int:
     except DamagedError as error:
         print(f"error: the run was left as it is: {error}", file=sys.stderr)
         return DAMAGED
-    except (InUseError, OSError) as error:
+    except InUseError as error:
         return refused(str(error))
+    except OSError as error:
+        return refused(f"{error}; {run} must be writable for this user")
     for path in moved:
         print(f"set aside: {path}")
     print(f"{run} goes on from step {step}")

@@ -77,6 +77,7 @@ class Checkpoints:
         self.retries, self.retry_s = retries, retry_s
         self.misses = 0  # in a row
         self.last_saved: int | None = None  # step
+        self.best: int | None = None  # step of the best one, which stays
         self.broken: Exception | None = None
         self.thread: threading.Thread | None = None
         self.group: dist.ProcessGroup | None = None
@@ -262,7 +263,7 @@ class Checkpoints:
         """Deletes all but the newest whole ones, and those that are kept for good."""
         whole = [step for step in self.steps() if not problems(self.path(step), hashes=False)]
         for step in whole[: -self.keep]:
-            if not self.keep_every or step % self.keep_every:
+            if step != self.best and (not self.keep_every or step % self.keep_every):
                 gone = self.directory / f".{self.path(step).name}.deleted"
                 remove(gone)  # what an earlier one left, which would be in the way
                 remove(self.path(step).rename(gone))  # renamed at once: nobody finds half

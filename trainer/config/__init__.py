@@ -8,12 +8,13 @@ before anything is built: `ConfigError` names the key, the value, the limit and 
 schema, and its signature is checked (targets). Imports nothing of ours.
 """
 
-from trainer.config.bounds import ConfigError, Number, check_numbers, check_values
+from trainer.config.bounds import ConfigError, Number, check_numbers, check_values, number, path
 from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
 from trainer.config.fill import filled, nearest
-from trainer.config.limits import divisors
+from trainer.config.limits import check_name, divisors, whole_rows
 from trainer.config.plain import read_plain
 from trainer.config.schema import (
+    MXFP8,
     BalanceConfig,
     Config,
     DataConfig,
@@ -26,6 +27,7 @@ from trainer.config.schema import (
 
 __all__ = [
     "CONFIG_DIR",
+    "MXFP8",
     "BalanceConfig",
     "Config",
     "ConfigError",
@@ -36,6 +38,7 @@ __all__ = [
     "ParallelConfig",
     "RouterLossWeights",
     "SpanConfig",
+    "check_name",
     "check_numbers",
     "check_values",
     "composed",
@@ -44,7 +47,10 @@ __all__ = [
     "load",
     "looked_up",
     "nearest",
+    "number",
+    "path",
     "read_plain",
     "reread",
     "resolved_yaml",
+    "whole_rows",
 ]

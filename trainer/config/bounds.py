@@ -73,6 +73,8 @@ class NotEmpty:
     """A path or a name. An empty shell variable must not mean the current directory."""
 
     def problem(self, value: str) -> str | None:
+        if len(value.splitlines()) > 1:
+            return "holds a line break; give a path or a name of one line"
         return None if value.strip() else "is empty (an unset shell variable?); give a path or a name"
 
 

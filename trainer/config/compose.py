@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from trainer.config.bounds import ConfigError, check_values
+from trainer.config.bounds import ConfigError, check_values, shown
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import check
 from trainer.config.plain import read_plain
@@ -43,14 +43,48 @@ def load(overrides: list[str]) -> Config:
     return config
 
 
-def reread(path: Path) -> Config:
+def reread(path: Path, overrides: list[str] | None = None) -> Config:
     """The configuration that a run wrote as its config.yaml, perhaps elsewhere: nothing in it is resolved.
+    overrides: key=value and group=choice, as on a command line; then all of it is checked.
+
     Raises: ConfigError if it has other keys than this version, or a shape that no model has.
     """
-    config = filled(Config, read_plain(path), where=f"{path}: ")
+    values = read_plain(path)
+    if overrides is not None:
+        _check_text(overrides)
+        for override in overrides:
+            _override(values, override)
+        check_targets(OmegaConf.create(values))
+    config = filled(Config, values, where=f"{path}: ")
     check_values(config.model, where=f"{path}: model.")
+    if overrides is not None:
+        check(config)
     config.stage = {name: _span(name, values) for name, values in config.stage.items()}
     return config
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Sets one key of nested values. Raises: ConfigError."""
+    name, is_given, text = override.partition("=")
+    *path, key = name.split(".")
+    if not is_given or not all([*path, key]):
+        raise ConfigError(f"{override!r}: must be key=value or group=choice")
+    file = CONFIG_DIR / name / f"{text}.yaml"
+    if not path and (CONFIG_DIR / name).is_dir() and not text.startswith("{"):
+        if not file.is_file():
+            names = ", ".join(sorted(file.stem for file in (CONFIG_DIR / name).glob("*.yaml")))
+            raise ConfigError(f"{override!r}: must be one of {names}")
+        value = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    else:
+        try:
+            value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
+        except REFUSALS as error:
+            raise ConfigError(f"{override!r}: is no YAML ({' '.join(str(error).split())})") from None
+    for part in path:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {part} has no keys")
+    values[key] = value
 
 
 def _span(name: str, values: Any) -> SpanConfig:
@@ -106,10 +140,10 @@ def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
 
 
 def _any_source(overrides: list[str]) -> list[str]:
-    """Sources have names of the user's own, so they and their weights may be added without a +; what is wrong
+    """Sources and evaluations have names of the user's own, so they may be added without a +; what is wrong
     is found later.
     """
-    return [f"++{o}" if o.startswith(("data.sources", "data.mixture")) else o for o in overrides]
+    return [f"++{o}" if o.startswith(("data.sources", "data.mixture", "evaluate.")) else o for o in overrides]
 
 
 def resolved_yaml(config: Any) -> str:
@@ -145,6 +179,8 @@ Any value of the configuration can be overridden: steps=100 model.dim=64 optim.l
 
 def _explain(error: Exception, overrides: list[str], root: str) -> str:
     """Hydra's message, shortened, with the nearest valid keys for the override that it is about."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable(next((o for o in overrides if error.override.endswith(o)), error.override))
     if not isinstance(error, THEIRS) and (choice := _no_choice(overrides)):
         return choice
     text = str(error.__cause__ or error)
@@ -160,6 +196,14 @@ def _explain(error: Exception, overrides: list[str], root: str) -> str:
     override = max(meant, key=lambda override: (override in text, len(keys[override])))
     groups = [other for other, key in keys.items() if "." not in key and other != override]
     return f"{override!r}: {message}{_nearest(keys[override], root, groups)}"
+
+
+def _unreadable(override: str) -> str:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.lstrip("+~").replace(".", "").replace("_", "").isalnum():
+        return f"{shown(override)}: must be key=value, like steps=100"
+    letters = "letters beyond ASCII, and =,~(){}[] and quotes in a value"
+    return f"{shown(override)}: cannot be read; {letters} need quotes around it: '{key}=\"...\"'"
 
 
 def _no_choice(overrides: list[str]) -> str | None:

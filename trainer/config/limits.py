@@ -2,6 +2,7 @@
 
 import logging
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trainer.config.bounds import ConfigError, check_values
@@ -9,6 +10,20 @@ from trainer.config.schema import Config, DataConfig, ModelConfig
 
 MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open document
 MAX_NAME = 255  # [bytes] of a directory's name
+OF_A_RUN = (  # what a run writes into its directory itself
+    "config.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "tokenizer.json",
+    "data.json",
+    "starts.jsonl",
+    "rolled_back.json",
+    "bad_documents.*",
+    "stacks.*",
+    "lock",
+    "tensorboard",
+    "wandb",
+)
 ALIGNED = 8  # [bfloat16 numbers] in the 16 bytes that a row of the grouped GEMM is a multiple of
 log = logging.getLogger(__package__)
 
@@ -27,9 +42,16 @@ def check(config: Config) -> None:
             "compile=true with float32 experts: torch compiles the grouped GEMM in bfloat16 only; "
             "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false"
         )
+    if config.compile and config.activation_checkpoint.startswith("selective") and config.parallel.ep > 1:
+        raise ConfigError(
+            f"compile=true with activation_checkpoint={config.activation_checkpoint} and "
+            f"parallel.ep={config.parallel.ep}: torch cannot trace experts on several ranks inside a "
+            "selective checkpoint; use activation_checkpoint=full or none, compile=false or parallel.ep=1"
+        )
     _check_shape(config.model)
     _check_rows_of_experts(config)
     _check_sources(config.data)
+    _check_evaluations(config)
     if config.init_from is not None and config.branch is not None:
         raise ConfigError(
             f"init_from={config.init_from} and branch={config.branch} are both set: a run starts from "
@@ -37,15 +59,21 @@ def check(config: Config) -> None:
         )
     check_name("name", config.name)
     if config.balance.trace is not None:
-        check_name("balance.trace", config.balance.trace)
+        _check_trace(config.balance.trace)
 
 
-def check_name(key: str, name: str) -> None:
-    """Of a directory or file that lies in another one."""
-    if not name or Path(name).name != name or name in (".", ".."):
-        raise ConfigError(f"{key}={name!r}: must be one plain directory name, without / or ..")
+def check_name(key: str, name: str, *, kind: str = "directory") -> None:
+    """Of a directory or file that lies in another one. Raises: ConfigError."""
+    if len(name.splitlines()) != 1 or Path(name).name != name or name in (".", ".."):
+        raise ConfigError(f"{key}={name!r}: must be one plain {kind} name, without / or ..")
     if len(name.encode()) > MAX_NAME:
         raise ConfigError(f"{key}={name[:20]}...: has {len(name.encode())} bytes; use at most {MAX_NAME}")
+
+
+def _check_trace(name: str) -> None:
+    check_name("balance.trace", name, kind="file")
+    if any(fnmatchcase(name, own) for own in OF_A_RUN):
+        raise ConfigError(f"balance.trace={name}: the run writes that itself; use another, like router.trace")
 
 
 def _check_sources(d: DataConfig) -> None:
@@ -64,6 +92,18 @@ def _check_sources(d: DataConfig) -> None:
             raise ConfigError(
                 f"data.sources.{name}={node}: must be a source, like {{_target_: trainer.data.PythonSource}}"
             )
+
+
+def _check_evaluations(config: Config) -> None:
+    for name, node in config.evaluate.items():
+        check_name("evaluate", name)
+        if not isinstance(node, dict) or "_target_" not in node:
+            example = "{_target_: trainer.evaluate.HeldOut}"
+            raise ConfigError(f"evaluate.{name}={node}: must be an evaluation, like {example}")
+    best = config.checkpoint.keep_best
+    if best is not None and best not in config.evaluate:
+        names = ", ".join(config.evaluate) or "none; evaluate=held_out adds one"
+        raise ConfigError(f"checkpoint.keep_best={best}: is no evaluation of this run (there are: {names})")
 
 
 def _check_shape(m: ModelConfig) -> None:
@@ -89,14 +129,24 @@ def _check_shape(m: ModelConfig) -> None:
 
 def _check_rows_of_experts(config: Config) -> None:
     """torch._grouped_mm takes rows of a multiple of 16 bytes. (Experts in float32 on a CPU go without it.)"""
+    if (config.model.expert_dtype or config.dtype) == "bfloat16":
+        whole_rows(config, num=ALIGNED)
+
+
+def whole_rows(config: Config, *, num: int) -> None:
+    """Raises: ConfigError if rows of experts are not a multiple of `num` numbers, 16 bytes, where a grouped
+    GEMM reads them.
+    """
     m = config.model
-    dtype_key = "model.expert_dtype" if m.expert_dtype else "dtype"
-    if (m.expert_dtype or config.dtype) != "bfloat16" or m.num_dense_layers == m.num_layers:
+    if m.num_dense_layers == m.num_layers:
         return
+    dtype_key = "model.expert_dtype" if m.expert_dtype else "dtype"
+    dtype = m.expert_dtype or config.dtype
+    other = ", or float32" if dtype == "bfloat16" else ""
     for key in ("dim", "expert_dim"):
-        if (size := getattr(m, key)) % ALIGNED:
-            near = [n for n in (size // ALIGNED * ALIGNED, -(-size // ALIGNED) * ALIGNED) if n]
+        if (size := getattr(m, key)) % num:
+            near = [n for n in (size // num * num, -(-size // num) * num) if n]
             raise ConfigError(
-                f"model.{key}={size} with {dtype_key}=bfloat16: the grouped GEMM wants rows of a multiple of "
-                f"16 bytes; use model.{key}={' or '.join(map(str, near))}, or float32"
+                f"model.{key}={size} with {dtype_key}={dtype}: the grouped GEMM wants rows of a multiple of "
+                f"16 bytes; use model.{key}={' or '.join(map(str, near))}{other}"
             )

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from trainer.config.bounds import choice, number, path, target
 
 DTYPES = ("float32", "bfloat16")
+MXFP8 = "mxfp8"  # of experts alone: 8 bits, with a scale for each 32 numbers
 # Limits that several keys share.
 ROWS = {"at_least": 1, "at_most": 2**20, "why": "64 times the largest published batch"}
 ROW = {"at_least": 2, "at_most": 2**24, "why": "no published context is as long"}
@@ -66,8 +67,8 @@ class ModelConfig:
         why="beside it the mean square is nothing",
         least_why="float32 holds hardly less",
     )
-    # float32 | bfloat16; null: the run's dtype
-    expert_dtype: str | None = choice(None, None, *DTYPES)
+    # float32 | bfloat16 | mxfp8 (a GPU from sm_100 on, torchao); null: the run's dtype
+    expert_dtype: str | None = choice(None, None, *DTYPES, MXFP8)
     # float32 | bfloat16: in which the gate multiplies, also in a bfloat16 model
     router_dtype: str = choice("float32", *DTYPES)
 
@@ -99,6 +100,8 @@ class DataConfig:
     max_bad: float = number(0.01, at_least=0.0, at_most=1.0, why="a share of the documents")
     # [MB] a larger document is a bad document; inf: none is
     max_document_mb: float = number(100.0, above=0.0, at_most=inf, why="inf: of any size")
+    # share of the documents that are never trained on, chosen by a hash of their content (evaluate=held_out)
+    holdout: float = number(0.0, at_least=0.0, at_most=0.5, why="the rest is what is trained on")
     cache_dir: str | None = path(None)  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
     # who turns text into the tokenizer's ids
     backend: str = choice("tokenizers", "tokenizers", "fastokens", "gigatoken")
@@ -158,6 +161,8 @@ class ParallelConfig:
     dp_replicate: int = number(1, **RANKS)
     dp_shard: int | None = number(1, **RANKS)  # null: what the other degrees leave over
     ep: int = number(1, **RANKS)
+    # what takes tokens to the ranks of their experts: all_to_all | deepep | hybridep (GPU, deep_ep)
+    dispatcher: str = choice("all_to_all", "all_to_all", "deepep", "hybridep")
 
 
 @dataclass(kw_only=True)
@@ -166,6 +171,8 @@ class CheckpointConfig:
     # how many of the newest checkpoints stay; older ones are deleted
     keep: int = number(2, at_least=1, at_most=10**6, why="a directory each")
     keep_every: int | None = number(None, **STEPS)  # [steps] checkpoints at multiples of it stay for good
+    # name of an evaluation: the checkpoint with its best result stays, too, and is written at that step
+    keep_best: str | None = path(None)
     # written while training goes on, from a copy in host memory; false: the step waits
     background: bool = True
     # how often a failed save is tried again, after 1, 2, 4, ... times retry_s; three failed saves in a row
@@ -240,7 +247,9 @@ class Config:
     z_loss_weight: float = number(0.0, **WEIGHT)  # on the LM logits (arXiv:2602.17004, section 2.2)
     # inf: gradients are never clipped
     max_grad_norm: float = number(1.0, above=0.0, at_most=inf, why="inf: no clipping")
-    activation_checkpoint: str = choice("none", "none", "selective", "full")
+    # selective saves attention, all-to-alls, routing and every second matmul; selective_experts the grouped
+    # GEMMs, too
+    activation_checkpoint: str = choice("none", "none", "selective", "selective_experts", "full")
     compile: bool = False  # torch.compile each block
     # [s] of a collective, of the first step and of a save
     timeout_s: float = number(600.0, at_least=1.0, least_why="ranks must find each other in it", **SECONDS)
@@ -260,6 +269,8 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    # _target_: what the model is asked while it trains (trainer/evaluate/), by names of the user's own
+    evaluate: dict[str, Any] = field(default_factory=dict)
     skip: SkipConfig = field(default_factory=SkipConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -3,8 +3,11 @@
 """
 
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
+from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
 from trainer.data.reader import DataError
+from trainer.data.rows import IGNORED
+from trainer.data.rows import PADDING as PADDING_POSITION
 from trainer.data.sources import (
     BAD_KINDS,
     BadDocument,
@@ -22,6 +25,8 @@ from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
 __all__ = [
     "BAD_KINDS",
     "COUNTED",
+    "IGNORED",
+    "PADDING_POSITION",
     "ArrowSource",
     "BadDocument",
     "Batch",
@@ -40,7 +45,9 @@ __all__ = [
     "TextSource",
     "TokenStream",
     "check_split",
+    "content_hash",
     "end_of_text_id",
+    "is_held_out",
     "load_tokenizer",
     "permutation",
     "roles",

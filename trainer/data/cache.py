@@ -36,8 +36,13 @@ def cache_path(chosen: str | Path | None) -> Path:
 
 
 def kept(cache: Path, name: str) -> list[Path]:
-    """The files that were kept under this name, in a fixed order; whether one is whole, its hash tells."""
-    return sorted(cache.glob(f"{name}-*"))
+    """The files that were kept under this name, in a fixed order; whether one is whole, its hash tells.
+    Raises: CacheError where the system does not let this user look.
+    """
+    try:
+        return sorted(cache.glob(f"{name}-*"))
+    except OSError as error:
+        raise unwritable(cache, error) from error
 
 
 def hash_in_name(path: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.data.holdout import HELD_OUT, is_held_out
 from trainer.data.reader import DataError, Reader
 from trainer.data.sources import BadDocument, Document, Tokens
 from trainer.data.workers import CLOSED, LazyResult, Workers
@@ -86,9 +87,11 @@ class Intake:
         encode: Callable[[Sequence[str]], list[np.ndarray]] | None,
         end_of_text: int | None,
         max_document_mb: float,
+        holdout: float,
         workers: int,
     ) -> None:
         self.readers, self.encode, self.max_document_mb = readers, encode, max_document_mb
+        self.holdout = holdout
         self.repeats = all(reader.repeat for reader in readers)
         self.end_of_text = np.array([end_of_text or 0], np.uint32)
         # a guess of the mean length before any was read
@@ -213,7 +216,7 @@ class Intake:
         for i, document in enumerate(documents):
             entry = document
             if isinstance(document, Document):
-                entry = checked(document, limit_mb=limit_mb)
+                entry = checked(document, limit_mb=limit_mb, holdout=self.holdout)
                 if entry is None:
                     texts[i] = document.text
             batch.append(entry)
@@ -234,8 +237,10 @@ class Intake:
             return bad
 
 
-def checked(document: Document, *, limit_mb: float) -> Tokens | BadDocument | None:
+def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tokens | BadDocument | None:
     """Its tokens; None: it is text of a size that may be tokenised. Raises: DataError."""
+    if is_held_out(document, share=holdout):
+        return BadDocument(HELD_OUT, document.where, f"data.holdout={holdout:g}")
     if document.tokens is not None:
         return checked_tokens(document) if len(document.tokens) else empty(document)
     if document.mask is not None:

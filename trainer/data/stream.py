@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 
 from trainer.config import divisors
 from trainer.data.encoder import Encoder
+from trainer.data.holdout import HELD_OUT
 from trainer.data.intake import RESUMED, Intake
 from trainer.data.opener import Opener
 from trainer.data.reader import DataError, Reader
@@ -46,8 +47,8 @@ from trainer.data.virtual import StreamSettings, VirtualStream
 
 FEW_BAD = 10  # documents that say nothing about a corpus
 # Since the start of the run. documents: read to their ends; tokens: delivered, without padding; open:
-# tokens of opened documents that are still to be delivered.
-COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS)
+# tokens of opened documents that are still to be delivered; held_out: documents passed over for evaluations.
+COUNTED = ("documents", "tokens", "open", "padding", "truncated", HELD_OUT, *BAD_KINDS)
 PACKINGS = {"stream": VirtualStream.concatenate, "fit": VirtualStream.best_fit}
 
 
@@ -79,6 +80,7 @@ class StreamConfig:
     packing: "stream" cuts documents at the ends of rows and reads on in a later row; "fit" never does, and
     pads.
     at_end: "repeat" begins another epoch; "stop" pads when all is read, and `has_more` says so.
+    holdout: the share of the documents that is passed over (holdout.py).
     with_sources: batches are SourcedBatches. retry_s [s], prefetch [steps]: see Reader and read_ahead.
     """
 
@@ -95,6 +97,7 @@ class StreamConfig:
     on_bad: Literal["skip", "fatal"] = "skip"
     max_bad: float = 1.0
     max_document_mb: float = 100.0
+    holdout: float = 0.0
     backend: str = "tokenizers"
     workers: int = 0
     prefetch: int = 4
@@ -134,6 +137,7 @@ class TokenStream:
             encode=Encoder(tokenizer, backend=config.backend) if tokenizer else None,
             end_of_text=end_of_text_id(tokenizer) if tokenizer else None,
             max_document_mb=config.max_document_mb,
+            holdout=config.holdout,
             workers=config.workers,
         )
         # ends the workers, at the latest with the interpreter
@@ -253,6 +257,9 @@ class TokenStream:
 
     def refuse(self, bad: BadDocument) -> None:
         config = self.config
+        if bad.kind == HELD_OUT:  # nothing is wrong with it
+            self.totals[HELD_OUT] += 1
+            return
         if config.on_bad == "fatal":
             bad.add_note("data.on_bad=skip counts and reports such documents, and goes on")
             raise bad

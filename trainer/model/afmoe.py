@@ -11,18 +11,17 @@ Letters: B sequences, L tokens each, T = B L, D model dim, N heads, H head dim, 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_mask
+from torch.nn.attention.flex_attention import BlockMask, and_masks
 from torchtitan.models.common.attention import (
-    FlexAttention,
     QKVLinear,
-    create_attention_mask,
     get_causal_mask_mod,
     get_efficient_causal_mask_mod_for_packed_document,
     get_sliding_window_mask_mod,
@@ -37,13 +36,14 @@ from torchtitan.protocols.module import Module
 
 from trainer.balance import NO_LOSSES, LossWeights
 from trainer.config import ModelConfig
+from trainer.model.attention import FlexAttention, MaskedSDPA
+from trainer.model.dispatch import ALL_TO_ALL, Dispatch
 from trainer.model.loss import Groups, linear_cross_entropy
-from trainer.model.moe import Experts, MoE, TokenDispatcher
+from trainer.model.moe import MoE, experts_in
 from trainer.model.norm import RMSNorm
 from trainer.model.router import Gate, Router
 
 PADDING = -1  # position of a token that is not there
-QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,41 +54,6 @@ class AttentionInputs:
     global_mask: Tensor | BlockMask
     rope: Tensor  # (B, L, 1, 2 H): cos, then sin
     valid_BL: Tensor | None  # False: padding; None: no padding
-
-
-class MaskedSDPA(Module):
-    """Attention under a boolean mask (B, 1, L, L), for devices without flex attention's backward (CPU).
-
-    Blocks of queries see only the keys that the causal mask and the window leave them.
-    """
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        window: int | None = None
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.window = config.window
-
-    def forward(
-        self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool
-    ) -> Tensor:
-        k_BNLH, v_BNLH = k_BLNH.transpose(1, 2), v_BLNH.transpose(1, 2)
-        length, parts = q_BLNH.shape[1], []
-        for first, block_BlNH in zip(
-            range(0, length, QUERY_BLOCK), q_BLNH.split(QUERY_BLOCK, dim=1), strict=True
-        ):
-            last = first + block_BlNH.shape[1]
-            keys = slice(max(0, first - self.window + 1) if self.window else 0, last)  # all others are masked
-            out_BNlH = F.scaled_dot_product_attention(
-                block_BlNH.transpose(1, 2),
-                k_BNLH[:, :, keys],
-                v_BNLH[:, :, keys],
-                attn_mask=attention_masks[:, :, first:last, keys],
-                enable_gqa=enable_gqa,
-            )
-            parts.append(out_BNlH.transpose(1, 2))  # the order in memory, so that cat copies long runs
-        return torch.cat(parts, dim=1)
 
 
 class Attention(Module):
@@ -226,16 +191,15 @@ class Afmoe(Decoder):
         document = get_efficient_causal_mask_mod_for_packed_document(starts_BL)
         global_mod = and_masks(get_causal_mask_mod(), document)
         local_mod = and_masks(global_mod, get_sliding_window_mask_mod(self.config.window))  # eq. 8
-        flex = isinstance(self.config.layers[0].attention.inner_attention, FlexAttention.Config)
-        make = create_attention_mask if flex else create_mask
+        make = self.layers["0"].attention.inner_attention.mask
         half = torch.arange(0, self.config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
         angle_BLh = positions_BL.clamp_min(0).unsqueeze(-1) * self.config.rope_theta ** (
             -half / self.config.head_dim
         )
         angle_BLH = torch.cat([angle_BLh, angle_BLh], dim=-1)
         return AttentionInputs(
-            local_mask=make(local_mod, num_rows, None, length, length, device=positions_BL.device),
-            global_mask=make(global_mod, num_rows, None, length, length, device=positions_BL.device),
+            local_mask=make(local_mod, num_rows, length, device=positions_BL.device),
+            global_mask=make(global_mod, num_rows, length, device=positions_BL.device),
             rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
             # no sync on a GPU
             valid_BL=positions_BL >= 0
@@ -245,12 +209,20 @@ class Afmoe(Decoder):
 
 
 def afmoe_config(
-    model: ModelConfig, *, flex: bool, loss_weights: LossWeights = NO_LOSSES, z_loss_weight: float = 0.0
+    model: ModelConfig,
+    *,
+    flex: bool,
+    clears_idle: bool = False,
+    dispatch: Dispatch = ALL_TO_ALL,
+    loss_weights: LossWeights = NO_LOSSES,
+    z_loss_weight: float = 0.0,
 ) -> Afmoe.Config:
-    """Translates our configuration to the tree of torchtitan modules. flex: flex attention (GPU) or masked
-    SDPA.
+    """Translates our configuration to the tree of torchtitan modules.
+
+    flex: flex attention (GPU) or masked SDPA; clears_idle: of Experts; dispatch: how tokens reach experts.
     """
     m = model
+    routed = partial(_routed, m, dispatch=dispatch, clears_idle=clears_idle)
     head = Head.Config(in_features=m.dim, out_features=m.vocab_size, z_loss_weight=z_loss_weight)
     return Afmoe.Config(
         dim=m.dim,
@@ -259,18 +231,27 @@ def afmoe_config(
         head_dim=m.head_dim,
         rope_theta=m.rope_theta,
         tok_embeddings=Embedding.Config(num_embeddings=m.vocab_size, embedding_dim=m.dim),
-        layers=[_block(m, i, flex=flex, loss_weights=loss_weights) for i in range(m.num_layers)],
+        layers=[
+            _block(m, i, flex=flex, routed=routed, loss_weights=loss_weights) for i in range(m.num_layers)
+        ],
         norm=_norm(m, m.dim),
         lm_head=head,
     )
 
 
-def _block(m: ModelConfig, layer: int, *, flex: bool, loss_weights: LossWeights) -> Block.Config:
+def _block(
+    m: ModelConfig,
+    layer: int,
+    *,
+    flex: bool,
+    routed: Callable[[], RoutedExperts.Config],
+    loss_weights: LossWeights,
+) -> Block.Config:
     is_dense = layer < m.num_dense_layers
     return Block.Config(
         attention=_attention(m, layer, flex=flex),
         feed_forward=_swiglu(m, m.ffn_dim) if is_dense else None,
-        moe=None if is_dense else _moe(m, loss_weights),
+        moe=None if is_dense else _moe(m, routed(), loss_weights),
         attention_norm=_norm(m, m.dim),
         post_attention_norm=_norm(m, m.dim),
         ffn_norm=_norm(m, m.dim),
@@ -295,26 +276,27 @@ def _attention(m: ModelConfig, layer: int, *, flex: bool) -> Attention.Config:
     )
 
 
-def _moe(m: ModelConfig, loss_weights: LossWeights) -> MoE.Config:
-    router_dtype, expert_dtype = (
-        getattr(torch, m.router_dtype),
-        m.expert_dtype and getattr(torch, m.expert_dtype),
-    )
+def _moe(m: ModelConfig, routed_experts: RoutedExperts.Config, loss_weights: LossWeights) -> MoE.Config:
+    gate = Gate.Config(in_features=m.dim, out_features=m.num_experts, dtype=getattr(torch, m.router_dtype))
     return MoE.Config(
-        router=Router.Config(
-            num_experts=m.num_experts,
-            top_k=m.top_k,
-            route_scale=m.route_scale,
-            gate=Gate.Config(in_features=m.dim, out_features=m.num_experts, dtype=router_dtype),
-        ),
-        routed_experts=RoutedExperts.Config(
-            inner_experts=Experts.Config(
-                dim=m.dim, hidden_dim=m.expert_dim, num_experts=m.num_experts, dtype=expert_dtype
-            ),
-            token_dispatcher=TokenDispatcher.Config(num_experts=m.num_experts, top_k=m.top_k),
-        ),
+        router=Router.Config(num_experts=m.num_experts, top_k=m.top_k, route_scale=m.route_scale, gate=gate),
+        routed_experts=routed_experts,
         shared_experts=_swiglu(m, m.expert_dim * m.num_shared_experts) if m.num_shared_experts else None,
         loss_weights=loss_weights,
+    )
+
+
+def _routed(m: ModelConfig, *, dispatch: Dispatch, clears_idle: bool) -> RoutedExperts.Config:
+    experts, dtype = experts_in(m.expert_dtype)
+    return RoutedExperts.Config(
+        inner_experts=experts(
+            dim=m.dim,
+            hidden_dim=m.expert_dim,
+            num_experts=m.num_experts,
+            dtype=dtype,
+            clears_idle=clears_idle,
+        ),
+        token_dispatcher=dispatch.config(num_experts=m.num_experts, top_k=m.top_k, dim=m.dim),
     )
 
 

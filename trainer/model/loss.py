@@ -10,16 +10,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # label of a token that predicts nothing: the last of a document, padding
-CHUNK_LOGITS = 2**22  # logits alive at a time: 16 MiB in float32
+CHUNK_LOGITS = 2**22  # logits alive at a time on a CPU: 16 MiB in float32, which its caches hold
+# On a GPU each chunk reads the head's weight twice, and reads and writes its whole float32 gradient: chunks
+# are of thousands of tokens. 1 GiB of float32, or 1,024 tokens if these are more; Large: 0.8 GiB.
+GPU_CHUNK_LOGITS, GPU_CHUNK_TOKENS = 2**28, 1024
 
 
 class Groups(NamedTuple):
-    """Which group each token belongs to, and the loss [nats] and the number of targets of each group so far,
-    float64.
+    """Which group each token belongs to, and the sums of each group so far, float64.
+
+    sums_NG: loss [nats] and targets; with a third row also the targets that are the most likely token, as
+    greedy decoding would write them.
     """
 
     of_T: Tensor
-    sums_2G: Tensor
+    sums_NG: Tensor
+
+
+def chunk_tokens(vocab_size: int, *, on: torch.device) -> int:
+    """How many tokens have their logits alive at a time."""
+    if on.type == "cpu":
+        return max(1, CHUNK_LOGITS // vocab_size)
+    return GPU_CHUNK_TOKENS * max(1, GPU_CHUNK_LOGITS // GPU_CHUNK_TOKENS // vocab_size)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,7 +44,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss_weight: float, groups: Groups | None
     ) -> Tensor:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        chunk = max(1, CHUNK_LOGITS // len(weight_VD))
+        wants_hits = groups is not None and len(groups.sums_NG) == 3
+        chunk = chunk_tokens(len(weight_VD), on=x_TD.device)
         loss = x_TD.new_zeros((), dtype=torch.float32)
         grad_x_TD = torch.empty_like(x_TD if needs_grad else x_TD[:0])
         grad_weight_VD = torch.zeros_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
@@ -41,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_tV = (x_tD @ weight_VD.T).float()
             counts_t = labels_t != IGNORE
             target_t1 = labels_t.clamp_min(0).unsqueeze(1)
+            is_hit_t = logits_tV.argmax(1) == labels_t if wants_hits else None
             target_logit_t = logits_tV.gather(1, target_t1).squeeze(1)
             max_t1 = logits_tV.amax(1, keepdim=True)
             exp_tV = logits_tV.sub_(max_t1).exp_()
@@ -49,9 +63,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss_t = (lse_t - target_logit_t) * counts_t
             loss += loss_t.sum()
             if groups is not None:
-                groups.sums_2G.index_add_(
-                    1, groups.of_T[start : start + chunk], torch.stack([loss_t, counts_t.float()]).double()
-                )
+                values = [loss_t, counts_t.float()] + ([is_hit_t.float()] if wants_hits else [])
+                add_by_group(groups.sums_NG, groups.of_T[start : start + chunk], torch.stack(values).double())
             if not needs_grad:
                 continue
             # of lse + z_loss_weight lse^2
@@ -73,6 +86,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
         return grad_x_TD * grad_loss, grad_weight_VD * grad_loss, None, None, None
+
+
+def add_by_group(sums_NG: Tensor, group_t: Tensor, values_Nt: Tensor) -> None:
+    """Adds each token's values to the sums of its group, in the same order every time: on a GPU index_add_
+    adds in the order in which its threads come.
+    """
+    if sums_NG.device.type == "cpu":
+        sums_NG.index_add_(1, group_t, values_Nt)
+    else:
+        sums_NG += sums_by_group(values_Nt, group_t, num_groups=sums_NG.shape[1])
+
+
+def sums_by_group(values_Nt: Tensor, group_t: Tensor, *, num_groups: int) -> Tensor:
+    """Each group's own sum, so that a loss that is not finite stays in its group."""
+    of_group_Gt = torch.arange(num_groups, device=group_t.device).unsqueeze(1) == group_t
+    return torch.stack([torch.where(of_group_Gt, x_t, 0).sum(1) for x_t in values_Nt], dim=0)
 
 
 def linear_cross_entropy(

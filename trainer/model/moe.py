@@ -1,10 +1,10 @@
-"""How do tokens reach their experts, and what do these return?
+"""What do experts return for the tokens that reach them, and what is an MoE layer?
 
-torchtitan's all-to-all dispatcher and grouped GEMM, with what pretraining needs besides: experts in float32
-or bfloat16, sums over a token's experts by gathering (deterministic, and no atomics) instead of scattering.
+torchtitan's grouped GEMM in float32, bfloat16 or MXFP8; its router and dispatcher are ours, see router.py and
+dispatch.py.
 
-Letters: B sequences, L tokens each, T = B L, D model dim, F expert hidden dim, E experts, K per token,
-N = T K routed slots in token order, R routed slots that reach this rank's experts, sorted by expert.
+Letters: B sequences, L tokens each, T = B L, D model dim, F expert hidden dim, E experts, K per token, R
+routed slots that reach this rank's experts, sorted by expert.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
-from torchtitan.models.common.token_dispatcher import (
-    AllToAllDispatchMetadata,
-    AllToAllTokenDispatcher,
-    LocalDispatchMetadata,
-    LocalTokenDispatcher,
-)
 from torchtitan.protocols.module import Module
 
 from trainer.balance import NO_LOSSES, LossWeights, register_routing_buffers
-from trainer.model.router import Router, count_and_balance
+from trainer.config import MXFP8
+from trainer.model.dispatch import refuse_other_dispatcher
+from trainer.model.router import Router, count_and_balance, use_sums
 
 
 class Experts(GroupedExperts):
@@ -38,10 +34,13 @@ class Experts(GroupedExperts):
     @dataclass(kw_only=True, slots=True)
     class Config(GroupedExperts.Config):
         dtype: torch.dtype | None = None
+        clears_idle: bool = (
+            False  # where a grouped GEMM may give weights of experts without tokens a gradient
+        )
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.dtype = config.dtype
+        self.dtype, self.clears_idle = config.dtype, config.clears_idle
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         dtype = self.dtype or x_RD.dtype
@@ -54,10 +53,43 @@ class Experts(GroupedExperts):
             return _SwigluLoop.apply(x_RD.to(dtype), w1_EFD, w2_EDF, w3_EFD, num_tokens_per_expert_E).to(
                 x_RD.dtype
             )
+        if self.clears_idle:
+            w1_EFD, w2_EDF, w3_EFD = (
+                _ClearIdle.apply(w, num_tokens_per_expert_E) for w in (w1_EFD, w2_EDF, w3_EFD)
+            )
         ends_E = num_tokens_per_expert_E.cumsum(0, dtype=torch.int32)
         gate_RF = self._grouped_mm(A=x_RD.to(dtype), B_t=w1_EFD.mT, offs=ends_E)
         up_RF = self._grouped_mm(A=x_RD.to(dtype), B_t=w3_EFD.mT, offs=ends_E)
         return self._grouped_mm(A=F.silu(gate_RF) * up_RF, B_t=w2_EDF.mT, offs=ends_E).to(x_RD.dtype)
+
+
+def experts_in(dtype: str | None) -> tuple[type[Experts.Config], torch.dtype | None]:
+    """The class that multiplies in `dtype` (None: the input's), and what it casts to. MXFP8 is torchao's: it
+    quantises what it is handed in bfloat16. torchtitan's converter makes the class; it would exchange the
+    dispatcher, too, so it is not asked to convert.
+    """
+    if dtype != MXFP8:
+        return Experts.Config, dtype and getattr(torch, dtype)
+    from torchtitan.components.quantization.mx import _get_mxfp8_grouped_experts_cls
+
+    return _get_mxfp8_grouped_experts_cls(Experts).Config, torch.bfloat16
+
+
+class _ClearIdle(torch.autograd.Function):
+    """The weights; their gradient is 0 for experts without tokens, whatever memory the grouped GEMM left
+    there (sm_100: pytorch issue 172439).
+    """
+
+    @staticmethod
+    def forward(ctx, w_EXY: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        ctx.save_for_backward(num_tokens_per_expert_E)
+        return w_EXY.view_as(w_EXY)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_EXY: Tensor):
+        (num_tokens_per_expert_E,) = ctx.saved_tensors
+        return grad_EXY.masked_fill((num_tokens_per_expert_E == 0)[:, None, None], 0), None
 
 
 class _SwigluLoop(torch.autograd.Function):
@@ -110,95 +142,6 @@ def _parts(sizes: list[int], *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]
     return tuple(tensor.split(sizes) for tensor in tensors)
 
 
-class _Spread(torch.autograd.Function):
-    """x_TD -> its K copies, sorted by expert; backward sums the copies' gradients."""
-
-    @staticmethod
-    def forward(ctx, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.inverse_TK = inverse_N.view(len(x_TD), -1)
-        return x_TD.index_select(0, order_N // ctx.inverse_TK.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_ND: Tensor):
-        return gather_sum(grad_ND, ctx.inverse_TK), None, None
-
-
-class _WeightedSum(torch.autograd.Function):
-    """rows_ND sorted by expert, scores_TK -> sum over each token's K rows; float32 inside."""
-
-    @staticmethod
-    def forward(ctx, rows_ND: Tensor, scores_TK: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_ND, scores_TK, inverse_N)
-        return gather_sum(rows_ND, inverse_N.view_as(scores_TK), scores_TK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TD: Tensor):
-        rows_ND, scores_TK, inverse_N = ctx.saved_tensors
-        order_N = invert(inverse_N)
-        grad_ND = grad_TD.index_select(0, order_N // scores_TK.shape[1]).float()
-        grad_scores_N = torch.bmm(rows_ND.float().unsqueeze(1), grad_ND.unsqueeze(2)).flatten()
-        grad_rows_ND = grad_ND.mul_(scores_TK.flatten().index_select(0, order_N).unsqueeze(1))
-        return (
-            grad_rows_ND.to(rows_ND.dtype),
-            grad_scores_N.index_select(0, inverse_N).view_as(scores_TK),
-            None,
-        )
-
-
-def gather_sum(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """out_T = sum over k of weights_Tk rows[index_Tk], in float32; without atomics, so the same bits every
-    time.
-    """
-    if rows_ND.device.type == "cpu":
-        return F.embedding_bag(index_TK, rows_ND.float(), mode="sum", per_sample_weights=weights_TK).to(
-            rows_ND.dtype
-        )
-    rows_TKD = rows_ND.index_select(0, index_TK.flatten()).unflatten(0, index_TK.shape).float()
-    if weights_TK is None:
-        return rows_TKD.sum(1).to(rows_ND.dtype)
-    return torch.bmm(weights_TK.unsqueeze(1), rows_TKD).squeeze(1).to(rows_ND.dtype)
-
-
-def invert(permutation_N: Tensor) -> Tensor:
-    slots_N = torch.arange(len(permutation_N), device=permutation_N.device)
-    return torch.empty_like(permutation_N).scatter_(0, permutation_N, slots_N)
-
-
-class TokenDispatcher(AllToAllTokenDispatcher):
-    """torchtitan's all-to-all (and its local path without expert parallelism), gathering in both directions.
-
-    The metadata's two fields hold the inverse of the sort and the scores in token order.
-    """
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(AllToAllTokenDispatcher.Config):
-        pass
-
-    def _local_reorder(
-        self, x_TD: Tensor, topk_scores_TK: Tensor, topk_expert_ids_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        order_N = torch.argsort(topk_expert_ids_TK.flatten(), stable=True)
-        inverse_N = invert(order_N)
-        return _Spread.apply(x_TD, order_N, inverse_N), inverse_N, topk_scores_TK
-
-    def combine(
-        self,
-        routed_output_RD: Tensor,
-        metadata: AllToAllDispatchMetadata | LocalDispatchMetadata,
-        x_TD: Tensor,
-    ) -> Tensor:
-        if isinstance(metadata, AllToAllDispatchMetadata):
-            rows_RD = self._unpermute(routed_output_RD, metadata.input_shape, metadata.permuted_indices)
-            routed_output_RD = self._combine_token_exchange(
-                rows_RD, self.ep_mesh.get_group(), metadata.input_splits, metadata.output_splits
-            )
-        return _WeightedSum.apply(
-            routed_output_RD, metadata.topk_scores_experts_sorted_N, metadata.token_indices_experts_sorted_N
-        )
-
-
 class MoE(Module):
     """Router, routed experts and shared experts (arXiv:2602.17004, eq. 15-18).
 
@@ -220,6 +163,7 @@ class MoE(Module):
         self.routed_experts = config.routed_experts.build()
         self.shared_experts = config.shared_experts.build() if config.shared_experts else None
         self.loss_weights, self.top_k = config.loss_weights, config.router.top_k
+        self.use_S: Tensor | None = None  # in an evaluation: see router.use_sums
         register_routing_buffers(self, config.router.num_experts)
 
     @property
@@ -233,6 +177,8 @@ class MoE(Module):
         routed_E = torch.zeros_like(self.expert_bias_E, dtype=torch.int64)
         routed_E.scatter_add_(0, routing.ids_BLK.flatten(), torch.ones_like(routing.ids_BLK.flatten()))
         gates_BLK = count_and_balance(self, routing, valid_BL) if self.training else routing.gates_BLK
+        if self.use_S is not None:
+            self.use_S += use_sums(routing, valid_BL)
         out_BLD = self.routed_experts(x_BLD, gates_BLK, routing.ids_BLK, routed_E)
         return out_BLD if self.shared_experts is None else out_BLD + self.shared_experts(x_BLD)
 
@@ -241,16 +187,3 @@ class MoE(Module):
         self.routing_sums_S.zero_()
         self.load_E.fill_(1)
         self.label_share.fill_(1)
-
-
-def refuse_other_dispatcher(config: LocalTokenDispatcher.Config) -> None:
-    """torchtitan's quantisation converters exchange the dispatcher for one that scatters, without a word.
-
-    Raises: TypeError.
-    """
-    if not isinstance(config, TokenDispatcher.Config):
-        raise TypeError(
-            f"token_dispatcher={type(config).__qualname__}: the experts need a TokenDispatcher of "
-            "trainer/model/moe.py, which gathers and so gives the same bits every time; convert the experts "
-            "alone, and pad in a subclass of TokenDispatcher"
-        )

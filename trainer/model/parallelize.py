@@ -1,6 +1,8 @@
-"""How is the model spread over ranks? EP -> activation checkpointing -> compile -> FSDP/HSDP, stated once."""
+"""How is the model spread over ranks? EP -> compile, activation checkpointing -> FSDP/HSDP, stated once."""
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import spmd_types as spmd
 import torch
@@ -14,10 +16,34 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 
 from trainer.model.afmoe import Afmoe
+from trainer.model.compiled import allow_graphs
 from trainer.ranks.device import use_plain_sum
 
 EXPERT_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
-CHECKPOINTING = {"full": FullAC, "selective": SelectiveAC}
+GROUPED_GEMMS = {torch.ops.aten._grouped_mm.default, torch.ops.aten._scaled_grouped_mm.default}
+
+
+class Selective(SelectiveAC):
+    """Saves what attention, all-to-alls and the choice of experts return, and every second matmul.
+
+    A matmul in the shape of the router's gate is repeated. saves_experts: also what the grouped GEMMs return;
+    otherwise the experts are computed a second time. In Large (F = D = 3072, K = 4) they return 3 x 2 bytes
+    x K x D = 74 kB a token and layer: 0.6 GB for a row of 8,192.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SelectiveAC.Config):
+        saves_experts: bool = False
+
+    def get_save_ops(self) -> set:
+        return super().get_save_ops() | (GROUPED_GEMMS if self.config.saves_experts else set())
+
+
+CHECKPOINTING = {
+    "full": FullAC.Config(),
+    "selective": Selective.Config(),
+    "selective_experts": Selective.Config(saves_experts=True),
+}
 
 
 def build_parallel(
@@ -26,11 +52,13 @@ def build_parallel(
     *,
     dtype: torch.dtype,
     activation_checkpoint: str = "none",
-    compile: bool = False,
+    compile: str | None = None,
+    num_shapes: int = 1,
 ) -> Afmoe:
     """The model on the meta device, spread over the meshes of `dims`.
 
     dtype: of weights in forward and backward; the weights themselves and the reduced gradients are float32.
+    compile: the backend that blocks are compiled with; num_shapes: of microbatches, in the whole run.
     Gradients are summed over ranks, not averaged: the loop divides once, by the global number of tokens.
     """
     if dims.ep_enabled:
@@ -46,10 +74,14 @@ def build_parallel(
         model = config.build()
     if dims.ep_enabled:
         model.parallelize(dims)
-    if activation_checkpoint != "none":
-        CHECKPOINTING[activation_checkpoint].Config().build().apply(model)
-    if compile:
-        apply_compile(model, compile_config=CompileConfig(enable=True), parallel_dims=dims)
+    allow_graphs(num_shapes=num_shapes)
+    wraps = [
+        partial(_compile, model, dims, backend=compile),
+        partial(_checkpoint, model, kind=activation_checkpoint),
+    ]
+    # A compiled block may be repeated as a whole. What is saved inside of one, its compiler must see.
+    for wrap in wraps if activation_checkpoint == "full" else reversed(wraps):
+        wrap()
     if dims.world_size == 1 and dtype == torch.float32:
         return model.train()  # nothing to cut, nothing to cast: FSDP would only copy
     replicate = ["dp_replicate"] if dims.dp_replicate_enabled else []
@@ -63,9 +95,20 @@ def build_parallel(
         ep_degree=dims.ep,
         edp_mesh=dims.get_mesh([*replicate, "efsdp"]) if dims.ep_enabled else None,
     )
-    if mesh.device_type == "cpu":
-        use_plain_sum(model)
+    use_plain_sum(model)
+    model.tok_embeddings.set_unshard_in_backward(False)  # its gradient needs the tokens alone
     return model.train()
+
+
+def _compile(model: Afmoe, dims: ParallelDims, *, backend: str | None) -> None:
+    if backend is not None:
+        config = CompileConfig(enable=True, backend=backend)
+        apply_compile(model, compile_config=config, parallel_dims=dims)
+
+
+def _checkpoint(model: Afmoe, *, kind: str) -> None:
+    if kind != "none":
+        CHECKPOINTING[kind].build().apply(model)
 
 
 def squared_gradient_norm(model: nn.Module) -> Tensor:

@@ -1,6 +1,6 @@
 """Which experts does a token visit? And what of that is counted and penalised in training?
 
-Letters: B sequences, L tokens each, D model dim, E experts, K per token, S sums of a layer
+Letters: B sequences, L tokens each, T = B L, D model dim, E experts, K per token, S sums of a layer
 (balance/stats.py).
 """
 
@@ -78,3 +78,16 @@ def count_and_balance(layer: Module, routing: Routing, valid_BL: Tensor | None) 
     gates_BLK = count_in_backward(gates_BLK, sums_S, layer.routing_sums_S)
     loss = router_loss(layer.loss_weights, scores_BLE, logits_BLE, ids_BLK, layer.load_E, valid_BL)
     return gates_BLK if loss is None else attach_loss(gates_BLK, loss, layer.label_share)
+
+
+def use_sums(routing: Routing, valid_BL: Tensor | None) -> Tensor:
+    """What an evaluation wants to know of a layer, float64: tokens sent to each of E experts, tokens, and the
+    sum over tokens of the largest gate's share of its token's gates. Padding is not counted.
+    """
+    num_experts, top_k = routing.scores_BLE.shape[-1], routing.ids_BLK.shape[-1]
+    ids_TK, gates_TK = routing.ids_BLK.view(-1, top_k), routing.gates_BLK.view(-1, top_k).double()
+    is_there_T1 = torch.ones_like(gates_TK[:, :1]) if valid_BL is None else valid_BL.reshape(-1, 1).double()
+    counts_E = is_there_T1.new_zeros(num_experts)
+    counts_E.scatter_add_(0, ids_TK.flatten(), is_there_T1.expand_as(gates_TK).flatten())
+    largest_T1 = gates_TK.amax(1, keepdim=True) / gates_TK.sum(1, keepdim=True).clamp_min(1e-20)
+    return torch.cat([counts_E, is_there_T1.sum(0), (largest_T1 * is_there_T1).sum(0)])

@@ -59,7 +59,9 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
     first = broadcast_object(dict(facts))
     pairs = {key: (facts.get(key), first.get(key)) for key in {**first, **facts}}
     differ = [
-        f"{key}={own!r} (rank 0: {of_first!r})" for key, (own, of_first) in pairs.items() if own != of_first
+        f"{key}={own!r} (rank 0: {of_first!r})"
+        for key, (own, of_first) in pairs.items()
+        if own != of_first and repr(own) != repr(of_first)  # a nan is no other than rank 0's
     ]
     wrong = [
         f"rank {rank} has {', '.join(of_rank)}"

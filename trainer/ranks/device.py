@@ -8,7 +8,9 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterable
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -111,10 +113,39 @@ def degrees(config: ParallelConfig, *, world: int, num_experts: int | None) -> t
 
 
 def use_plain_sum(model: torch.nn.Module) -> None:
-    """gloo has no PREMUL_SUM, which FSDP takes once its own gradient division is set to 1."""
+    """FSDP takes PREMUL_SUM once its own gradient division is set to 1. gloo has none, and NCCL sums in the
+    network (NVLS) without it only.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
+
+
+class Hardware(NamedTuple):
+    """What a rank runs on. capability: compute capability of a GPU; are_linked: its host's GPUs reach each
+    other's memory, None where only one is seen.
+    """
+
+    type: str
+    capability: tuple[int, int] = (0, 0)
+    are_linked: bool | None = None
+
+
+def hardware(on: torch.device) -> Hardware:
+    if on.type != "cuda":
+        return Hardware(on.type)
+    own = torch.cuda.current_device()
+    others = [other for other in range(torch.cuda.device_count()) if other != own]
+    are_linked = all(torch.cuda.can_device_access_peer(own, other) for other in others) if others else None
+    return Hardware(on.type, torch.cuda.get_device_capability(on), are_linked)
+
+
+def set_matmul_precision(*, dtypes: Iterable[str | None]) -> None:
+    """Of float32 matmuls on a GPU, from the dtypes that the run asks for. Where all are bfloat16, those that
+    are left in float32, the router's gate, multiply bfloat16 values: TF32 does so exactly, at tensor cores'
+    speed. A run that asks for float32 gets float32.
+    """
+    torch.set_float32_matmul_precision("highest" if "float32" in dtypes else "high")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

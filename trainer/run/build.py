@@ -3,6 +3,7 @@
 import inspect
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import afmoe_config, moe_layers
+from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
@@ -47,7 +49,12 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     program = program_of(config)
     check_sources(config, program)
     refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
-    first = program.spans[0].now
+    first, shapes = program.spans[0].now, {(span.now.micro_batch, span.now.seq_len) for span in program.spans}
+    here = device.hardware(on)
+    check_hardware(config, here)
+    if dist.get_rank() == 0:
+        warn_of_float32(config, here)
+    device.set_matmul_precision(dtypes=(config.dtype, config.model.expert_dtype))
     with refusing():
         program.check_split(num_ranks=groups.num_readers, num_streams=config.data.num_streams)
         stream = build_stream(
@@ -65,6 +72,8 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
+        clears_idle=here.capability[0] == 10,
+        dispatch=dispatch_of(config, max_tokens=max(rows * length for rows, length in shapes)),
         loss_weights=loss_weights(first),
         z_loss_weight=first.z_loss_weight,
     )
@@ -73,9 +82,11 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         dims,
         dtype=getattr(torch, config.dtype),
         activation_checkpoint=config.activation_checkpoint,
-        compile=config.compile,
+        compile="inductor" if config.compile else None,
+        num_shapes=len(shapes),
     )
-    initialize(model, device=on, seed=config.seed)
+    report = partial(print, flush=True) if dist.get_rank() == 0 else None
+    initialize(model, device=on, seed=config.seed, report=report)
     optimizer = build_optimizer(config, model)
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
@@ -140,6 +151,7 @@ def build_stream(
         on_bad=d.on_bad,
         max_bad=d.max_bad,
         max_document_mb=d.max_document_mb,
+        holdout=d.holdout,
         backend=d.backend,
         workers=d.workers,
         prefetch=d.prefetch,
@@ -167,7 +179,7 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
         try:
             sources[key.removeprefix("data.sources.")] = source_of(node, cache_dir=d.cache_dir)
         except Exception as error:  # of a user's own class, too
-            raise ConfigError(f"{key}: {' '.join(str(error.__cause__ or error).split())}") from error
+            raise ConfigError(f"{key}: {' '.join(said(error).split())}") from error
         if not hasattr(sources[key.removeprefix("data.sources.")], "fingerprint"):
             raise ConfigError(f"{key}={node['_target_']}: makes no source: it has no fingerprint")
         if getattr(sources[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
@@ -195,4 +207,9 @@ def refusing():
     except ConfigError:
         raise
     except (ValueError, TypeError, InstantiationException, DamagedError) as error:
-        raise ConfigError(str(error.__cause__ or error)) from error
+        raise ConfigError(said(error)) from error
+
+
+def said(error: Exception) -> str:
+    """What a constructor itself said: Hydra tells of it in an error of its own."""
+    return str(error.__cause__ or error) if isinstance(error, InstantiationException) else str(error)

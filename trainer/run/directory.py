@@ -12,7 +12,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -40,6 +41,7 @@ FIXED = (
     "data.shuffle",
     "data.document_mask",
     "data.packing",
+    "data.holdout",
     "balance.rule._target_",
     "optim._target_",
 )
@@ -106,11 +108,19 @@ def open_directory(
 
 def take(config: Config) -> TextIO:
     """Raises: ConfigError, InUseError."""
-    try:
+    with writing(run_dir=config.run_dir, name=config.name):
         return lock(run_directory(config))
+
+
+@contextmanager
+def writing(**keys: Any) -> Iterator[None]:
+    """Where the system refuses to write: ConfigError with the keys that say where."""
+    try:
+        yield
     except OSError as error:
-        refusal = f"run_dir={config.run_dir}, name={config.name}: cannot be written to ({error.strerror}"
-        raise ConfigError(f"{refusal}: {error.filename}); choose another directory with run_dir=") from None
+        refusal = f"{', '.join(f'{key}={value}' for key, value in keys.items())}: cannot be written to"
+        reason = f"({error.strerror}: {error.filename})" if error.filename else f"({error.strerror})"
+        raise ConfigError(f"{refusal} {reason}; choose another directory with run_dir=") from None
 
 
 def find_checkpoint(config: Config, own: Checkpoints) -> Found | None:

@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 
 from trainer.balance.trace import TraceWriter
-from trainer.checkpoint import DamagedError, Found, manifest_hash, write_durably
+from trainer.checkpoint import (
+    DamagedError,
+    Found,
+    json_of,
+    manifest_hash,
+    naturals,
+    reading,
+    write_durably,
+)
 from trainer.data import DataError, StreamState
 from trainer.metrics import MetricsLog
 from trainer.ranks.agree import broadcast_object
@@ -27,6 +35,7 @@ from trainer.run.state import Run
 from trainer.run.step import next_batches
 
 RECORD = "rolled_back.json"
+MOST_STEPS = 10**9  # the limit of `steps`
 log = logging.getLogger(__name__)
 
 
@@ -81,6 +90,8 @@ def roll_back(run: Run, metrics: MetricsLog | None) -> None:
             failed_at,
         )
         record_rollback(run.config, step=origin.step, steps=steps)
+    if run.evaluations is not None:
+        run.evaluations.rewind(run)
     logs = [metrics, *(observer for observer in run.balancer.observers if isinstance(observer, TraceWriter))]
     for written in filter(None, logs):
         written.rewind(origin.step)
@@ -147,14 +158,11 @@ def read_record(run: Run, origin: Found) -> dict[str, Any]:
 def _read_record(path: Path, origin: Found) -> dict[str, Any]:
     if not path.is_file() or origin.path.parent.parent.resolve() != path.parent.resolve():
         return {}
-    try:
-        record = json.loads(path.read_text())
+    remedy = "remove it to train again on the data that a roll-back passed over"
+    with reading(f"{path} cannot be read; {remedy}"):
+        record = json_of(path.read_bytes())
         is_of_origin = record["checkpoint"] == manifest_hash(origin.path)
-        counts = [int(count) for count in record["health"]]
-        steps = [int(number) for number in record["passed_over_steps"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); it says which data a roll-back passed "
-            "over. Remove it to train on that data again"
-        ) from error
-    return {"health": counts, "passed_over_steps": steps} if is_of_origin else {}
+        counts, steps = naturals(record["health"]), naturals(record["passed_over_steps"])
+        if len(counts) != 3 or not all(0 < number <= MOST_STEPS for number in steps):
+            raise ValueError(f"health={counts}, passed_over_steps={steps} cannot be")
+    return {"health": list(counts), "passed_over_steps": list(steps)} if is_of_origin else {}

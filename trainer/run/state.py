@@ -105,6 +105,7 @@ class Run:
     unread: BadDocument | DataError | None = None  # why this rank has no rows for the step
     about: dict[str, Any] = field(default_factory=dict)  # for the manifests of its checkpoints
     texts: dict[str, str] = field(default_factory=dict)  # files that go into each of them
+    evaluations: Any = None  # trainer.evaluate.Evaluations, once the run has started
     held: TextIO | None = None  # the lock of the run's directory, on rank 0
 
     @property

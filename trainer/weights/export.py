@@ -48,7 +48,11 @@ def command(arguments: list[str] | None) -> int:
     options = parsed(arguments)
     if options.verify or options.prompt is not None:
         need_transformers()
-    export(options)
+    try:
+        export(options)
+    except OSError as error:
+        remedy = "RUN must be readable, and OUT a place that can be written to and has room"
+        raise ConfigError(f"{error}; {remedy}") from error
     return OK
 
 
@@ -62,9 +66,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """Raises: ConfigError."""
     as_written = argparse.RawTextHelpFormatter
     parser = OneLineParser(prog="triquetra export", description=__doc__, formatter_class=as_written)
-    parser.add_argument("run", type=Path, help="a run's directory, or one of its checkpoints")
+    parser.add_argument("run", type=terminal.path, help="a run's directory, or one of its checkpoints")
     parser.add_argument("step", type=int, nargs="?", help="without it: the newest checkpoint")
-    parser.add_argument("out", type=Path, help="the directory to be made")
+    parser.add_argument("out", type=terminal.path, help="the directory to be made")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; without it: the run's"
     )

@@ -32,22 +32,23 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer import terminal
-from trainer.config import CONFIG_DIR, ConfigError, filled, nearest
+from trainer.config import CONFIG_DIR, ConfigError, check_values, filled, nearest, number, path
 from trainer.lab.ablate import table
 from trainer.lab.ablate.programs import PROGRAMS
 from trainer.lab.ablate.study import Job, checked, jobs_of, load_study, refuse_changed, study_path
 from trainer.lab.ablate.workers import FINISHED, must_stay, record_of, run_jobs
+from trainer.run.directory import writing
 
 OK, FAILED, REFUSED, STOPPED = 0, 1, 2, 130
 
 
 @dataclass(kw_only=True)
 class Options:
-    study: str = MISSING
-    seeds: int | None = None
-    workers: int = 2
+    study: str = path(MISSING)
+    seeds: int | None = number(None, at_least=1, at_most=10_000, why="a run of each arm for each")
+    workers: int = number(2, at_least=1, at_most=1024, why="a process each")
     only: list[str] = field(default_factory=list)
-    run_dir: str = "runs"
+    run_dir: str = path("runs")
     keep_checkpoints: bool = False
 
 
@@ -62,9 +63,7 @@ def parse(arguments: list[str]) -> tuple[Options, list[str]]:
     if isinstance(values.get("only"), str):
         values["only"] = [values["only"]]
     options = filled(Options, values)
-    for key, value in {"workers": options.workers, "seeds": options.seeds}.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}={value}: must be at least 1")
+    check_values(options)
     return options, [a for a in arguments if a not in ours]
 
 
@@ -124,8 +123,10 @@ def alone(directory: Path):
     """Children inherit the lock, so a study whose engine was killed is taken up only when they too are
     gone.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    with writing(run_dir=directory.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+        opened = (directory / ".lock").open("w")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -22,10 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # the backend "fake"
 from torch.utils import backend_registration
 
-from trainer.model import afmoe, moe, norm, parallelize
+from trainer.model import afmoe, dispatch, norm, parallelize
 from trainer.ranks import device
 
 NAME = "fakegpu"
+FUSED = (
+    "spread_gradient",
+    "gather_sum_in_order",
+)  # of model/dispatch: one kernel each, where they are compiled
 
 
 class Stream:
@@ -200,10 +204,10 @@ def stand_ins(watch) -> Iterator[None]:
 
     patches = [
         patch.object(afmoe.Attention, "__init__", initialise),
-        patch.object(afmoe, "create_attention_mask", lambda *args, **kwargs: None),
+        patch.object(afmoe.FlexAttention, "mask", lambda self, *args, **kwargs: None),
         patch.object(norm.nn_modules.RMSNorm, "forward", stand_in_norm),
         patch.object(
-            moe.TokenDispatcher,
+            dispatch.TokenDispatcher,
             "_sync_token_count_exchange",
             lambda *args: balanced_splits(*args, watch=watch),
         ),
@@ -211,6 +215,8 @@ def stand_ins(watch) -> Iterator[None]:
             selective, "get_save_ops", lambda self: saved(self) | {torch.ops.triquetra_plan.attention.default}
         ),
     ]
+    for name in FUSED:
+        patches.append(patch.object(dispatch, name, watch.as_one(getattr(dispatch, name).__wrapped__)))
     with ExitStack() as stack:
         for each in patches:
             stack.enter_context(each)

@@ -14,7 +14,7 @@ from trainer.program import Program, Span
 
 MOST_ROWS = 16  # of a microbatch
 MOST_REPLICAS = 64
-POLICIES = ("none", "selective", "full")
+POLICIES = ("none", "selective_experts", "selective", "full")
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,25 @@ class Watch(TorchDispatchMode):
 
         return wrapped
 
+    def as_one(self, function: Callable) -> Callable:
+        """A function that is compiled to one kernel: nothing between its arguments and its results is in
+        memory."""
+
+        def wrapped(*args):
+            before, self.paused = self.paused, True
+            try:
+                out = function(*args)
+            finally:
+                self.paused = before
+            tensors = [leaf for leaf in tree_leaves((args, out)) if isinstance(leaf, Tensor)]
+            self.kernels[self.phase] += 1
+            self.moved[self.phase, "other"] += sum(t.numel() * t.element_size() for t in tensors)
+            for tensor in tree_leaves(out):
+                self.see(tensor)
+            return out
+
+        return wrapped
+
     # -- what lives --------------------------------------------------------------------------------------
 
     def classes(self, tensor: Tensor) -> tuple[int, np.ndarray]:

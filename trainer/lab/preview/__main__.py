@@ -32,6 +32,7 @@ from trainer.run.directory import run_directory
 from trainer.train import INTERRUPTED, OK, REFUSED
 
 OWN = ("tokens_per_s", "device", "ranks", "out")
+SLOWEST = 1e-3  # [tokens/s] a token in a quarter of an hour
 ELSE_WIDTH = 24  # [characters] at least, of the column that wraps
 
 
@@ -73,10 +74,9 @@ def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
         tokens_per_s = float(speed)
     except ValueError:
         tokens_per_s = math.nan
-    if "tokens_per_s" in options and not 0 < tokens_per_s < math.inf:
-        raise ConfigError(
-            f"tokens_per_s={speed}: must be a number above 0, like 6e6; without it there are no days"
-        )
+    if "tokens_per_s" in options and not SLOWEST <= tokens_per_s < math.inf:
+        limit = f"at least {SLOWEST:g}; without it there are no days"
+        raise ConfigError(f"tokens_per_s={speed}: must be a number above 0, like 6e6, {limit}")
     program = program_of(config)
     program.check_split(num_ranks=int(ranks), num_streams=config.data.num_streams)
     if "device" in options:

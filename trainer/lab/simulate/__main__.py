@@ -13,6 +13,7 @@ Exit codes: 0 done · 2 refused configuration · 3 with ci=true: experts collaps
 
 import json
 import sys
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.lab.simulate.config import arms, load
 from trainer.lab.simulate.page import write_page
 from trainer.lab.simulate.result import METRICS
 from trainer.lab.simulate.run import simulate
+from trainer.run.directory import writing
 
 COLUMNS = (
     "steps_to_balance",
@@ -57,10 +59,17 @@ def run(overrides: list[str]) -> int:
         return train.OK
     config = load(overrides)
     compared = arms(config, overrides)
-    result = simulate(config, arms=compared, command=" ".join(["triquetra simulate", *overrides]))
-    config.directory.mkdir(parents=True, exist_ok=True)
-    (config.directory / "simulation.json").write_text(json.dumps(result))
-    write_page(result, config.directory / "simulation.html")
+    command = " ".join(["triquetra simulate", *overrides])
+    with writing(run_dir=config.run_dir, name=config.name):
+        config.directory.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+        try:
+            result = simulate(config, arms=compared, command=command)
+        except BaseException:
+            with suppress(OSError):  # something lies in it
+                config.directory.rmdir()
+            raise
+        (config.directory / "simulation.json").write_text(json.dumps(result))
+        write_page(result, config.directory / "simulation.html")
     print_table(result)
     print(f"{config.directory}: simulation.json, simulation.html ({result['seconds']:.0f} s)")
     for failure in result["failures"]:

@@ -1,16 +1,30 @@
 """What can be set in a simulation? The groups `balance` and `scores` are chosen as in training."""
 
 import difflib
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from trainer.config import CONFIG_DIR, BalanceConfig, ConfigError, GuardConfig, composed
+from trainer.config import (
+    CONFIG_DIR,
+    BalanceConfig,
+    ConfigError,
+    GuardConfig,
+    check_name,
+    check_values,
+    composed,
+    number,
+    path,
+)
+from trainer.run.memory import GIB, room_on
 
+COUNT = {"at_least": 0, "at_most": 10**9, "why": "no simulation has as many steps"}
+STEPS = COUNT | {"at_least": 1}
+LOGITS = 8  # [bytes] of a token and expert: its logit and noise
 ARMS = sorted(path.stem for path in (CONFIG_DIR / "balance").glob("*.yaml"))
 
 
@@ -19,28 +33,32 @@ class Thresholds:
     """What `ci=true` demands besides that no expert collapses; null: nothing."""
 
     # [even shares] of MaxVio over its floor, mean over the last fifth of the steps
-    excess_mean: float | None = None
+    excess_mean: float | None = number(None, at_least=-1e6, at_most=1e6, why="the busiest expert has no more")
     # until MaxVio, mean of 10 steps, is below `balanced_below`; counted to the first of the 10 steps
-    steps_to_balance: int | None = None
-    recovery_steps: int | None = None  # the same after the shift of the scores
+    steps_to_balance: int | None = number(None, **COUNT)
+    recovery_steps: int | None = number(None, **COUNT)  # the same after the shift of the scores
 
 
 @dataclass(kw_only=True)
 class SimulateConfig:
-    name: str | None = None  # of the directory <run_dir>/<name>; null: after level and rule
-    run_dir: str = "runs"
+    name: str | None = path(None)  # of the directory <run_dir>/<name>; null: after level and rule
+    run_dir: str = path("runs")
     level: Any = MISSING  # _target_: frozen | closed | tiny | replay (trainer/lab/simulate/levels.py)
-    layers: int = 2  # M
-    experts: int = 256  # E
-    top_k: int = 4  # K
-    tokens: int = 4096  # T, of a step
-    steps: int = 1000
-    seed: int = 0
-    seeds: int = 1  # runs with seed, seed + 1, ...
+    layers: int = number(2, at_least=1, at_most=4096, why="30 times the deepest published model")  # M
+    experts: int = number(256, at_least=1, at_most=65_536, why="a model may have no more")  # E
+    top_k: int = number(4, at_least=1, at_most=65_536, why="a model may have no more experts")  # K
+    tokens: int = number(4096, at_least=1, at_most=2**24, why="a step keeps logits of each")  # T, of a step
+    steps: int = number(1000, **STEPS)
+    seed: int = number(0, at_least=0, at_most=2**63 - 1, why="generators take 63 bits")
+    # runs with seed, seed + 1, ...
+    seeds: int = number(1, at_least=1, at_most=10_000, why="each run keeps its curves")
     compare: Any = None  # all, or a list of arms: [smebu,sign]
-    workers: int | None = None  # runs side by side; null: one for each core
-    ep: int = 8  # expert-parallel ranks, for the load of the busiest one
-    balanced_below: float = 0.6  # [even shares] MaxVio, mean of 10 steps
+    # runs side by side; null: one for each core
+    workers: int | None = number(None, at_least=1, at_most=1024, why="a process each")
+    # expert-parallel ranks, for the load of the busiest one
+    ep: int = number(8, at_least=1, at_most=65_536, why="a rank has an expert at least")
+    # [even shares] MaxVio, mean of 10 steps
+    balanced_below: float = number(0.6, above=0.0, at_most=1e6, why="everything is balanced")
     ci: bool = False  # exit code 3 if an expert collapsed or a threshold is missed
     thresholds: Thresholds = field(default_factory=Thresholds)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -85,34 +103,12 @@ def arms(config: SimulateConfig, overrides: list[str]) -> list[SimulateConfig]:
 
 
 def _check(c: SimulateConfig) -> None:
-    at_least = {
-        "layers": 1,
-        "experts": 1,
-        "top_k": 1,
-        "tokens": 1,
-        "steps": 1,
-        "seed": 0,
-        "seeds": 1,
-        "ep": 1,
-    }
-    for key, limit in at_least.items():
-        if (value := getattr(c, key)) < limit:
-            raise ConfigError(f"{key}={value}: must be at least {limit}")
-    if c.workers is not None and c.workers < 1:
-        raise ConfigError(f"workers={c.workers}: must be at least 1, or null for one per core")
+    check_values(c)
     if c.top_k > c.experts:
         raise ConfigError(f"top_k={c.top_k} exceeds experts={c.experts}")
     if c.experts % c.ep:
         choices = [n for n in range(1, min(c.experts, 64) + 1) if c.experts % n == 0]
         raise ConfigError(f"ep={c.ep} does not divide experts={c.experts}; use one of {choices}")
-    if not 0 < c.balanced_below < math.inf:
-        raise ConfigError(f"balanced_below={c.balanced_below}: must be above 0 and finite")
-    not_negative = {
-        f"balance.{name}": value for name, value in vars(c.balance).items() if name.endswith("loss_weight")
-    }
-    for key, value in not_negative.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{key}={value}: must be 0 or more")
     of_training = {
         "balance.trace": c.balance.trace,
         "balance.trace_required": c.balance.trace_required,
@@ -123,10 +119,18 @@ def _check(c: SimulateConfig) -> None:
             raise ConfigError(
                 f"{key}={value}: is for training runs, a simulation has no use for it; leave it out"
             )
-    for name, value in vars(c.thresholds).items():
-        if value is not None and not math.isfinite(value):
-            raise ConfigError(f"thresholds.{name}={value}: must be a finite number, or null for none")
-    if c.compare and c.compare != "all" and not (isinstance(c.compare, list) and c.compare):
+    if c.compare not in (None, "all") and not (isinstance(c.compare, list) and c.compare):
         raise ConfigError(f"compare={c.compare}: must be all or a list of arms, compare=[smebu,sign]")
-    if c.name is not None and (not c.name or Path(c.name).name != c.name or c.name in (".", "..")):
-        raise ConfigError(f"name={c.name!r}: must be one plain directory name, without / or ..")
+    if c.name is not None:
+        check_name("name", c.name)
+    _check_room(c)
+
+
+def _check_room(c: SimulateConfig) -> None:
+    """Of the logits of one step, which are most of what a simulation keeps."""
+    needed, room = LOGITS * c.tokens * c.experts, room_on(torch.device("cpu"))
+    if needed > room.num_bytes:
+        raise ConfigError(
+            f"tokens={c.tokens} x experts={c.experts}: the logits of a step would take "
+            f"{needed / GIB:,.1f} GiB, but {room.where} {room.num_bytes / GIB:,.1f} GiB; use fewer"
+        )

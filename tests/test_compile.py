@@ -1,0 +1,78 @@
+"""Does a model of compiled blocks compute what it computes without, at every length of a program?
+
+The backend is aot_eager: Dynamo and AOTAutograd trace, guard and partition as always, and run the same
+operators, so losses and gradients must be the same bits. What Inductor makes of the graphs is for a GPU.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+
+from tests.ranks import run_ranks
+from trainer.config import ModelConfig, ParallelConfig
+from trainer.model.afmoe import afmoe_config, moe_layers
+from trainer.model.init import initialize
+from trainer.model.parallelize import build_parallel, local
+from trainer.ranks import device
+
+# a dense local layer and a global one with experts: two kinds of blocks, two graphs a length
+SHAPE = ModelConfig(
+    vocab_size=64,
+    dim=32,
+    num_layers=2,
+    global_every=2,
+    num_dense_layers=1,
+    ffn_dim=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    window=6,
+    num_experts=8,
+    top_k=3,
+    expert_dim=24,
+    num_shared_experts=1,
+    route_scale=2.448,
+)
+LENGTHS, STEPS = (32, 48, 64, 40), 3
+
+
+def microbatches(backend: str | None, kind: str, ep: int) -> list[tuple]:
+    """Of STEPS at each length: the loss, all counts, a sum over the gradients; and the graphs made so far."""
+    dims = device.build_mesh(ParallelConfig(dp_shard=dist.get_world_size(), ep=ep), num_experts=8)
+    model = build_parallel(
+        afmoe_config(SHAPE, flex=False),
+        dims,
+        dtype=torch.bfloat16,
+        activation_checkpoint=kind,
+        compile=backend,
+        num_shapes=len(LENGTHS),
+    )
+    initialize(model, device=torch.device("cpu"), seed=0)
+    results = []
+    for length in LENGTHS:
+        for step in range(STEPS):
+            generator = torch.Generator().manual_seed(100 * length + 10 * step + dist.get_rank())
+            tokens_BL, labels_BL = torch.randint(0, 64, (2, 2, length), generator=generator)
+            loss = model(tokens_BL, None, labels_BL)
+            loss.backward()
+            gradients = [local(p.grad).double().abs().sum().item() for p in model.parameters()]
+            counts = [layer.tokens_per_expert_E.tolist() for layer in moe_layers(model)]
+            results.append(((loss.item(), counts, gradients), counters["stats"]["unique_graphs"]))
+            model.zero_grad()
+    return results
+
+
+@pytest.mark.timeout(900)  # two minutes of CPU time to compile, on a machine that may be busy
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_compiled_blocks_at_four_lengths(kind, ep):
+    """Same bits, counts too; each length is compiled in its first step alone, and the fourth one, past the 8
+    graphs that torch allows by default with four kinds of blocks, ends nothing."""
+    both = run_ranks(
+        lambda: [microbatches(backend, kind, ep) for backend in (None, "aot_eager")], ep, timeout_s=900.0
+    )
+    for eager, compiled in both:
+        assert [values for values, _ in compiled] == [values for values, _ in eager]
+        graphs = [number for _, number in compiled]
+        assert graphs == [2 * (i + 1) for i in range(len(LENGTHS)) for _ in range(STEPS)]
