@@ -155,7 +155,7 @@ class Watch(TorchDispatchMode):
         """Kind and classes of what `tensor` is the first view of."""
         kind, classes = self.kind, np.zeros(len(CLASSES))
         numel = tensor.untyped_storage().nbytes() // tensor.element_size()
-        if kind in ("weights", "gradients", "optimizer") or numel <= self.shard_numel:
+        if kind in ("weights", "gradients", "optimizer") or 0 < numel <= self.shard_numel:
             kind = "gradients" if kind == "reduced" else kind
             classes[0:2] = 1 - self.share, self.share
         elif kind in ("gathered", "reduced"):
