@@ -22,9 +22,6 @@ from pathlib import Path
 
 from trainer import terminal
 from trainer.config import Config, ConfigError, load, looked_up
-from trainer.lab.plan.calibration import Calibration
-from trainer.lab.plan.hardware import hardware
-from trainer.lab.plan.plan import plan
 from trainer.lab.preview.page import write_page
 from trainer.lab.preview.table import Preview, stretches, table, totals
 from trainer.program import program_of
@@ -90,6 +87,10 @@ def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
 
 def planned_speed(config: Config, device: str, *, ranks: int) -> float:
     """[tokens/s] over the whole program. Raises: ConfigError."""
+    from trainer.lab.plan.calibration import Calibration  # a preview without it starts sooner
+    from trainer.lab.plan.hardware import hardware
+    from trainer.lab.plan.plan import plan
+
     calibration = Calibration(device)
     planned = plan(config, hardware(device), calibration, ranks=ranks, searches=False)
     return planned.tokens / planned.seconds / calibration.width
