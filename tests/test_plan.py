@@ -17,11 +17,13 @@ from trainer.lab.plan.calibration import Calibration, read
 from trainer.lab.plan.hardware import hardware
 from trainer.lab.plan.layout import Layout, Traffic, layout_of, memory, sent_on, traffic
 from trainer.lab.plan.plan import plan, refuse_unfit
+from trainer.lab.plan.search import micro_batches
 from trainer.lab.plan.trace import OptimizerStep, traced
 from trainer.lab.plan.watch import Sent, Watch
 from trainer.lab.plan.whole import Traces
 from trainer.model.afmoe import afmoe_config, flops_per_token
 from trainer.model.parallelize import build_parallel
+from trainer.program import program_of
 from trainer.ranks import device
 
 LAYOUTS = [
@@ -196,6 +198,17 @@ def test_flop_is_that_of_the_model(tmp_path):
 )
 def test_bytes_by_link(key, per_node, expected):
     assert traffic(key, 100, per_node=per_node) == pytest.approx(expected)
+
+
+def test_a_layout_is_a_command_that_training_takes():
+    """12,288 sequences on 2,048 ranks are 6 a rank, 16,384 are 8; the extension has one row a rank."""
+    config = load(["experiment=trinity_large"])
+    layout = Layout(2048, 16, 8, 8, "full")
+    words = micro_batches(program_of(config), layout)
+    assert words == ["stage.warmup.micro_batch=6", "stage.phase1_larger_batch.micro_batch=8"]
+    again = program_of(load(["experiment=trinity_large", *layout.overrides(), *words]))
+    assert [span.now.micro_batch for span in again.spans] == [6, 6, 8, 8, 8, 8, 1]
+    again.check_split(num_ranks=2048, num_streams=2048)
 
 
 # -- wrong input -------------------------------------------------------------------------------------------

@@ -72,18 +72,17 @@ def search(
 
 
 def micro_batches(program: Program, layout: Layout) -> list[str]:
-    """Overrides of the spans in which the layout's micro_batch cannot be, in the order of the program."""
+    """Overrides of the spans in which the layout's micro_batch cannot be, or is not, in the order of the
+    program. Spans of other rows than the longest keep theirs."""
+    longest = max(program.spans, key=lambda span: span.end - span.start).now.seq_len
     words, holds, before = [], layout.micro_batch, program.spans[0].now.micro_batch
     for span in program.spans:
-        is_own = span.now.micro_batch != before
-        rows = (
-            span.now.micro_batch
-            if is_own
-            else rows_at_once(span.now, ranks=layout.ranks, most=layout.micro_batch)
-        )
-        if rows != holds and not is_own and span.name:
-            words.append(f"stage.{span.name}.micro_batch={rows}")
-        holds, before = rows, span.now.micro_batch
+        now = span.now
+        would_hold = now.micro_batch if now.micro_batch != before else holds
+        rows = rows_at_once(now, ranks=layout.ranks, most=layout.micro_batch)
+        holds, before = rows if now.seq_len == longest else now.micro_batch, now.micro_batch
+        if holds != would_hold and span.name:
+            words.append(f"stage.{span.name}.micro_batch={holds}")
     return words
 
 
