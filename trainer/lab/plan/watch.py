@@ -77,7 +77,7 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def making(self, kind: str, share: float, *, shard_numel: int = 0) -> Iterator[None]:
         """What is allocated here is of this kind, and this share of it belongs to experts. shard_numel:
-        what is no larger is a rank's part."""
+        of the buffers that hold a rank's part."""
         before = self.kind, self.share, self.shard_numel
         self.kind, self.share, self.shard_numel = kind, share, shard_numel
         yield
@@ -155,7 +155,7 @@ class Watch(TorchDispatchMode):
         """Kind and classes of what `tensor` is the first view of."""
         kind, classes = self.kind, np.zeros(len(CLASSES))
         numel = tensor.untyped_storage().nbytes() // tensor.element_size()
-        if kind in ("weights", "gradients", "optimizer") or 0 < numel <= self.shard_numel:
+        if kind in ("weights", "gradients", "optimizer") or 0 < numel == self.shard_numel:
             kind = "gradients" if kind == "reduced" else kind
             classes[0:2] = 1 - self.share, self.share
         elif kind in ("gathered", "reduced"):
