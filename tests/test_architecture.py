@@ -16,6 +16,7 @@ LAYERS = [
     "ranks.stop",
     "ranks.launcher",
     "ranks.agree",
+    "ranks.meeting",
     "program",
     "terminal",
     "records",
@@ -40,6 +41,8 @@ LAYERS = [
     "metrics",
     "ranks.watchdog",
     "run.health",
+    "run.garbage",
+    "run.profile",
     "run.directory",
     "run.state",
     "run.memory",
@@ -80,7 +83,7 @@ ONLY = {
     "terminal": [],
     "records": [],
     "balance": ["records"],
-    "ranks.device": ["config"],
+    "ranks.device": ["config", "ranks.meeting"],
     "ranks": [],
     "run": [],
     "lab": [],
@@ -93,6 +96,8 @@ ONLY = {
     "ranks.launcher": [],
     "ranks.watchdog": [],
     "run.health": [],
+    "run.garbage": [],
+    "run.profile": ["records"],
 }
 
 # Who may import a library (a module, or a package with a dot at its end); `[]`: nobody.

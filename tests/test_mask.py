@@ -34,6 +34,8 @@ from trainer.data.sources import Tokens
 class MaskedSource(ListSource):
     """Every third document has no mask; the others hide a random half of their tokens."""
 
+    masks = True
+
     def mask(self, i: int) -> np.ndarray | None:
         return np.random.default_rng(i).random(len(self.documents[i])) < 0.5 if i % 3 else None
 
@@ -162,6 +164,8 @@ def test_a_batch_of_documents_goes_through_a_pipe_as_it_is() -> None:
 )
 def test_a_mask_that_does_not_fit_its_tokens_ends_the_stream(mask: np.ndarray, message: str) -> None:
     class Wrong(ListSource):
+        masks = True
+
         def __getitem__(self, i: int) -> Document:
             return super().__getitem__(i)._replace(mask=mask)
 
@@ -171,6 +175,8 @@ def test_a_mask_that_does_not_fit_its_tokens_ends_the_stream(mask: np.ndarray, m
 
 def test_a_mask_of_text_is_refused() -> None:
     class Text(TextListSource):
+        masks = True
+
         def __getitem__(self, i: int) -> Document:
             return super().__getitem__(i)._replace(mask=np.ones(4, bool))
 
@@ -236,4 +242,12 @@ def test_a_snapshot_from_before_a_step_that_failed_is_whole() -> None:
 
 def test_counts_of_the_state_keep_their_order() -> None:
     """Checkpoints of earlier versions hold them by place."""
-    assert ("documents", "tokens", "open", "padding", "truncated", *data.BAD_KINDS) == data.COUNTED
+    assert (
+        "documents",
+        "tokens",
+        "open",
+        "padding",
+        "truncated",
+        *data.BAD_KINDS,
+        "held_out",
+    ) == data.COUNTED

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import rich
 
 from tests.corpora import PACK, TEXTS, forked, lines, outcome, outcomes, write, zstd
 from trainer import data
@@ -589,3 +590,14 @@ def test_reading_on_in_a_later_epoch_begins_in_its_middle(monkeypatch: pytest.Mo
     assert asked_until_read(source, 27, []) == "document 7"
     # and not ten of an epoch to find out that it ends before row 27
     assert FakeDataset.num_read == before + 1
+
+
+def test_the_files_of_an_installed_package_by_its_name() -> None:
+    """What its own directory holds; the package is not imported, and one that is not there is refused."""
+    source, directory = data.PythonSource(package="rich"), Path(rich.__file__).parent
+    assert {Path(source[i].where) for i in range(len(source))} == set(directory.rglob("*.py"))
+    assert source.fingerprint != data.PythonSource().fingerprint
+    with pytest.raises(ValueError, match=r"package=no_such_package: is no installed package"):
+        data.PythonSource(package="no_such_package")
+    with pytest.raises(ValueError, match=r"match=x: none of the \d+ files; an example is "):
+        data.PythonSource(match="x", package="rich")

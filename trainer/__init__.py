@@ -4,8 +4,13 @@ The names of `__all__` are the library (docs/library.md). `import trainer` impor
 fetched from its module when it is first asked for.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Read by torch when it first asks a GPU for memory: with fixed segments, rows that differ from microbatch to
+# microbatch, as an expert's do, leave gaps that nothing fits into. Whoever has set it has their own reason.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 if TYPE_CHECKING:
     from trainer.balance import RoutingStats, centered

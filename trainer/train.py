@@ -18,12 +18,16 @@ if __name__ == "__main__":  # the imports below take seconds
     StopRequest().__enter__()
 
 import logging
+import math
+import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -53,6 +57,8 @@ from trainer.ranks.stop import (
 from trainer.ranks.watchdog import Watchdog
 from trainer.run.build import build, refusing
 from trainer.run.directory import open_directory, record_start
+from trainer.run.garbage import Garbage
+from trainer.run.profile import Profile
 from trainer.run.recover import leave_unread, resume, roll_back
 from trainer.run.saving import finish_saving, save
 from trainer.run.state import Run
@@ -62,13 +68,32 @@ from trainer.weights.pretrained import refuse_early, start_from
 log = logging.getLogger(__name__)
 
 
-def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
-    """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end."""
+class BetweenSteps(Protocol):
+    """What is done besides training, where no step is under way."""
+
+    def begin(self, step: int) -> None:
+        """Before this step."""
+        ...
+
+
+def loop(
+    run: Run,
+    metrics: MetricsLog | None,
+    watchdog: Watchdog,
+    *,
+    between: Sequence[BetweenSteps] = (),
+    peak: float = math.inf,
+) -> None:
+    """Trains until the last step, or until some rank is told to stop; saves at intervals and at the end.
+
+    peak [FLOP/s]: of all ranks, that MFU is measured against.
+    """
     config = run.config
-    peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
     evaluate(run, metrics, watchdog, at_start=True)
     start_s, shape = time.perf_counter(), None
     while run.step < run.last_step and run.stop.agreed is None:
+        for other in between:
+            other.begin(run.step + 1)
         now, before = run.program.settings_at(run.tokens), run.stream.snapshot()
         compiles = shape != (shape := (now.micro_batch, now.seq_len))
         watchdog.heartbeat(f"step {run.step + 1}", limit_s=config.timeout_s if compiles else None)
@@ -85,7 +110,7 @@ def loop(run: Run, metrics: MetricsLog | None, watchdog: Watchdog) -> None:
         step_s = time.perf_counter() - start_s
         values["tokens_per_s"] = values["data/step_tokens"] / step_s
         values["mfu"] = values["data/step_flop"] / step_s / peak
-        values["memory_gib"] = device.memory_gib(run.device)
+        values |= device.memory(run.device)
         if metrics is not None:
             metrics.write(values, alarms=run.balancer.guard.take_alarms())
         if run.health.is_lost:
@@ -173,8 +198,9 @@ def _start(config: Config, stop: StopRequest) -> Run:
 def train(config: Config, *, stop: StopRequest | None = None) -> int:
     """The whole run on this rank. Returns the exit code. Raises: as `start`, and what ends a run early."""
     run = start(config, stop=stop)
-    directory, metrics = run.directory, None
+    directory, metrics, peak = run.directory, None, math.inf
     if dist.get_rank() == 0:
+        peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
         if config.balance.trace is not None:
             trace = TraceWriter(directory / config.balance.trace, after_step=run.step)
             run.balancer.observers += (trace,)
@@ -192,7 +218,9 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
     )
     watchdog.start()
     try:
-        loop(run, metrics, watchdog)
+        with ExitStack() as closing:
+            between = [closing.enter_context(other) for other in besides(run)]
+            loop(run, metrics, watchdog, between=between, peak=peak)
     except FloatingPointError:  # of all ranks alike: the checkpoint that is being written is from before
         watchdog.heartbeat("saving", limit_s=config.timeout_s)
         with suppress(SaveError):
@@ -204,6 +232,15 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
         if metrics is not None:
             metrics.close()
     return conclude(run)
+
+
+def besides(run: Run) -> list[Garbage | Profile]:
+    """What this rank does between steps."""
+    p, rank = run.config.profile, dist.get_rank()
+    if p.steps is None or p.rank != rank:
+        return [Garbage()]
+    first, last = p.steps
+    return [Garbage(), Profile(run.directory, first=first, last=last, rank=rank, device=run.device)]
 
 
 def announce(run: Run, loaded: Path | None) -> None:
@@ -278,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return terminal.run(partial(command, overrides), CODES)
     except Stopped as stopped:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if int(os.environ.get("RANK", 0)) == 0:  # there may be no process group yet
             print(stopped, file=sys.stderr)
         return stopped.code
     finally:

@@ -9,6 +9,7 @@ the run), reached.<rank> (a rank waits at its hook to be killed), digests.<rank>
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ import trainer.ranks.agree
 import trainer.run.build
 import trainer.run.step
 from trainer import train
-from trainer.checkpoint.transfer import StagedPlanner
+from trainer.checkpoint.transfer import Staging
 from trainer.model.parallelize import local
 from trainer.optim import Optimizers
 from trainer.ranks import device
@@ -181,12 +182,12 @@ MOMENTS = {
     "the optimizer": (trainer.run.build, "Optimizers"),
     "the directory": (train, "open_directory"),
     "watching": (train, "Watchdog"),
-    "the peak": (device, "peak_flops"),
+    "the garbage": (gc, "freeze"),
     "rows": (train, "next_batches"),
     "a step": (train, "train_step"),
     "the gradient": (trainer.run.step, "squared_gradient_norm"),
     "the update": (Optimizers, "step"),
-    "copying": (StagedPlanner, "stage"),
+    "copying": (Staging, "stage"),
     "loading": (train, "resume"),
     "writing": (storage, "save_file"),
     "the last save": (train, "finish_saving"),

@@ -19,29 +19,31 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from trainer.checkpoint.foreign import DamagedError, shown
 from trainer.checkpoint.manifest import MANIFEST, file_entry, problems, write_manifest
 from trainer.checkpoint.storage import (
     INDEX,
-    SafetensorsWriter,
+    forget_index,
     make_durable,
     read_index,
+    shard_name,
     write_durably,
+    write_index,
+    write_shard,
 )
-from trainer.checkpoint.transfer import StagedPlanner, first_failure, load_into
+from trainer.checkpoint.transfer import Staged, Staging, load_into
 from trainer.ranks.agree import all_gather_objects, broadcast_object
 
 LATEST = "latest"
+LAZY = "TORCH_GLOO_LAZY_INIT"  # read by torch when it makes a group
 MAX_MISSES = 3  # checkpoints in a row that could not be written; then the run ends
 REMEDY = "run_dir= or name= chooses another directory"
 NAME = re.compile(r"step-(\d{8,})")
@@ -81,7 +83,7 @@ class Checkpoints:
         self.broken: Exception | None = None
         self.thread: threading.Thread | None = None
         self.group: dist.ProcessGroup | None = None
-        self.planner = StagedPlanner()
+        self.staging = Staging()
 
     # -- what is there --
 
@@ -144,16 +146,23 @@ class Checkpoints:
         Raises: SaveError when MAX_MISSES in a row could not be written.
         """
         self.finish()
-        if self.group is None and dist.get_world_size() > 1:
-            # Apart from the step's collectives, which go on meanwhile; writing may take its time, a dead rank
-            # is seen at once.
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-        self.planner.stage(state)
-        job = (step, state, dict(about or {}), dict(texts or {}))
+        self.connect()
+        job = (step, self.staging.stage(state), dict(about or {}), dict(texts or {}))
         self.thread = threading.Thread(target=self._write, args=job, name="checkpoint", daemon=True)
         self.thread.start()
         if wait:
             self.finish()
+
+    def connect(self) -> None:
+        """Makes the group in which the ranks agree on a save, apart from the step's collectives, which go on
+        meanwhile. Two ranks connect when they first speak: all pairs of 2,048 would take minutes. Writing may
+        take its time; a dead rank is seen at once.
+        """
+        if self.group is None and dist.get_world_size() > 1:
+            before = os.environ.get(LAZY)
+            os.environ[LAZY] = "1"
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+            os.environ.pop(LAZY) if before is None else os.environ.update({LAZY: before})
 
     def finish(self) -> None:
         """Waits until nothing is being written. Raises: SaveError, on all ranks."""
@@ -185,12 +194,9 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001  # a rank is gone, so there is no agreeing on anything; `finish` raises it
             self.broken = error
 
-    def _attempt(
-        self, step: int, state: dict[str, Any], about: dict[str, Any], texts: dict[str, str]
-    ) -> str | None:
+    def _attempt(self, step: int, staged: Staged, about: dict[str, Any], texts: dict[str, str]) -> str | None:
         """What went wrong, the same on all ranks; then the draft is gone, and all else as it was."""
         draft = self.directory / f".{self.path(step).name}.draft"
-        writer = SafetensorsWriter(draft, rank=dist.get_rank())
 
         def prepare() -> None:
             if os.path.lexists(self.path(step)):
@@ -199,19 +205,16 @@ class Checkpoints:
             draft.mkdir(parents=True)
 
         def write() -> dict[str, Any]:
-            dcp.save(
-                state,
-                storage_writer=writer,
-                planner=self.planner,
-                process_group=self.group,
-                no_dist=self.group is None,
-            )
-            own = draft / writer.file
-            return {own.name: file_entry(own)} if own.exists() else {}
+            if not staged.pieces:  # what this rank holds others hold too, and write
+                return {}
+            own = draft / shard_name(dist.get_rank())
+            write_shard(own, staged.pieces)
+            return {own.name: file_entry(own)}
 
         def commit() -> None:
             for name, text in texts.items():
                 write_durably(draft / name, text)
+            write_index(draft, staged.plan)
             entries = files | {name: file_entry(draft / name) for name in (INDEX, *texts)}
             write_manifest(
                 draft,
@@ -237,27 +240,23 @@ class Checkpoints:
 
     def _first(self, action: Callable[[], Any]) -> str | None:
         """Rank 0 acts; all hear what went wrong."""
-        said: list[str | None] = [attempted(action)[1] if dist.get_rank() == 0 else None]
+        return self._told(attempted(action)[1] if dist.get_rank() == 0 else None)
+
+    def _each(self, action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
+        """Every rank acts; all hear what went wrong on the first of them. The results, united, on rank 0."""
+        own = attempted(action)
+        answers = [own] * dist.get_world_size() if dist.get_rank() == 0 else None
+        if self.group is not None:
+            dist.gather_object(own, answers, dst=0, group=self.group)
+        problem = self._told(first_problem(answers) if answers is not None else None)
+        return {name: entry for result, _ in answers or [] for name, entry in (result or {}).items()}, problem
+
+    def _told(self, problem: str | None) -> str | None:
+        """What rank 0 says, on all ranks."""
+        said = [problem]
         if self.group is not None:
             dist.broadcast_object_list(said, src=0, group=self.group)
         return said[0]
-
-    def _each(self, action: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], str | None]:
-        """Every rank acts; all hear what went wrong on the first of them. The results, united."""
-        own = attempted(action)
-        answers = [own]
-        if self.group is not None:
-            answers = [own] * dist.get_world_size()
-            dist.all_gather_object(answers, own, group=self.group)
-        failed = [(rank, said) for rank, (_, said) in enumerate(answers) if said]
-        problem = (
-            failed[0][1]
-            if len(failed) == len(answers)
-            else f"rank {failed[0][0]}: {failed[0][1]}"
-            if failed
-            else None
-        )
-        return {name: entry for result, _ in answers for name, entry in (result or {}).items()}, problem
 
     def _purge(self) -> None:
         """Deletes all but the newest whole ones, and those that are kept for good."""
@@ -350,7 +349,10 @@ class Checkpoints:
         """Fills the tensors of `state` in place, each rank its own part, and returns it. Raises: ValueError,
         DamagedError.
         """
-        return load_into(state, directory=self.path(step), index=read_index(self.path(step)))
+        try:
+            return load_into(state, directory=self.path(step), index=read_index(self.path(step)))
+        finally:
+            forget_index()
 
     def shape(self, step: int, name: str) -> tuple[int, ...]:
         """Of a saved tensor."""
@@ -375,7 +377,14 @@ def attempted(action: Callable[[], Any]) -> tuple[Any, str | None]:
     """(its result, None) or (None, what it raised)."""
     try:
         return action(), None
-    except CheckpointException as error:
-        return None, first_failure(error)
     except Exception as error:  # noqa: BLE001  # a full disk has many names
         return None, f"{type(error).__name__}: {shown(error)}"
+
+
+def first_problem(answers: Sequence[tuple[Any, str | None]]) -> str | None:
+    """Of the ranks that failed; without the rank where all of them did."""
+    failed = [(rank, said) for rank, (_, said) in enumerate(answers) if said]
+    if not failed:
+        return None
+    rank, said = failed[0]
+    return said if len(failed) == len(answers) else f"rank {rank}: {said}"

@@ -1,5 +1,5 @@
-"""How do tensors lie on disk? torch's DCP plans who writes and reads what; here are its files, which hold
-tensors and JSON only.
+"""How do tensors lie on disk? layout.py plans who writes what, torch's DCP who reads what; here are the
+files, which hold tensors and JSON only.
 
     rank-00000.safetensors   the pieces that rank 0 wrote, each under the key <tensor>@<offsets>
     index.json               {tensor: {dtype, shape, pieces: [{file, key, offsets, sizes}]}}
@@ -10,14 +10,15 @@ DCP's own storage keeps its index as a pickle, and reading one runs whatever is 
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import StorageReader, StorageWriter
+from torch.distributed.checkpoint import StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -25,25 +26,26 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from trainer.checkpoint.cover import uncovered
 from trainer.checkpoint.foreign import (
     CODES,
     DamagedError,
+    json_of,
     naturals,
     plain_name,
-    read_json,
     read_shapes,
     reading,
     shown,
     size_of,
 )
+from trainer.checkpoint.layout import Plan, Planned
 
 INDEX = "index.json"
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,49 +70,21 @@ class StoredTensor:
 Index = Mapping[str, StoredTensor]
 
 
-class SafetensorsWriter(StorageWriter):
-    """One rank's file of a checkpoint, made durable, and on the coordinator the index."""
+def write_shard(path: Path, pieces: dict[str, torch.Tensor]) -> None:
+    """One rank's file of a checkpoint, made durable."""
+    save_file(pieces, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
+    make_durable(path)
 
-    def __init__(self, directory: Path, *, rank: int):
-        self.directory, self.file = directory, f"rank-{rank:05d}.safetensors"
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        by_key = {_key(item.index): (item, planner.resolve_data(item)) for item in plan.items}
-        if by_key:  # a rank may hold nothing that another one does not write
-            path = self.directory / self.file
-            save_file({key: tensor for key, (_, tensor) in by_key.items()}, path)
-            # safetensors makes files that their owner alone can read
-            path.chmod(self.directory.stat().st_mode & 0o666)
-            make_durable(path)
-        done = Future[list[WriteResult]]()
-        done.set_result(
-            [
-                WriteResult(item.index, tensor.nbytes, storage_data=self.file)
-                for item, tensor in by_key.values()
-            ]
-        )
-        return done
+def write_index(directory: Path, plan: Plan) -> None:
+    """Where the pieces of all ranks lie: rank 0 knows without asking them."""
+    entries = {name: _entry(name, planned) for name, planned in plan.items()}
+    write_durably(directory / INDEX, json.dumps(entries))
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        file_of = {_key(written.index): written.storage_data for of_rank in results for written in of_rank}
-        index = {name: _stored(name, saved, file_of) for name, saved in metadata.state_dict_metadata.items()}
-        write_durably(
-            self.directory / INDEX, json.dumps({name: _as_json(stored) for name, stored in index.items()})
-        )
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None: ...
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
+def shard_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
 class SafetensorsReader(StorageReader):
@@ -167,15 +141,23 @@ def read_box(opened: Any, key: str, *, offsets: Iterable[int], sizes: Iterable[i
     return part[tuple(box[len(box) - len(part.get_shape()) :])].view(sizes)
 
 
-def read_index(directory: Path) -> dict[str, StoredTensor]:
+def read_index(directory: Path) -> Index:
     """Raises: DamagedError, also where the pieces of a tensor do not hold each of its elements once."""
     path = directory / INDEX
     with reading(path):
         size_of(path)
-        entries = read_json(path)
+        return _index_of(path, path.read_bytes())
+
+
+@lru_cache(maxsize=1)  # a start reads it to verify, for the shapes, and to load: 4 s each for 2,048 ranks
+def _index_of(path: Path, content: bytes) -> Index:
+    entries = json_of(content)
     index = {name: _from_json(entry, where=f"{path}: {shown(name)}") for name, entry in entries.items()}
     refuse_uncovered(index, where=path)
     return index
+
+
+forget_index = _index_of.cache_clear  # 0.4 GB, for 2,048 ranks
 
 
 def refuse_uncovered(index: Index, *, where: Path) -> None:
@@ -222,22 +204,21 @@ def key_of(name: str, offsets: Iterable[int]) -> str:
     return f"{name}@{','.join(map(str, offsets))}"
 
 
-def _key(index: MetadataIndex) -> str:
-    return key_of(index.fqn, index.offset or ())
-
-
 def _index(name: str, piece: TensorPiece) -> MetadataIndex:
     return MetadataIndex(name, torch.Size(piece.offsets))
 
 
-def _stored(name: str, saved: Any, file_of: Mapping[str, str]) -> StoredTensor:
-    pieces = []
-    for chunk in (chunk for chunk in saved.chunks if 0 not in chunk.sizes):
-        key = key_of(name, chunk.offsets)
-        pieces.append(
-            TensorPiece(file=file_of[key], key=key, offsets=tuple(chunk.offsets), sizes=tuple(chunk.sizes))
-        )
-    return StoredTensor(dtype=saved.properties.dtype, shape=tuple(saved.size), pieces=tuple(pieces))
+def _entry(name: str, planned: Planned) -> dict[str, Any]:
+    pieces = [
+        {
+            "file": shard_name(rank),
+            "key": key_of(name, box.offsets),
+            "offsets": box.offsets,
+            "sizes": box.sizes,
+        }
+        for box, rank in planned.pieces()
+    ]
+    return {"dtype": NAMES[planned.dtype], "shape": planned.shape, "pieces": pieces}
 
 
 def _metadata(stored: StoredTensor) -> TensorStorageMetadata:
@@ -245,10 +226,6 @@ def _metadata(stored: StoredTensor) -> TensorStorageMetadata:
         ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes)) for piece in stored.pieces
     ]
     return TensorStorageMetadata(TensorProperties(dtype=stored.dtype), torch.Size(stored.shape), chunks)
-
-
-def _as_json(stored: StoredTensor) -> dict[str, Any]:
-    return asdict(stored) | {"dtype": str(stored.dtype).removeprefix("torch.")}
 
 
 def _from_json(entry: Mapping[str, Any], *, where: str) -> StoredTensor:

@@ -68,6 +68,21 @@ class OneOf:
         return f"must be one of {', '.join(names)}{hint}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FirstAndLast:
+    """[a, b], two steps; at_most: of them, from a to b, and `why` no more."""
+
+    at_most: int
+    why: str
+
+    def problem(self, value: list[int]) -> str | None:
+        if len(value) != 2 or not 1 <= value[0] <= value[1]:
+            return "must be [first step, last step], the first one at least 1 and not behind the last"
+        if value[1] - value[0] >= self.at_most:
+            return f"must be at most {self.at_most} steps ({self.why})"
+        return None
+
+
 @dataclass(frozen=True)
 class NotEmpty:
     """A path or a name. An empty shell variable must not mean the current directory."""
@@ -109,6 +124,11 @@ def path(default: Any) -> Any:
 def target(*, partial: bool, example: str) -> dict[str, Bound]:
     """A field's metadata."""
     return {BOUND: Target(partial, example)}
+
+
+def first_and_last(*, at_most: int, why: str) -> dict[str, Bound]:
+    """A field's metadata."""
+    return {BOUND: FirstAndLast(at_most=at_most, why=why)}
 
 
 def bounds_of(schema: Any) -> Iterator[tuple[dataclasses.Field, Bound | None]]:

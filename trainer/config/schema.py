@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from trainer.config.bounds import choice, number, path, target
+from trainer.config.bounds import choice, first_and_last, number, path, target
 
 DTYPES = ("float32", "bfloat16")
 MXFP8 = "mxfp8"  # of experts alone: 8 bits, with a scale for each 32 numbers
@@ -163,6 +163,10 @@ class ParallelConfig:
     ep: int = number(1, **RANKS)
     # what takes tokens to the ranks of their experts: all_to_all | deepep | hybridep (GPU, deep_ep)
     dispatcher: str = choice("all_to_all", "all_to_all", "deepep", "hybridep")
+    # a block gathers its weights again for its backward; false: it keeps them from its forward on, all layers
+    # at once: an all-gather in three is saved, for the memory of the whole model in `dtype`
+    reshard_after_forward: bool = True
+    reduce_dtype: str = choice("float32", *DTYPES)  # of gradients on their way between ranks
 
 
 @dataclass(kw_only=True)
@@ -200,6 +204,17 @@ class LoggingConfig:
     interval: int = number(1, **STEPS)
     # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
     tracker: Any = field(default=None, metadata=target(partial=True, example=TRACKER))
+
+
+@dataclass(kw_only=True)
+class ProfileConfig:
+    """Which steps torch's profiler watches (trainer/run/profile.py)."""
+
+    # [first, last], one after the other; null: none
+    steps: list[int] | None = field(
+        default=None, metadata=first_and_last(at_most=20, why="a trace takes 5 MB a step and more")
+    )
+    rank: int = number(0, at_least=0, at_most=2**20, why="no machine has as many ranks")  # that is watched
 
 
 _SpanWeights = make_dataclass(
@@ -274,6 +289,7 @@ class Config:
     skip: SkipConfig = field(default_factory=SkipConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 ConfigStore.instance().store(name="schema", node=Config)

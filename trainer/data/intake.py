@@ -231,10 +231,15 @@ class Intake:
         return batch
 
     def document(self, source: int, place: int) -> Document | BadDocument | None:
+        reader = self.readers[source]
         try:
-            return self.readers[source].read(place)
+            document = reader.read(place)
         except BadDocument as bad:
             return bad
+        if document is not None and document.mask is not None and not reader.masks:
+            remedy = "its class must have masks = True, so that all ranks know of it"
+            raise DataError(f"{reader.key}: {document.where} has a mask; {remedy}")
+        return document
 
 
 def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tokens | BadDocument | None:

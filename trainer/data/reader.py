@@ -46,6 +46,7 @@ class Reader:
         if self.num_documents == 0:
             raise ValueError(f"the corpus holds no document; check {key}")
         self.source, self.key, self.shuffle, self.repeat = source, key, shuffle, repeat
+        self.masks = bool(getattr(source, "masks", False))
         self.num_streams, self.retries, self.wait_s = num_streams, retries, wait_s
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
         self.due: dict[int, int] = {}  # of a forward source: the document that each stream reads next

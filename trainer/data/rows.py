@@ -32,25 +32,33 @@ class Pieces(NamedTuple):
     ]  # where the piece starts; which of the labels from there on are targets
 
 
-def write(pieces: Pieces, rows_NT: np.ndarray, *, document_mask: bool, seq_len: int) -> int:
-    """Fills the rows in place. Returns the number of tokens that are no padding."""
+class Written(NamedTuple):
+    tokens: int  # that are no padding
+    withheld: int  # labels that a mask takes away
+
+
+def write(pieces: Pieces, rows_NT: np.ndarray, *, document_mask: bool, seq_len: int) -> Written:
+    """Fills the rows in place."""
     filled = pieces.ends[-1] if pieces.ends else 0
     num_planes = len(rows_NT)
     if filled < rows_NT.shape[1]:
         rows_NT[:, filled:] = BLANK_N1[:num_planes]
     if not filled:
-        return 0
+        return Written(0, 0)
     rows_NT = rows_NT[:, :filled]
     tokens_T, labels_T = rows_NT[TOKENS], rows_NT[LABELS]
     np.concatenate(pieces.ids, out=tokens_T)
     labels_T[:-1] = tokens_T[1:]
     labels_T[np.array(pieces.ends) - 1] = pieces.targets
+    withheld = 0
     for start, is_target in pieces.masks:
-        labels_T[start : start + len(is_target)][~is_target] = IGNORED
+        labels = labels_T[start : start + len(is_target)]
+        withheld += np.count_nonzero(labels[~is_target] != IGNORED)
+        labels[~is_target] = IGNORED
     if document_mask:
         np.concatenate(pieces.positions, out=rows_NT[POSITIONS])
     else:
         rows_NT[POSITIONS] = np.arange(filled) % seq_len
     if num_planes > SOURCES:
         rows_NT[SOURCES] = np.repeat(pieces.sources, np.diff(pieces.ends, prepend=0))
-    return filled
+    return Written(filled, withheld)

@@ -9,6 +9,7 @@ processes, so a source must not hold a file's position.
 
 import glob
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -55,7 +56,9 @@ class BadDocument(Exception):
 
 
 class Source(Protocol):
-    """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`."""
+    """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`. One
+    whose documents have masks says so: `masks = True`.
+    """
 
     fingerprint: str  # which corpus this is: equal on every machine that holds the same one
 
@@ -206,10 +209,11 @@ class PythonSource(TextSource):
     """The running interpreter's standard library: real text that every machine has (3.11: 32 MB).
 
     `match`: a regular expression for the files' names below the library's directory; without it, all.
+    `package`: the name of an installed package, whose files are taken in place of the library's.
     """
 
-    def __init__(self, match: str = ".*") -> None:
-        root = Path(sysconfig.get_path("stdlib"))
+    def __init__(self, match: str = ".*", package: str | None = None) -> None:
+        root = Path(sysconfig.get_path("stdlib")) if package is None else directory_of(package)
         installed = (root / "site-packages", root / "dist-packages")
         packages = [path for path in root.iterdir() if path.is_dir() and path not in installed]
         try:
@@ -220,10 +224,20 @@ class PythonSource(TextSource):
         modules = sorted(file for file in chain.from_iterable(files) if file.is_file())
         self.files = [file for file in modules if wanted.fullmatch(file.relative_to(root).as_posix())]
         if not self.files:
-            raise ValueError(
-                f"match={match}: none of the library's {len(modules)} files; an example is json/decoder.py"
-            )
+            example = modules[0].relative_to(root).as_posix() if modules else "a package with Python files"
+            raise ValueError(f"match={match}: none of the {len(modules)} files; an example is {example}")
         self.fingerprint = hashed_files(self.files)
+
+
+def directory_of(package: str) -> Path:
+    """Where an installed package lies; it is not imported. Raises: ValueError."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"package={package}: cannot be looked up ({error})") from None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"package={package}: is no installed package; give one that is, like rich")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 RAREST = 6  # [deviations] that one document in a billion exceeds

@@ -48,7 +48,7 @@ from trainer.data.virtual import StreamSettings, VirtualStream
 FEW_BAD = 10  # documents that say nothing about a corpus
 # Since the start of the run. documents: read to their ends; tokens: delivered, without padding; open:
 # tokens of opened documents that are still to be delivered; held_out: documents passed over for evaluations.
-COUNTED = ("documents", "tokens", "open", "padding", "truncated", HELD_OUT, *BAD_KINDS)
+COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS, HELD_OUT)
 PACKINGS = {"stream": VirtualStream.concatenate, "fit": VirtualStream.best_fit}
 
 
@@ -130,6 +130,7 @@ class TokenStream:
         self.batch = SourcedBatch if config.with_sources else Batch
         self.totals = Counter[str]()
         self.step_tokens = 0  # tokens of this rank's last step that are no padding
+        self.step_withheld = 0  # labels of it that masks take away
         sources = {f"data.sources.{name}": source[name] for name in self.names} or {"data.source": source}
         self.readers = [reader_of(config, key, part) for key, part in sources.items()]
         self.intake = Intake(
@@ -147,6 +148,11 @@ class TokenStream:
         self.virtual = [self.virtual_stream(number) for number in self.streams]
         self.begin()
         self.read_ahead(config.prefetch)
+
+    @property
+    def may_mask(self) -> bool:
+        """Does any source say that its documents have masks? The same on all ranks."""
+        return any(reader.masks for reader in self.readers)
 
     @property
     def num_streams(self) -> int:
@@ -221,7 +227,8 @@ class TokenStream:
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{message}; use one of {divisors(num_rows)}")
-        self.step_tokens, before = 0, self.totals["tokens"]
+        self.step_tokens = self.step_withheld = 0
+        before, withheld_before = self.totals["tokens"], self.totals["withheld"]
         self.read_ahead(prefetch if has_workers else 1)
         rows_NVT = np.empty((len(self.batch._fields), len(self.streams), now.num_tokens), np.int64)
         pack = PACKINGS[self.config.packing]
@@ -230,6 +237,7 @@ class TokenStream:
         if has_workers:
             self.read_ahead(prefetch)
         self.step_tokens = self.totals["tokens"] - before
+        self.step_withheld = self.totals["withheld"] - withheld_before
         rows_NBL = torch.from_numpy(rows_NVT.reshape(-1, num_rows, now.seq_len))
         return list(map(self.batch, *(rows_BL.split(micro_batch) for rows_BL in rows_NBL)))
 

@@ -136,9 +136,10 @@ class VirtualStream:
             self.write(row, rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len], now.seq_len)
 
     def write(self, pieces: Pieces, rows_NT: np.ndarray, seq_len: int) -> None:
-        filled = write(pieces, rows_NT, document_mask=self.document_mask, seq_len=seq_len)
-        self.totals["tokens"] += filled
-        self.totals["padding"] += rows_NT.shape[1] - filled
+        written = write(pieces, rows_NT, document_mask=self.document_mask, seq_len=seq_len)
+        self.totals["tokens"] += written.tokens
+        self.totals["withheld"] += written.withheld
+        self.totals["padding"] += rows_NT.shape[1] - written.tokens
 
     def has_more(self, now: StreamSettings) -> bool:
         """Peeks at the document that the next step would take first; calling it has no side effect."""

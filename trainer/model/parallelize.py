@@ -7,6 +7,7 @@ from functools import partial
 import spmd_types as spmd
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
@@ -54,11 +55,15 @@ def build_parallel(
     activation_checkpoint: str = "none",
     compile: str | None = None,
     num_shapes: int = 1,
+    reshard_after_forward: bool = True,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> Afmoe:
     """The model on the meta device, spread over the meshes of `dims`.
 
-    dtype: of weights in forward and backward; the weights themselves and the reduced gradients are float32.
-    compile: the backend that blocks are compiled with; num_shapes: of microbatches, in the whole run.
+    dtype: of weights in forward and backward; the weights themselves and their gradients are float32, and are
+    reduced over ranks in reduce_dtype. reshard_after_forward: a block gives its gathered weights back between
+    its forward and its backward, and gathers them twice. compile: the backend that blocks are compiled with;
+    num_shapes: of microbatches, in the whole run.
     Gradients are summed over ranks, not averaged: the loop divides once, by the global number of tokens.
     """
     if dims.ep_enabled:
@@ -90,8 +95,9 @@ def build_parallel(
         model,
         mesh,
         param_dtype=dtype,
-        reduce_dtype=torch.float32,
+        reduce_dtype=reduce_dtype,
         pp_enabled=False,
+        reshard_after_forward_policy="default" if reshard_after_forward else "never",
         ep_degree=dims.ep,
         edp_mesh=dims.get_mesh([*replicate, "efsdp"]) if dims.ep_enabled else None,
     )
@@ -109,6 +115,15 @@ def _compile(model: Afmoe, dims: ParallelDims, *, backend: str | None) -> None:
 def _checkpoint(model: Afmoe, *, kind: str) -> None:
     if kind != "none":
         CHECKPOINTING[kind].build().apply(model)
+
+
+def reduce_over_replicas(model: nn.Module, *, now: bool) -> None:
+    """Does the next backward pass sum its gradients over the replicas of HSDP? If not, a rank adds them to
+    those of the next microbatch, in its shard: a step then sends the same bytes however many it has.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(now, recurse=False)
 
 
 def squared_gradient_norm(model: nn.Module) -> Tensor:

@@ -52,11 +52,16 @@ def refusing_on_all(
     return result
 
 
-def refuse_disagreement(facts: Mapping[str, Any]) -> None:
+def refuse_disagreement(
+    facts: Mapping[str, Any],
+    *,
+    agreed: Callable[[Any], Any] = broadcast_object,
+    gathered: Callable[[Any], list[Any]] = all_gather_objects,
+) -> None:
     """Raises: ConfigError, on all ranks, that names a rank whose facts are not those of rank 0, and the
     difference.
     """
-    first = broadcast_object(dict(facts))
+    first = agreed(dict(facts))
     pairs = {key: (facts.get(key), first.get(key)) for key in {**first, **facts}}
     differ = [
         f"{key}={own!r} (rank 0: {of_first!r})"
@@ -65,7 +70,7 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
     ]
     wrong = [
         f"rank {rank} has {', '.join(of_rank)}"
-        for rank, of_rank in enumerate(all_gather_objects(differ))
+        for rank, of_rank in enumerate(gathered(differ or None))
         if of_rank
     ]
     if wrong:
@@ -75,10 +80,13 @@ def refuse_disagreement(facts: Mapping[str, Any]) -> None:
         )
 
 
-def end_if_told(stop: StopRequest) -> None:
-    """Called between two phases of a start. Raises: Stopped, on all ranks, if any was asked to end."""
-    if dist.is_initialized():
-        codes = all_gather_objects(stop.code)
+def end_if_told(stop: StopRequest, *, ask: Callable[[Any], list[Any]] | None = None) -> None:
+    """Between two phases of a start. ask: each rank's value, of ranks that have no process group yet.
+
+    Raises: Stopped, on all ranks, if any was told to end.
+    """
+    if ask is not None or dist.is_initialized():
+        codes = (ask or all_gather_objects)(stop.code)
     elif int(os.environ.get("WORLD_SIZE", 1)) == 1:
         codes = [stop.code]
     else:  # no group yet, so no rank can ask the others

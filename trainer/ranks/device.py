@@ -5,11 +5,11 @@ Only this file and trainer/model/ import torchtitan (tests/test_architecture.py)
 
 import ctypes
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torchtitan.distributed import utils as titan_utils
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 from trainer.config import ConfigError, ParallelConfig, divisors
+from trainer.ranks.meeting import Meeting, meet
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = {"cuda": "nccl", "cpu": "gloo"}[DEVICE_TYPE]
@@ -30,22 +31,39 @@ titan_utils.set_spmd_backend(SPMD_BACKEND)
 warnings.filterwarnings("ignore", message="In CPU autocast")
 
 
-def start(*, timeout_s: float) -> torch.device:
-    """Joins torchrun's process group, or makes one of a single process. Returns this rank's device."""
+def of_rank(local_rank: int) -> torch.device:
+    """This rank's device; nothing is started. Raises: ConfigError.
+
+    Some launchers show each process one GPU, which is number 0 whatever the rank's number is.
+    """
+    if DEVICE_TYPE == "cpu":
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus > 1:
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}, but this process sees {num_gpus} GPUs; "
+            f"start at most {num_gpus} ranks on this host"
+        )
+    return torch.device("cuda", local_rank if num_gpus > 1 else 0)
+
+
+def start(*, timeout_s: float, meeting: Meeting | None = None) -> torch.device:
+    """Joins the process group of the ranks that have met, or makes one of a single process. Returns this
+    rank's device. From here on nothing may be forked.
+    """
     logging.getLogger("torchtitan").setLevel(logging.WARNING)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(DEVICE_TYPE, local_rank) if DEVICE_TYPE == "cuda" else torch.device("cpu")
+    meeting = meeting or meet(timeout_s=timeout_s)
+    device = of_rank(meeting.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     if not dist.is_initialized():
-        under_torchrun = "RANK" in os.environ
         dist.init_process_group(
             BACKEND,
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
-            **({} if under_torchrun else {"rank": 0, "world_size": 1, "store": dist.HashStore()}),
+            rank=meeting.rank,
+            world_size=meeting.num_ranks,
+            store=meeting.store or dist.HashStore(),
         )
     return device
 
@@ -53,7 +71,9 @@ def start(*, timeout_s: float) -> torch.device:
 def keep_freed_memory() -> None:
     """glibc gives each large block back to the kernel when it is freed, and every step pays page faults to
     get it again (measured: 50,000 to 130,000 a step at model=small; with this, none). Elsewhere than on
-    glibc: nothing to set."""
+    glibc: nothing to set. Forked workers inherit it."""
+    if DEVICE_TYPE != "cpu":
+        return
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -64,41 +84,37 @@ def keep_freed_memory() -> None:
     set_option(m_arena_max, 1)  # the backward pass runs in a thread of its own
 
 
-def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDims:
-    """The meshes of HSDP (dp_replicate x dp_shard) with expert parallelism inside the shards.
+class Degrees(NamedTuple):
+    """ranks = replicate x shard; ep divides shard."""
 
-    num_experts: of the model, None if it has no MoE layer.
+    replicate: int
+    shard: int
+    ep: int
+
+    @property
+    def num_readers(self) -> int:
+        """Ranks that read other documents than the others do. Each rank is one, in the order of ranks."""
+        return self.replicate * self.shard
+
+
+def degrees_of(config: ParallelConfig, *, num_ranks: int, num_experts: int | None) -> Degrees:
+    """num_experts: of the model, None if it has no MoE layer.
+
     Raises: ConfigError naming degrees that would work on this number of ranks.
     """
-    replicate, shard, ep = degrees(config, world=dist.get_world_size(), num_experts=num_experts)
-    dims = ParallelDims(
-        dp_replicate=replicate,
-        dp_shard=shard,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=ep,
-        world_size=replicate * shard,
-        spmd_backend=SPMD_BACKEND,
-    )
-    dims.build_mesh()
-    return dims
-
-
-def degrees(config: ParallelConfig, *, world: int, num_experts: int | None) -> tuple[int, int, int]:
-    """dp_replicate, dp_shard and ep on `world` ranks. Raises: ConfigError, see `build_mesh`."""
     replicate, ep = config.dp_replicate, config.ep
-    if world % replicate:
+    if num_ranks % replicate:
         raise ConfigError(
-            f"parallel.dp_replicate={replicate} does not divide {world} ranks; use one of {divisors(world)}"
+            f"parallel.dp_replicate={replicate} does not divide {num_ranks} ranks; "
+            f"use one of {divisors(num_ranks)}"
         )
-    shard = world // replicate if config.dp_shard is None else config.dp_shard
-    if replicate * shard != world:
-        remedy = "parallel=fsdp, or " if world > 1 and replicate == shard == 1 else ""
+    shard = num_ranks // replicate if config.dp_shard is None else config.dp_shard
+    if replicate * shard != num_ranks:
+        remedy = "parallel=fsdp, or " if num_ranks > 1 and replicate == shard == 1 else ""
         raise ConfigError(
             f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} = {replicate * shard} "
-            f"ranks, but there are {world}; "
-            f"use {remedy}parallel.dp_shard={world // replicate} (null: what is left over)"
+            f"ranks, but there are {num_ranks}; "
+            f"use {remedy}parallel.dp_shard={num_ranks // replicate} (null: what is left over)"
         )
     if ep > 1 and num_experts is None:
         raise ConfigError(f"parallel.ep={ep}, but the model has no MoE layer; use parallel.ep=1")
@@ -109,7 +125,28 @@ def degrees(config: ParallelConfig, *, world: int, num_experts: int | None) -> t
             f"model.num_experts={num_experts}; "
             f"use one of {fitting}"
         )
-    return replicate, shard, ep
+    return Degrees(replicate, shard, ep)
+
+
+def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDims:
+    """The meshes of HSDP (dp_replicate x dp_shard) with expert parallelism inside the shards.
+
+    Raises: ConfigError, as degrees_of.
+    """
+    world = dist.get_world_size()
+    degrees = degrees_of(config, num_ranks=world, num_experts=num_experts)
+    dims = ParallelDims(
+        dp_replicate=degrees.replicate,
+        dp_shard=degrees.shard,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=degrees.ep,
+        world_size=world,
+        spmd_backend=SPMD_BACKEND,
+    )
+    dims.build_mesh()
+    return dims
 
 
 def use_plain_sum(model: torch.nn.Module) -> None:
@@ -148,6 +185,7 @@ def set_matmul_precision(*, dtypes: Iterable[str | None]) -> None:
     torch.set_float32_matmul_precision("highest" if "float32" in dtypes else "high")
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU."""
     if device.type == "cuda":
@@ -165,9 +203,26 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_gib(device: torch.device) -> float:
-    """[GiB] peak of this process so far: allocated on the GPU, resident on a CPU."""
+    """[GiB] Peak of this process so far: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """The metrics. On a GPU also the peak of what the allocator holds (what is above the other peak is
+    fragments), and how often it had to give blocks back to find room for another.
+    """
+    values = {"memory_gib": memory_gib(device)}
+    if device.type == "cuda":
+        values["memory_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+        values["memory_retries"] = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return values
+
+
+def onto(device: torch.device, plane: torch.Tensor) -> torch.Tensor:
+    """A copy that a GPU makes while the host goes on, which takes pinned memory."""
+    pinned = plane.pin_memory() if device.type == "cuda" else plane
+    return pinned.to(device, non_blocking=True)

@@ -17,76 +17,49 @@ from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import Source, StreamConfig, TokenStream, load_tokenizer
-from trainer.model.afmoe import afmoe_config, moe_layers
+from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSS_KEYS, StepSettings, check_sources, program_of
+from trainer.program import LOSS_KEYS, Program, StepSettings, check_sources, program_of
 from trainer.ranks import device
-from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement, turn_on_host
+from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
+from trainer.ranks.device import ParallelDims
+from trainer.ranks.meeting import Meeting, meet
 from trainer.ranks.stop import StopRequest
 from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, run_directory
 from trainer.run.health import Health
-from trainer.run.memory import refuse_too_large
+from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
 
 
 def build(config: Config, *, stop: StopRequest | None = None) -> Run:
-    """Joins the process group and builds everything on this rank. stop: may end the start between its phases.
-    Raises: ConfigError before any training; Stopped.
+    """Forks the data workers, then joins the process group and builds all else on this rank. stop: may end
+    the start between its phases. Raises: ConfigError before any training; Stopped.
     """
     stop = stop or StopRequest()
-    on = device.start(timeout_s=config.timeout_s)
-    end_if_told(stop)
-    refuse_disagreement(
-        {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
-    )
-    compare_clocks()
-    has_experts = config.model.num_dense_layers < config.model.num_layers
-    dims = device.build_mesh(config.parallel, num_experts=config.model.num_experts if has_experts else None)
-    groups = Groups.of(dims)
+    meeting = meet(timeout_s=config.timeout_s)
+    end_if_told(stop, ask=meeting.gathered)
+    facts = {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
+    refuse_disagreement(facts, agreed=meeting.agreed, gathered=meeting.gathered)
     program = program_of(config)
-    check_sources(config, program)
-    refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
-    first, shapes = program.spans[0].now, {(span.now.micro_batch, span.now.seq_len) for span in program.spans}
-    here = device.hardware(on)
-    check_hardware(config, here)
-    if dist.get_rank() == 0:
-        warn_of_float32(config, here)
-    device.set_matmul_precision(dtypes=(config.dtype, config.model.expert_dtype))
+    device.keep_freed_memory()
+    stream = fork_stream(config, program, meeting)
+    on = device.start(timeout_s=config.timeout_s, meeting=meeting)
+    end_if_told(stop)
+    compare_clocks()
+    dims = device.build_mesh(config.parallel, num_experts=num_experts_of(config))
+    if on.type == "cuda":  # asking it starts CUDA
+        refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
+    groups, checkpoints = Groups.of(dims), checkpoints_of(config)
+    checkpoints.connect()
     with refusing():
-        program.check_split(num_ranks=groups.num_readers, num_streams=config.data.num_streams)
-        stream = build_stream(
-            config.data,
-            first=first,
-            seed=config.seed,
-            vocab_size=config.model.vocab_size,
-            directory=run_directory(config),
-            groups=groups,
-        )
         rule = instantiate(config.balance.rule)
         num_moe = config.model.num_layers - config.model.num_dense_layers
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
     end_if_told(stop)
-    shape = afmoe_config(
-        config.model,
-        flex=on.type == "cuda",
-        clears_idle=here.capability[0] == 10,
-        dispatch=dispatch_of(config, max_tokens=max(rows * length for rows, length in shapes)),
-        loss_weights=loss_weights(first),
-        z_loss_weight=first.z_loss_weight,
-    )
-    model = build_parallel(
-        shape,
-        dims,
-        dtype=getattr(torch, config.dtype),
-        activation_checkpoint=config.activation_checkpoint,
-        compile="inductor" if config.compile else None,
-        num_shapes=len(shapes),
-    )
-    report = partial(print, flush=True) if dist.get_rank() == 0 else None
-    initialize(model, device=on, seed=config.seed, report=report)
+    model = model_of(config, program, dims, on=on)
     optimizer = build_optimizer(config, model)
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
@@ -111,7 +84,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         balancer=balancer,
         stream=stream,
         stop=stop,
-        checkpoints=checkpoints_of(config),
+        checkpoints=checkpoints,
         health=health,
         last_step=program.last_step(),
     )
@@ -122,21 +95,118 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizers:
         return Optimizers(instantiate(config.optim)(model))
 
 
+def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.device) -> Afmoe:
+    """The model with its first weights, spread over the ranks. Collective.
+
+    Raises: ConfigError if the hardware cannot do what is asked of it.
+    """
+    here = device.hardware(on)
+    check_hardware(config, here)
+    if dist.get_rank() == 0:
+        warn_of_float32(config, here)
+    device.set_matmul_precision(dtypes=(config.dtype, config.model.expert_dtype))
+    first = program.spans[0].now
+    shapes = {(span.now.micro_batch, span.now.seq_len) for span in program.spans}
+    shape = afmoe_config(
+        config.model,
+        flex=on.type == "cuda",
+        clears_idle=here.capability[0] == 10,
+        dispatch=dispatch_of(config, max_tokens=max(rows * length for rows, length in shapes)),
+        loss_weights=loss_weights(first),
+        z_loss_weight=first.z_loss_weight,
+    )
+    model = build_parallel(
+        shape,
+        dims,
+        dtype=getattr(torch, config.dtype),
+        activation_checkpoint=config.activation_checkpoint,
+        compile="inductor" if config.compile else None,
+        num_shapes=len(shapes),
+        reshard_after_forward=config.parallel.reshard_after_forward,
+        reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
+    )
+    report = partial(print, flush=True) if dist.get_rank() == 0 else None
+    initialize(model, device=on, seed=config.seed, report=report)
+    return model
+
+
+def num_experts_of(config: Config) -> int | None:
+    """None: the model has no MoE layer."""
+    m = config.model
+    return m.num_experts if m.num_dense_layers < m.num_layers else None
+
+
+def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStream:
+    """Forks the data workers, once all is refused that can be told before. Collective.
+
+    Raises: ConfigError, on all ranks.
+    """
+    degrees = device.degrees_of(
+        config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config)
+    )
+    if config.profile.steps and config.profile.rank >= meeting.num_ranks:
+        last = meeting.num_ranks - 1
+        raise ConfigError(
+            f"profile.rank={config.profile.rank}: the last of the ranks is {last}; use at most that"
+        )
+    check_sources(config, program)
+    with refusing():
+        program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+    refuse_late_fork(config.data)
+    meeting.together(partial(refuse_what_has_no_room, config, program, degrees, meeting))
+    return build_stream(
+        config.data,
+        first=program.spans[0].now,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        directory=run_directory(config),
+        meeting=meeting,
+        num_readers=degrees.num_readers,
+    )
+
+
+def refuse_what_has_no_room(
+    config: Config, program: Program, degrees: device.Degrees, meeting: Meeting
+) -> None:
+    """On the host; a GPU is asked once it is started. Raises: ConfigError."""
+    on = device.of_rank(meeting.local_rank)
+    if on.type == "cpu":
+        refuse_too_large(config, program, on=on, num_shards=degrees.shard)
+    else:
+        refuse_too_many_rows(config, program, num_shards=degrees.shard)
+
+
+def refuse_late_fork(d: DataConfig) -> None:
+    """Raises: ConfigError where somebody has started NCCL before: it does not survive a fork."""
+    if d.workers and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend():
+        raise ConfigError(
+            f"data.workers={d.workers}: the process group was joined before the data workers are forked, and "
+            "NCCL does not survive a fork; leave init_process_group to trainer.start, or use data.workers=0"
+        )
+
+
 def build_stream(
-    d: DataConfig, *, first: StepSettings, seed: int, vocab_size: int, directory: Path, groups: Groups
+    d: DataConfig,
+    *,
+    first: StepSettings,
+    seed: int,
+    vocab_size: int,
+    directory: Path,
+    meeting: Meeting,
+    num_readers: int,
 ) -> TokenStream:
     """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
-    documents.
+    documents. Collective. Raises: ConfigError, on all ranks.
     """
-    rank, num_ranks = groups.reader, groups.num_readers
-    # the first rank of a host unpacks files and trains the tokenizer, the others use them
-    for turn in (0, 1):
-        if turn == turn_on_host():
+
+    def read() -> tuple[Source | dict[str, Source], Any]:
+        with refusing():
             source = sources_of(d, vocab_size=vocab_size)
-            tokenizer = load_tokenizer(
-                d.tokenizer, source=source, vocab_size=vocab_size, cache_dir=d.cache_dir
-            )
-        dist.barrier()
+            cached = {"vocab_size": vocab_size, "cache_dir": d.cache_dir}
+            return source, load_tokenizer(d.tokenizer, source=source, **cached)
+
+    # the first rank of a host unpacks files and trains the tokenizer, the others use them
+    source, tokenizer = meeting.first_of_host(read)
     stream_config = StreamConfig(
         seq_len=first.seq_len,
         global_batch=first.global_batch,
@@ -159,14 +229,19 @@ def build_stream(
         retry_s=d.retry_s,
         with_sources=d.source_loss,
     )
-    return TokenStream(
-        stream_config,
-        source=source,
-        tokenizer=tokenizer,
-        rank=rank,
-        num_ranks=num_ranks,
-        report=BadDocumentLog(directory / f"bad_documents.{rank}.txt"),
-    )
+
+    def fork() -> TokenStream:
+        with refusing():
+            return TokenStream(
+                stream_config,
+                source=source,
+                tokenizer=tokenizer,
+                rank=meeting.rank,
+                num_ranks=num_readers,
+                report=BadDocumentLog(directory / f"bad_documents.{meeting.rank}.txt"),
+            )
+
+    return meeting.together(fork)
 
 
 def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:

@@ -41,8 +41,17 @@ class Room(NamedTuple):
 
 def refuse_too_large(config: Config, program: Program, *, on: torch.device, num_shards: int) -> None:
     """num_shards: ranks that share the parameters. Raises: ConfigError that names the largest part."""
-    parts = parts_of(config, program, num_shards=num_shards, on_cpu=on.type == "cpu")
-    needed, room = sum(part.num_bytes for part in parts), room_on(on)
+    refuse(parts_of(config, program, num_shards=num_shards, on_cpu=on.type == "cpu"), room_on(on))
+
+
+def refuse_too_many_rows(config: Config, program: Program, *, num_shards: int) -> None:
+    """Of a step: they wait in the host's memory, whatever device computes. Raises: ConfigError."""
+    rows = [rows_of(config, span.now, num_shards=num_shards) for span in program.spans]
+    refuse([max(rows, key=lambda part: part.num_bytes)], room_on(torch.device("cpu")))
+
+
+def refuse(parts: list[Part], room: Room) -> None:
+    needed = sum(part.num_bytes for part in parts)
     if needed <= room.num_bytes:
         return
     largest = max(parts, key=lambda part: part.num_bytes)
@@ -71,14 +80,16 @@ def parts_of_step(config: Config, now: StepSettings, *, num_shards: int, on_cpu:
     parts = [
         Part(written(config, now, "micro_batch", "seq_len"), "what layers keep for their gradients", inputs)
     ]
-    if on_cpu:  # a GPU makes no masks, and the rows of a step wait in the host's memory
-        masks, rows = (
-            MASKS * tokens * now.seq_len,
-            PLANES * now.tokens // (config.parallel.dp_replicate * num_shards),
-        )
+    if on_cpu:  # a GPU makes no masks; rows: refuse_too_many_rows
+        masks = MASKS * tokens * now.seq_len
         parts.append(Part(written(config, now, "seq_len", "micro_batch"), "masks of attention", masks))
-        parts.append(Part(written(config, now, "global_batch", "seq_len"), "the rows of a step", rows))
+        parts.append(rows_of(config, now, num_shards=num_shards))
     return parts
+
+
+def rows_of(config: Config, now: StepSettings, *, num_shards: int) -> Part:
+    rows = PLANES * now.tokens // (config.parallel.dp_replicate * num_shards)
+    return Part(written(config, now, "global_batch", "seq_len"), "the rows of a step", rows)
 
 
 def written(config: Config, now: StepSettings, *keys: str) -> str:

@@ -21,8 +21,9 @@ from trainer.metrics import batch_heterogeneity
 from trainer.model.afmoe import step_flops
 from trainer.model.loss import IGNORE
 from trainer.model.loss import Groups as LossGroups
-from trainer.model.parallelize import scale_gradients, squared_gradient_norm
+from trainer.model.parallelize import reduce_over_replicas, scale_gradients, squared_gradient_norm
 from trainer.program import StepSettings
+from trainer.ranks import device
 from trainer.ranks.stop import INTERRUPTED, PREEMPTED, UNSOUND
 from trainer.run.build import loss_weights
 from trainer.run.state import Run
@@ -115,7 +116,7 @@ def train_step(
     had no rows: then nothing has changed.
     """
     now = run.program.settings_at(run.tokens)
-    rates = apply_settings(run, now)
+    rates = apply_settings(run, now, label_share=label_share(run, batches))
     torch.manual_seed(random_seed(run))
     sums = backward(run, batches, waited_s=waited_s).all_reduce(run.groups.tokens)
     if (by_signal := exit_code(sums)) is not None:
@@ -156,11 +157,13 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
     loss_2S = torch.zeros(2, len(run.stream.names), dtype=torch.float64, device=on)
     loss_2U = torch.zeros(2, groups.num_readers * len(batches), dtype=torch.float64, device=on)
     flop = 0.0
-    for m, batch in enumerate(batches, start=groups.reader * len(batches)):
-        tokens_BL, labels_BL, positions_BL, *sources = (plane.to(on, non_blocking=True) for plane in batch)
+    first, last = groups.reader * len(batches), (groups.reader + 1) * len(batches) - 1
+    for m, batch in enumerate(batches, start=first):
+        tokens_BL, labels_BL, positions_BL, *sources = (device.onto(on, plane) for plane in batch)
         flop += step_flops(run.config.model, batch.positions_BL)
         by_source = LossGroups(sources[0].flatten(), loss_2S) if sources else None
         loss = run.model(tokens_BL, positions_BL, labels_BL, by_source)
+        reduce_over_replicas(run.model, now=m == last)
         loss.backward()
         loss_2U[0, m] = loss.detach()
         loss_2U[1, m] = (labels_BL != IGNORE).sum()
@@ -221,8 +224,25 @@ def random_seed(run: Run) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def apply_settings(run: Run, now: StepSettings) -> dict[str, float]:
+def label_share(run: Run, batches: Sequence[Batch | SourcedBatch]) -> float:
+    """Of the labels of this step, the part that masks leave: N / (N + W) of docs/numerics.md.
+
+    Without sources that mask it is 1, and nothing is sent. Collective where they may.
+    """
+    if not run.stream.may_mask:
+        return 1.0
+    once = int(run.groups.is_first_of_row)
+    targets = sum(int((batch.labels_BL != IGNORE).sum()) for batch in batches)
+    sums_2 = torch.tensor([targets * once, run.stream.step_withheld * once], device=run.device)
+    if run.groups.tokens is not None:
+        dist.all_reduce(sums_2, group=run.groups.tokens)
+    num_targets, num_withheld = sums_2.tolist()
+    return num_targets / (num_targets + num_withheld) if num_targets else 1.0
+
+
+def apply_settings(run: Run, now: StepSettings, *, label_share: float) -> dict[str, float]:
     """Everything that the program changes, set for this step. Returns the learning rates."""
     run.model.lm_head.z_loss_weight = now.z_loss_weight
-    run.balancer.set(rate=now.bias_rate, loss_weights=loss_weights(now))
+    weights = loss_weights(now)
+    run.balancer.set(rate=now.bias_rate, loss_weights=weights, label_share=label_share)
     return run.optimizer.set_learning_rate(now.lr)

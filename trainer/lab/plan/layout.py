@@ -68,15 +68,15 @@ def layout_of(config: Config, *, ranks: int | None, micro_batch: int) -> Layout:
             )
         ranks = p.dp_replicate * p.dp_shard
     num_experts = m.num_experts if m.num_dense_layers < m.num_layers else None
-    replicate, _, ep = device.degrees(p, world=ranks, num_experts=num_experts)
+    replicate, _, ep = device.degrees_of(p, num_ranks=ranks, num_experts=num_experts)
     return Layout(
         ranks,
         replicate,
         ep,
         micro_batch,
         config.activation_checkpoint,
-        getattr(p, "reshard_after_forward", True),
-        getattr(p, "reduce_dtype", "float32"),
+        p.reshard_after_forward,
+        p.reduce_dtype,
     )
 
 
@@ -91,7 +91,7 @@ def refusal(config: Config, layout: Layout, nows: list[StepSettings]) -> Refusal
     num_experts = m.num_experts if m.num_dense_layers < m.num_layers else None
     parallel = ParallelConfig(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, ep=layout.ep)
     try:
-        device.degrees(parallel, world=layout.ranks, num_experts=num_experts)
+        device.degrees_of(parallel, num_ranks=layout.ranks, num_experts=num_experts)
     except ConfigError as error:
         return Refusal("experts or ranks do not divide", str(error))
     parts = layout.dp_shard // layout.ep

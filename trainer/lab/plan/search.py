@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
-from trainer.config import Config, ParallelConfig, divisors
+from trainer.config import Config, divisors
 from trainer.lab.plan.clock import Clock, Step
 from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.layout import GIB, Layout, refusal, rows_at_once
@@ -14,6 +14,7 @@ from trainer.program import Program, Span
 
 MOST_ROWS = 16  # of a microbatch
 MOST_REPLICAS = 64
+MOST_REFINED = 100  # layouts that are tried with other ways to gather and reduce
 POLICIES = ("none", "selective_experts", "selective", "full")
 
 
@@ -30,17 +31,26 @@ class Search:
 
 def space(config: Config, ranks: int, rows: int) -> Iterator[Layout]:
     """rows: of a rank in a step of the span that is searched for."""
-    keys = {part.name for part in fields(ParallelConfig)}
-    reshard = (True, False) if "reshard_after_forward" in keys else (True,)
-    reduce = ("float32", "bfloat16") if "reduce_dtype" in keys else ("float32",)
     most_ep = config.model.num_experts if config.model.num_dense_layers < config.model.num_layers else 1
     replicas = [n for n in divisors(ranks) if n <= MOST_REPLICAS]
     eps = [2**i for i in range(most_ep.bit_length())]
     micros = [n for n in range(1, min(rows, MOST_ROWS) + 1) if n in (1, 2, 3, 4, 6, 8, 12, 16)]
-    for replicate, ep, micro, policy, keep, dtype in product(
-        replicas, eps, micros, POLICIES, reshard, reduce
-    ):
-        yield Layout(ranks, replicate, ep, micro, policy, keep, dtype)
+    for replicate, ep, micro, policy in product(replicas, eps, micros, POLICIES):
+        yield Layout(ranks, replicate, ep, micro, policy)
+
+
+def refined(best: list[Step], config: Config) -> Iterator[Layout]:
+    """The fastest layouts again, with weights that are kept from forward to backward and with gradients that
+    travel in bfloat16. Only of one kind, as each has traces of its own."""
+    alike = [step.layout for step in best[:MOST_REFINED]]
+    kinds = [layout.variant(config.model.num_experts) for layout in alike]
+    for keep, dtype in product((True, False), ("float32", "bfloat16")):
+        if (keep, dtype) != (True, "float32"):
+            yield from (
+                replace(layout, reshard=keep, reduce_dtype=dtype)
+                for layout, kind in zip(alike, kinds, strict=True)
+                if kind == kinds[0]
+            )
 
 
 def search(
@@ -57,18 +67,21 @@ def search(
     batch of another span, that one has a smaller one (`micro_batches`)."""
     first = replace(span.now, micro_batch=config.micro_batch)
     steps, fallen = list[Step](), Counter()
-    for layout in space(config, ranks, max(1, first.global_batch // ranks)):
-        now = replace(first, micro_batch=layout.micro_batch)
-        if why := refusal(config, layout, [now]):
-            fallen[why.why] += 1
-            continue
-        whole = traces.whole(layout.variant(config.model.num_experts))
-        step = clock.step(layout, whole, now)
-        steps.append(step)
-        if not fits(step, hardware):
-            fallen["does not fit"] += 1
-    best = sorted((step for step in steps if fits(step, hardware)), key=lambda step: step.seconds)
-    return Search(best, steps, fallen)
+
+    def judge(layouts: Iterator[Layout]) -> list[Step]:
+        """All that fit so far, fastest first."""
+        for layout in layouts:
+            now = replace(first, micro_batch=layout.micro_batch)
+            if why := refusal(config, layout, [now]):
+                fallen[why.why] += 1
+                continue
+            step = clock.step(layout, traces.whole(layout.variant(config.model.num_experts)), now)
+            steps.append(step)
+            fallen["does not fit"] += not fits(step, hardware)
+        return sorted((step for step in steps if fits(step, hardware)), key=lambda step: step.seconds)
+
+    best = judge(space(config, ranks, max(1, first.global_batch // ranks)))
+    return Search(judge(refined(best, config)), steps, fallen)
 
 
 def micro_batches(program: Program, layout: Layout) -> list[str]:

@@ -5,7 +5,6 @@ and one with two MoE layers say what a model of any depth does: `Traces.whole` a
 on a small mesh; what depends on the mesh is a class of its own (watch.CLASSES), which `layout` scales.
 """
 
-import inspect
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ import torch
 from trainer.config import Config, ModelConfig, divisors
 from trainer.lab.plan.trace import COUNTED, Trace, traced, unlike
 from trainer.lab.plan.watch import CLASSES, KINDS, Sent
-from trainer.model.parallelize import build_parallel
 
 MOST_TOKENS = 2048  # of a trace: what tokens cost is proportional to them; more than a chunk of the loss has
 REPLICAS, EFSDP = 2, 2  # of the small mesh
@@ -35,9 +33,7 @@ class Variant:
 
     def sharding(self) -> dict[str, Any]:
         """Arguments of build_parallel."""
-        others = {"reshard_after_forward": self.reshard, "reduce_dtype": getattr(torch, self.reduce_dtype)}
-        accepted = inspect.signature(build_parallel).parameters
-        return {key: value for key, value in others.items() if key in accepted}
+        return {"reshard_after_forward": self.reshard, "reduce_dtype": getattr(torch, self.reduce_dtype)}
 
     def degrees(self, m: ModelConfig) -> tuple[int, int, int]:
         ep = 2 if self.has_ep and m.num_experts % 2 == 0 else 1
