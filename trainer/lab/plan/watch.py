@@ -265,14 +265,14 @@ class Watch(TorchDispatchMode):
         self.moved[self.phase, "copies experts"] += moved * self.share
 
     def collective(self, func, name: str, args, kwargs) -> None:
-        if name == "wait_tensor":
+        if name not in OPERATORS:  # a wait, a barrier
             return
         group = group_of(args, kwargs)
         ranks = dist.get_process_group_ranks(group)
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         size = max(tensor.numel() * tensor.element_size() for tensor in tensors)
         stride = ranks[1] - ranks[0] if len(ranks) > 1 else 0
-        operator = OPERATORS.get(name, name)
+        operator = OPERATORS[name]
         parts = {"tokens" if operator == "all-to-all" else "rest": 1.0}
         if not tensors[0].is_floating_point():
             parts = {"counts": 1.0}
