@@ -199,7 +199,7 @@ class Watch(TorchDispatchMode):
         """What lives now, where it is more than what lived at this place before."""
         total = self.live.sum()
         if total > 0 and self.phase != "build":
-            self.moments.append((self.place, self.live.copy()))
+            self.moments.append((f"{self.place} {self.phase}", self.live.copy()))
 
     def gone(self, key: int) -> None:
         if (block := self.blocks.pop(key, None)) is not None:

@@ -123,8 +123,16 @@ class Traces:
         scaled = [(on_mesh(trace, timeline.degrees), times) for trace, times in terms]
         after = {key: sum(times * trace.after[key] for trace, times in scaled) for key in base.after}
         counts = {name: added(scaled, name) for name in COUNTED}
-        late = timeline.moments["late"] + after["forward"] - timeline.after["forward"]
-        early = timeline.moments["early"] + after["backward"] - timeline.after["backward"]
+        back = timeline.moments["late backward"]
+        running = np.concatenate([timeline.moments["late forward"], back])
+        late = running + after["forward"] - timeline.after["forward"]
+        early = timeline.moments["early backward"] + after["backward"] - timeline.after["backward"]
+        if num_moe:  # the first MoE layer, when those above it have gradients already
+            one = timeline.after["backward"] - on_mesh(base, timeline.degrees).after["backward"]
+            one = one - timeline.after["forward"] + on_mesh(base, timeline.degrees).after["forward"]
+            late = np.concatenate(
+                [late, back + after["forward"] - timeline.after["forward"] + (num_moe / 2 - 1) * one]
+            )
         return Whole(m, variant, self.tokens, timeline.degrees, after, late, early, **counts)
 
 
