@@ -67,8 +67,9 @@ CASES = [
         "microbatch and row length assumed",
     ),
     Case(
-        "the same with DeepEP and fused kernels", "b200", [*QWEN3_RUN, "compile=true"], 14796,
-        "fused kernels as compile=true",
+        "the same with DeepEP and fused kernels", "b200",
+        [*QWEN3_RUN, "compile=true", "activation_checkpoint=full"], 14796,
+        "fused kernels as compile=true, which wants full checkpointing",
     ),
     Case(
         "DeepSeek-V3, 256 B200, bfloat16 (torchtitan)", "b200", DEEPSEEK_RUN, 651,
