@@ -20,6 +20,7 @@ LAYERS = [
     "program",
     "terminal",
     "records",
+    "history",
     "balance",
     "ranks.device",
     "model.loss",
@@ -59,6 +60,8 @@ LAYERS = [
     "lab.ablate",
     "lab.plan",
     "lab.preview",
+    "lab.report",
+    "lab.watch",
 ]
 # one layer each: a file may import any in it
 PACKAGES = [
@@ -73,6 +76,8 @@ PACKAGES = [
     "lab.ablate",
     "lab.plan",
     "lab.preview",
+    "lab.report",
+    "lab.watch",
 ]
 # may import everything, are imported by nobody; "": trainer/__init__.py, which imports when it is asked
 ENTRY_POINTS = ["torchrun", "__main__", ""]
@@ -82,6 +87,7 @@ ONLY = {
     "program": ["config"],
     "terminal": [],
     "records": [],
+    "history": ["records"],
     "balance": ["records"],
     "ranks.device": ["config", "ranks.meeting"],
     "ranks": [],
@@ -89,7 +95,7 @@ ONLY = {
     "lab": [],
     "model": ["model"],
     "lab.page": [],
-    "lab.digits": [],
+    "lab.digits": ["lab.page"],
     "lab.intervals": [],
     "ranks.stop": [],
     "ranks.lock": [],

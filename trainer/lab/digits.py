@@ -1,4 +1,6 @@
-"""How is a number written for a reader? Imports nothing of ours."""
+"""How is a number written for a reader of a terminal?"""
+
+from trainer.lab.page import unit_of
 
 
 def short(value: float) -> str:
@@ -7,17 +9,6 @@ def short(value: float) -> str:
         return f"{value:,.0f}"
     mantissa, power = f"{value:.2e}".split("e")
     return f"{value:.3g}" if 1e-2 <= value < 1e3 else f"{float(mantissa):g}e{int(power)}"
-
-
-def unit_of(count: float) -> tuple[float, str]:
-    return next(
-        (
-            unit
-            for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-            if float(f"{count:.4g}") >= unit[0]
-        ),
-        (1, ""),
-    )
 
 
 def human(count: float) -> str:

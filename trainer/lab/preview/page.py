@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.lab.digits import unit_of
-from trainer.lab.page import Cell, Column, Page, series, typed
+from trainer.lab.page import Cell, Column, Page, series, typed, unit_of
 from trainer.lab.preview.table import SHOWN, Preview, Stretch, table, totals
 
 POINTS = 257  # of a line within a span
