@@ -152,6 +152,7 @@ def test_page_draws_the_curves_of_the_program(call):
         "Global batch [M tokens]",
         "Global batch [sequences]",
         "Sequence length [tokens]",
+        "micro_batch",
         "z_loss_weight",
         "buffer",
     ]
