@@ -2,7 +2,7 @@
 no GPU, no data, no weights.
 
     triquetra plan experiment=trinity_large device=b300
-    triquetra plan experiment=trinity_mini device=h200 ranks=64 price=3.5 out=plan.html
+    triquetra plan experiment=trinity_mini device=h200 price=3.5 out=plan.html
 
     device        a file of configs/device: a100 | h100 | h200 | b200 | b300
     ranks         GPUs; without it parallel.dp_replicate x parallel.dp_shard
@@ -16,10 +16,14 @@ All else is as for trainer.train. docs/planning.md says what each number means.
 Exit codes: 0 done · 2 refused configuration.
 """
 
-import difflib
-import math
 import os
 import sys
+
+if "torch" not in sys.modules:  # what it says of a process group that carries nothing is no news
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import difflib
+import math
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path

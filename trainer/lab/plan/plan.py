@@ -10,7 +10,7 @@ from trainer.lab.plan.calibration import Calibration
 from trainer.lab.plan.clock import Clock, Step
 from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.layout import GIB, Layout, layout_of
-from trainer.lab.plan.search import Search, fits, search
+from trainer.lab.plan.search import Search, fits, search, variants_of
 from trainer.lab.plan.trace import optimizer_step
 from trainer.lab.plan.whole import Traces
 from trainer.model.afmoe import flops_per_token
@@ -82,13 +82,16 @@ def plan(
     program = program_of(config)
     layout = layout_of(config, ranks=ranks, micro_batch=config.micro_batch)
     program.check_split(num_ranks=layout.ranks, num_streams=config.data.num_streams)
-    traces, optimizer = Traces(config), optimizer_step(config, layout.degrees)
-    clock = Clock(config, hardware, optimizer, imbalance=imbalance)
-    spans = spans_of(config, program, layout, traces, clock)
     main = max(program.spans, key=lambda span: span.end - span.start)
-    searched = (
-        search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
-    )
+    with Traces(config) as traces:
+        traces.ahead([layout.variant(config.model.num_experts)])
+        if searches:
+            traces.ahead(variants_of(config, main, ranks=layout.ranks))
+        clock = Clock(config, hardware, optimizer_step(config, layout.degrees), imbalance=imbalance)
+        spans = spans_of(config, program, layout, traces, clock)
+        searched = (
+            search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
+        )
     return Plan(config, hardware, calibration, layout, spans, searched, price)
 
 

@@ -9,7 +9,7 @@ from trainer.config import Config, divisors
 from trainer.lab.plan.clock import Clock, Step
 from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.layout import GIB, Layout, refusal, rows_at_once
-from trainer.lab.plan.whole import Traces
+from trainer.lab.plan.whole import Traces, Variant
 from trainer.program import Program, Span
 
 MOST_ROWS = 16  # of a microbatch
@@ -37,6 +37,20 @@ def space(config: Config, ranks: int, rows: int) -> Iterator[Layout]:
     micros = [n for n in range(1, min(rows, MOST_ROWS) + 1) if n in (1, 2, 3, 4, 6, 8, 12, 16)]
     for replicate, ep, micro, policy in product(replicas, eps, micros, POLICIES):
         yield Layout(ranks, replicate, ep, micro, policy)
+
+
+def space_of(config: Config, span: Span, *, ranks: int) -> Iterator[Layout]:
+    return space(config, ranks, max(1, span.now.global_batch // ranks))
+
+
+def variants_of(config: Config, span: Span, *, ranks: int) -> list[Variant]:
+    """Of all layouts that are searched and can be started: what is traced for them."""
+    layouts = [
+        layout
+        for layout in space_of(config, span, ranks=ranks)
+        if refusal(config, layout, [replace(span.now, micro_batch=layout.micro_batch)]) is None
+    ]
+    return list(dict.fromkeys(layout.variant(config.model.num_experts) for layout in layouts))
 
 
 def refined(best: list[Step], config: Config) -> Iterator[Layout]:
@@ -70,6 +84,8 @@ def search(
 
     def judge(layouts: Iterator[Layout]) -> list[Step]:
         """All that fit so far, fastest first."""
+        layouts = list(layouts)
+        traces.ahead(layout.variant(config.model.num_experts) for layout in layouts)
         for layout in layouts:
             now = replace(first, micro_batch=layout.micro_batch)
             if why := refusal(config, layout, [now]):
@@ -80,7 +96,7 @@ def search(
             fallen["does not fit"] += not fits(step, hardware)
         return sorted((step for step in steps if fits(step, hardware)), key=lambda step: step.seconds)
 
-    best = judge(space(config, ranks, max(1, first.global_batch // ranks)))
+    best = judge(space_of(config, span, ranks=ranks))
     return Search(judge(refined(best, config)), steps, fallen)
 
 

@@ -6,8 +6,12 @@ on a small mesh; what depends on the mesh is a class of its own (watch.CLASSES),
 """
 
 import math
+import os
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -70,12 +74,22 @@ class Whole:
 
 
 class Traces:
-    """Made when they are first asked for, once for each variant."""
+    """Made when they are first asked for, once for each variant. As a context: beside one another."""
 
     def __init__(self, config: Config):
         self.config, self.known, self.wholes = config, dict[tuple, Trace](), dict[Variant, Whole]()
+        self.begun, self.pool = dict[Variant, Future](), None
         rows = max(2, min(MOST_TOKENS, config.seq_len))
         self.tokens = unlike(config.model, at_most=rows)
+
+    def __enter__(self) -> "Traces":
+        """Forks, which torch's backward pass must not precede."""
+        self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("fork"))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        self.pool = None
 
     def small(self, variant: Variant, *, dense: int = 2, moe: int = 0, has_global: bool = False) -> Trace:
         if moe == 0:
@@ -100,9 +114,16 @@ class Traces:
             )
         return self.known[key]
 
+    def ahead(self, variants: Iterable[Variant]) -> None:
+        """Begins with these, in processes of their own."""
+        for variant in dict.fromkeys(variants):
+            if self.pool is not None and variant not in self.wholes and variant not in self.begun:
+                self.begun[variant] = self.pool.submit(whole_of, self.config, variant)
+
     def whole(self, variant: Variant) -> Whole:
         if variant not in self.wholes:
-            self.wholes[variant] = self.add_up(variant)
+            begun = self.begun.pop(variant, None)
+            self.wholes[variant] = self.add_up(variant) if begun is None else begun.result()
         return self.wholes[variant]
 
     def add_up(self, variant: Variant) -> Whole:
@@ -134,6 +155,10 @@ class Traces:
                 [late, back + after["forward"] - timeline.after["forward"] + (num_moe / 2 - 1) * one]
             )
         return Whole(m, variant, self.tokens, timeline.degrees, after, late, early, **counts)
+
+
+def whole_of(config: Config, variant: Variant) -> Whole:
+    return Traces(config).whole(variant)
 
 
 def on_mesh(trace: Trace, degrees: tuple[int, int, int]) -> Trace:
