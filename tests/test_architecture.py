@@ -20,6 +20,7 @@ LAYERS = [
     "program",
     "terminal",
     "records",
+    "history",
     "balance",
     "ranks.device",
     "model.loss",
@@ -53,10 +54,14 @@ LAYERS = [
     "run.recover",
     "train",
     "lab.page",
+    "lab.digits",
     "lab.intervals",
     "lab.simulate",
     "lab.ablate",
+    "lab.plan",
     "lab.preview",
+    "lab.report",
+    "lab.watch",
 ]
 # one layer each: a file may import any in it
 PACKAGES = [
@@ -69,7 +74,10 @@ PACKAGES = [
     "evaluate",
     "lab.simulate",
     "lab.ablate",
+    "lab.plan",
     "lab.preview",
+    "lab.report",
+    "lab.watch",
 ]
 # may import everything, are imported by nobody; "": trainer/__init__.py, which imports when it is asked
 ENTRY_POINTS = ["torchrun", "__main__", ""]
@@ -79,6 +87,7 @@ ONLY = {
     "program": ["config"],
     "terminal": [],
     "records": [],
+    "history": ["records"],
     "balance": ["records"],
     "ranks.device": ["config", "ranks.meeting"],
     "ranks": [],
@@ -86,6 +95,7 @@ ONLY = {
     "lab": [],
     "model": ["model"],
     "lab.page": [],
+    "lab.digits": ["lab.page"],
     "lab.intervals": [],
     "ranks.stop": [],
     "ranks.lock": [],

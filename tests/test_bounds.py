@@ -114,6 +114,8 @@ REFUSED = {  # override: how its message begins
     "guard.ladder=[a]": "'guard.ladder=[a]': Key 'ladder' not in 'GuardConfig' (did you mean guard.",
     "name=" + "x" * 256: "name=xxxxxxxxxxxxxxxxxxxx...: has 256 bytes; use at most 255",
     "optim.lr=nan": "optim.lr=nan: must be finite",
+    "~seq_len": "not set: seq_len; leave out ~seq_len, or give seq_len=",
+    "~name": "not set: name; leave out ~name, or give name=",
     "optim.betas=[a,b]": "optim.betas=['a', 'b']: trainer.optim.muon wants",
     "name=a\0b": "'name=a\\x00b': must be text in UTF-8, without a zero byte",
     "name=\udcff": "'name=\\udcff': must be text in UTF-8",

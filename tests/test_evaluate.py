@@ -317,7 +317,7 @@ def interrupted(overrides: list[str], at_step: int) -> int:
     return train.main(overrides)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation_saves_the_step_and_leaves(corpus, tmp_path, num_ranks):
     """The same command goes on, makes the evaluation that was broken off, and ends as the undisturbed run."""
     layout = LAYOUTS.get(num_ranks, [])

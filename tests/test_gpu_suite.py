@@ -20,8 +20,10 @@ from tests.gpu.stages import HIDDEN, NO_GPU, ONE_GPU, REPOSITORY, Stage, run_sta
 CPU = torch.device("cpu")
 
 
-@pytest.mark.timeout(600)  # eight runs follow one another in stage 6
-@pytest.mark.parametrize("stage", ONE_GPU, ids=lambda stage: stage.name)
+LONG = pytest.param(ONE_GPU[6], marks=pytest.mark.slow)  # the drills stop, kill and resume runs, too
+
+
+@pytest.mark.parametrize("stage", [*ONE_GPU[:6], LONG, *ONE_GPU[7:]], ids=lambda stage: stage.name)
 def test_every_stage_holds_on_a_cpu(stage, tmp_path):
     result = one.run(import_module(f"tests.gpu.{stage.module}"), on=CPU, results=tmp_path)
     assert report.troubles(result) == []

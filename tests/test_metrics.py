@@ -1,12 +1,17 @@
 """metrics.jsonl is complete and readable whatever the trackers do."""
 
 import json
+import time
+from functools import partial
 
 import numpy
 import pytest
 import torch
 
+from tests.waiting import until
+from trainer.balance import Experts
 from trainer.config import load
+from trainer.history import read_history
 from trainer.metrics import MetricsLog, TensorboardTracker, WandbTracker, Window, batch_heterogeneity
 from trainer.model.afmoe import count_parameters, flops_per_token, step_flops
 
@@ -60,23 +65,111 @@ def test_the_terminal_gets_the_first_the_last_and_every_interval(tmp_path, capsy
     assert out[0] == "step 1/7  loss 1.500  10 tokens/s  MaxVio 0.25"
 
 
-def test_wandb_works_offline(tmp_path, monkeypatch):
+EXPERTS = Experts(torch.tensor([[0.5, 1.5], [1.0, 1.0]]), torch.tensor([[0.1, -0.1], [0.0, 0.2]]))
+RESULT = {"step": 4, "tokens": 40, "evaluation": "held_out", "loss": 2.5, "targets": 7, "by_source": {}}
+
+
+def run_with(start_tracker, directory, *, after_step=0):
+    """Four steps as rank 0 logs them: metrics, experts, an evaluation."""
+    log = MetricsLog(
+        directory / "metrics.jsonl",
+        steps=9,
+        interval=9,
+        after_step=after_step,
+        start_tracker=start_tracker,
+        histograms=2,
+    )
+    for step in range(after_step + 1, after_step + 5):
+        log.watch(step, EXPERTS)
+        log.write({"step": step, **LINE})
+    log.write_evaluation(RESULT | {"step": after_step + 4})
+    log.close()
+
+
+def wandb_records(path):
+    """wandb's own messages in a .wandb file: a head of 7 bytes, then LevelDB's log format: blocks of 32 KiB
+    with pieces of checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, piece = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        piece, at = piece + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in (1, 4):
+            yield Record.FromString(piece)
+            piece = b""
+
+
+def test_wandb_has_all_numbers_and_goes_on_under_the_same_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    tracker = WandbTracker(tmp_path, {"steps": 1}, project="triquetra", mode="offline")
-    tracker.log({"loss": 1.0}, step=1)
-    tracker.finish()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    run = tmp_path / "a-run"
+    run.mkdir()
+    config = {"steps": 9, "model": {"dim": 64}}
+    start = partial(WandbTracker, run, config, project="triquetra", mode="offline")
+    run_with(start, run)
+    time.sleep(1.1)  # wandb names its directories by the second
+    run_with(start, run, after_step=4)
+    parts = []
+
+    def are_written() -> bool:
+        """wandb's own process writes, and may be behind."""
+        parts[:] = [list(wandb_records(path)) for path in sorted(run.glob("wandb/offline-run-*/*.wandb"))]
+        return len(parts) == 2 and all(any(r.HasField("exit") for r in records) for records in parts)
+
+    assert until(are_written)
+    assert [[r.run.run_id for r in records if r.HasField("run")] for records in parts] == [["a-run"]] * 2
+    updates = [x for r in parts[0] if r.HasField("run") for x in r.run.config.update]
+    settings = {x.key: json.loads(x.value_json) for x in updates}
+    assert settings["model"] == {"dim": 64} and settings["steps"] == 9
+    logged = list[dict]()
+    for r in (r for records in parts for r in records if r.HasField("history")):
+        logged.append({"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in r.history.item})
+    assert [row["_step"] for row in logged] == list(range(1, 9))
+    assert [row["loss"] for row in logged] == [1.5] * 8
+    assert [row["eval/held_out/loss"] for row in logged if "eval/held_out/loss" in row] == [2.5, 2.5]
+    kept = [row["balance/load/0/values"] for row in logged if "balance/load/0/values" in row]
+    assert [sum(counts) for counts in kept] == [2] * 4  # experts
+    assert {"balance/load/1/values", "balance/bias/0/bins", "balance/bias/1/bins"} <= logged[1].keys()
 
 
-def test_tensorboard_holds_what_was_logged(tmp_path):
+def test_tensorboard_has_all_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    tracker = TensorboardTracker(tmp_path, {})
-    tracker.log({"loss": 1.25}, step=3)
-    tracker.finish()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    run_with(partial(TensorboardTracker, tmp_path, {"model": {"dim": 64}}), tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, pytest.approx(1.25))]
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars["loss"] == [(step, pytest.approx(1.5)) for step in (1, 2, 3, 4)]
+    assert scalars["eval/held_out/loss"] == [(4, pytest.approx(2.5))]
+    assert scalars.keys() == {"step", *LINE, "eval/held_out/loss"}
+    histograms = {tag: events.Histograms(tag) for tag in events.Tags()["histograms"]}
+    assert histograms.keys() == {f"balance/{name}/{m}" for name in ("load", "bias") for m in (0, 1)}
+    assert [e.step for e in histograms["balance/load/0"]] == [2, 4]
+    value = histograms["balance/load/0"][0].histogram_value
+    assert (value.min, value.max, value.num, value.sum) == (0.5, 1.5, 2, 2.0)
+    (text,) = events.Tensors("config/text_summary")
+    assert json.loads(text.tensor_proto.string_val[0].decode().strip("`json\n")) == {"model": {"dim": 64}}
+
+
+def test_a_tracker_of_ones_own_may_lack_histograms(tmp_path, caplog):
+    run_with(lambda: Broken(fail_at=99), tmp_path)
+    assert "tracking stopped" in caplog.text  # at `finish`, not before
+    assert len(lines(tmp_path / "metrics.jsonl")) == 4 and (tmp_path / "experts.jsonl").is_file()
+
+
+def test_alarms_are_kept_and_cut_with_the_other_records(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", steps=9, interval=9)
+    for step in (1, 2, 3):
+        log.watch(step, EXPERTS)
+        log.write({"step": step, **LINE}, alarms=[f"step {step}: starving"])
+    log.rewind(2)
+    log.close()
+    assert [one["step"] for one in lines(tmp_path / "alarms.jsonl")] == [1, 2]
+    assert lines(tmp_path / "alarms.jsonl")[0]["text"] == "step 1: starving"
+    assert read_history(tmp_path / "experts.jsonl").last_T.tolist() == [1, 2]
 
 
 def test_batch_heterogeneity_by_hand():

@@ -99,7 +99,7 @@ def test_trinity_large_as_a_command(tmp_path):
         "2,000",
         "0 - 201.3B",
         "12,288 x 8,192",
-        "6",
+        "2",
         "0 → 8e-4",
         "0 → 2e-4",
     ]
@@ -112,17 +112,17 @@ def test_trinity_large_as_a_command(tmp_path):
         "46,678",
         "201.3B - 4.9T",
         "12,288 x 8,192",
-        "6",
+        "2",
         "8e-4",
         "2e-4",
         "9.06",
     ]
     assert by_span["phase1_larger_batch"][4:] == [
         "16,384 x 8,192",
-        "8",
+        "2",
         "8e-4",
         "2e-4",
-        "z_loss_weight 1e-6",
+        "micro_batch 4 · z_loss_weight 1e-6",
         "9.84",
     ]
     assert by_span["phase3"][-4:] == ["2.91e-4 → 8e-5", "7.28e-5 → 2e-5", "buffer 4,096", "4.92"]
@@ -152,6 +152,7 @@ def test_page_draws_the_curves_of_the_program(call):
         "Global batch [M tokens]",
         "Global batch [sequences]",
         "Sequence length [tokens]",
+        "micro_batch",
         "z_loss_weight",
         "buffer",
     ]

@@ -72,6 +72,8 @@ def test_a_roll_back_outlives_a_kill_before_the_next_checkpoint(tmp_path):
     run_ranks(lambda: training([*where, "name=killed"], wrong=()), 1)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     assert metrics(tmp_path / "killed")[-1]["skipped_steps"] == 1
+    whole, killed = ((tmp_path / name / "experts.jsonl").read_text() for name in ("whole", "killed"))
+    assert killed == whole and '"step": 6,' in whole
 
 
 def test_a_run_cannot_go_back_more_often_because_it_was_killed(tmp_path):

@@ -19,6 +19,7 @@ from tests.runs import BASE, metrics, tensors
 from trainer import train
 from trainer.checkpoint import Found, checkpoints, storage
 from trainer.config import load
+from trainer.history import read_history
 
 
 def train_worker(overrides: list[str], stop_at: int | None) -> int:
@@ -595,6 +596,8 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
         file.write('{"step": 4, "lo')  # a line cut by the kill
     run_ranks(train_worker, 1, where, None)
     assert [line["step"] for line in metrics(tmp_path / "killed")] == list(range(1, 7))
+    bins = read_history(tmp_path / "killed" / "experts.jsonl")  # of so small a model one for each step
+    assert bins.first_T.tolist() == bins.last_T.tolist() == list(range(1, 7))
 
 
 UNWRITABLE = {
@@ -654,5 +657,5 @@ def test_too_little_room_for_one_checkpoint_is_said_at_the_start(tmp_path, monke
         return said
 
     ((warning,),) = run_ranks(worker, 1, 100_000)
-    assert "has 0.1 MB free; the weights alone of a checkpoint take 1.8 MB" in warning
+    assert "has 0.1 MB free; the weights alone of a checkpoint take 1.3 MB" in warning
     assert run_ranks(worker, 1, 10**9) == [[]]

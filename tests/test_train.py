@@ -52,6 +52,7 @@ METRICS = [
             "open",
             "padding",
             "truncated",
+            "held_out",
             "skipped",
             "step_tokens",
             "step_flop",

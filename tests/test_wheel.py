@@ -63,7 +63,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(unpacked):
     expected = {f"trainer/{file}" for file in files_below(ROOT / "trainer")}
     expected |= {f"trainer/configs/{file}" for file in files_below(ROOT / "configs")}
     assert {file for file in held if not file.startswith(metadata)} == expected
-    assert {"trainer/lab/page.html", "trainer/lab/simulate/heatmap.js"} < held
+    assert {"trainer/lab/page.html", "trainer/lab/heatmap.js"} < held
     entry_points = (unpacked / "site" / metadata / "entry_points.txt").read_text()
     assert "triquetra = trainer.__main__:main" in entry_points
 

@@ -3,6 +3,9 @@
     triquetra train       train a model                       triquetra train experiment=demo
     triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
     triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
+    triquetra plan        memory, time, best layout           triquetra plan device=h200 model=mini ...
+    triquetra watch       a run, live in the terminal         triquetra watch runs/demo
+    triquetra report      what runs did, as one HTML page     triquetra report runs/demo
     triquetra evaluate    held-out loss, tasks, needles       triquetra evaluate runs/demo evaluate=held_out
     triquetra export      weights that transformers loads     triquetra export runs/demo out --verify
     triquetra checkpoint  list, verify, rewind                triquetra checkpoint list runs/demo
@@ -24,6 +27,9 @@ COMMANDS = {
     "train": "trainer.train",
     "simulate": "trainer.lab.simulate.__main__",
     "preview": "trainer.lab.preview.__main__",
+    "plan": "trainer.lab.plan.__main__",
+    "watch": "trainer.lab.watch.__main__",
+    "report": "trainer.lab.report.__main__",
     "evaluate": "trainer.evaluate.__main__",
     "export": "trainer.weights.export",
     "checkpoint": "trainer.checkpoint.__main__",

@@ -1,10 +1,12 @@
 """What is logged, in which unit, and where does it go?
 
-metrics.jsonl has one JSON object per step (docs/reference.md lists the names and units). A tracker (Weights &
-Biases, TensorBoard) gets the same values; its failure is reported once and never stops a run. The terminal
+metrics.jsonl has one JSON object per step (docs/reference.md lists the names and units), experts.jsonl the
+load of every expert in coarse bins (trainer/history.py), alarms.jsonl what the guard said. A tracker (Weights
+& Biases, TensorBoard) gets the same values; its failure is reported once and never stops a run. The terminal
 shows a progress bar, or a line every `interval` steps where it is not interactive.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -14,22 +16,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer.balance import Experts
+from trainer.history import ExpertHistory
 from trainer.records import StepLog
 
-EVALUATIONS = "evaluations.jsonl"  # beside metrics.jsonl
+# beside metrics.jsonl
+EVALUATIONS, EXPERTS, ALARMS = "evaluations.jsonl", "experts.jsonl", "alarms.jsonl"
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    """`histograms` may be missing: then none are made."""
 
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def histograms(self, values: dict[str, Tensor], step: int) -> None: ...
     def alert(self, text: str, step: int) -> None: ...
     def finish(self) -> None: ...
 
 
 class WandbTracker:
     """Weights & Biases. mode: online | offline; offline runs lie in <run>/wandb (`wandb sync` uploads
-    them).
+    them). A run that goes on after a restart has the same id, its name.
     """
 
     def __init__(self, run_directory: Path, config: dict[str, Any], *, project: str, mode: str = "online"):
@@ -49,6 +56,11 @@ class WandbTracker:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(metrics, step=step)
 
+    def histograms(self, values: dict[str, Tensor], step: int) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Histogram(x.tolist()) for name, x in values.items()}, step=step)
+
     def alert(self, text: str, step: int) -> None:
         self.run.alert(title="expert balance", text=text)
 
@@ -63,10 +75,15 @@ class TensorboardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(run_directory / "tensorboard")
+        self.writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
+
+    def histograms(self, values: dict[str, Tensor], step: int) -> None:
+        for name, x in values.items():
+            self.writer.add_histogram(name, x, step)
 
     def alert(self, text: str, step: int) -> None:
         self.writer.add_text("alarm", text, step)
@@ -135,11 +152,16 @@ class MetricsLog:
         interval: int,
         after_step: int = 0,
         start_tracker: Callable[[], Tracker] | None = None,
+        histograms: int | None = None,
     ):
-        """after_step: the step that the run resumes from; later lines of an interrupted run are dropped."""
+        """after_step: the step that the run resumes from; later lines of an interrupted run are dropped.
+        histograms [steps]: how often the tracker gets those of load and bias; None: never.
+        """
         self.lines = StepLog(path, after_step=after_step)
         self.evaluations = StepLog(path.with_name(EVALUATIONS), after_step=after_step)
-        self.steps, self.interval = steps, interval
+        self.alarms = StepLog(path.with_name(ALARMS), after_step=after_step)
+        self.experts = ExpertHistory(path.with_name(EXPERTS), after_step=after_step)
+        self.steps, self.interval, self.histograms = steps, interval, histograms
         self.tracker = self._guarded(start_tracker) if start_tracker else None
         # the bar is drawn on stdout and takes over what is printed to stderr
         self.bar = _Bar(steps, after_step) if sys.stdout.isatty() and sys.stderr.isatty() else None
@@ -153,6 +175,7 @@ class MetricsLog:
             self._guarded(lambda: tracker.log(metrics, step))
             self._guarded(lambda: [tracker.alert(text, step) for text in alarms])
         for text in alarms:
+            self.alarms.add({"step": step, "text": text})
             log.warning("guard: %s", text)
         if self.bar is not None:
             self.bar.update(step, summary(metrics))
@@ -169,14 +192,30 @@ class MetricsLog:
         shown = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
         print(f"step {step}/{self.steps}  {name}: {shown}", flush=True)
 
+    def watch(self, step: int, experts: Experts) -> None:
+        """A watcher of the Balancer, for experts.jsonl and the tracker's histograms."""
+        load_ME, bias_ME, gain_M = experts
+        gain = None if gain_M is None else gain_M.numpy()
+        self.experts.add(step, load_ME=load_ME.numpy(), bias_ME=bias_ME.numpy(), gain_M=gain)
+        if self.histograms and step % self.histograms == 0 and hasattr(self.tracker, "histograms"):
+            tracker, values = self.tracker, {"load": load_ME, "bias": bias_ME}
+            named = {
+                f"balance/{name}/{m}": x_E for name, x_ME in values.items() for m, x_E in enumerate(x_ME)
+            }
+            self._guarded(lambda: tracker.histograms(named, step))
+
+    @property
+    def records(self) -> tuple[StepLog | ExpertHistory, ...]:
+        return self.lines, self.evaluations, self.alarms, self.experts
+
     def rewind(self, step: int) -> None:
         """The run went back to this step: lines of later ones are dropped."""
-        self.lines.rewind(step)
-        self.evaluations.rewind(step)
+        for record in self.records:
+            record.rewind(step)
 
     def close(self) -> None:
-        self.lines.close()
-        self.evaluations.close()
+        for record in self.records:
+            record.close()
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:

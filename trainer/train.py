@@ -56,7 +56,7 @@ from trainer.ranks.stop import (
 )
 from trainer.ranks.watchdog import Watchdog
 from trainer.run.build import build, refusing
-from trainer.run.directory import open_directory, record_start
+from trainer.run.directory import open_directory, record_start, record_verdict
 from trainer.run.garbage import Garbage
 from trainer.run.profile import Profile
 from trainer.run.recover import leave_unread, resume, roll_back
@@ -212,7 +212,9 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
             interval=config.logging.interval,
             after_step=run.step,
             start_tracker=start_tracker,
+            histograms=config.logging.histograms,
         )
+        run.balancer.watchers += (metrics.watch,)
     watchdog = Watchdog(
         directory, rank=dist.get_rank(), limit_s=config.heartbeat_s, first_limit_s=config.timeout_s
     )
@@ -281,6 +283,7 @@ def conclude(run: Run) -> int:
             print(left_open(read, num_open=num_open, tokens_read=tokens_read))
         if done:
             print(verdict)
+            record_verdict(run.config, verdict, step=run.step)
         else:
             print(f"stopped at step {run.step} of {run.last_step}, saved; the same command continues")
     return run.stop.agreed or INTERRUPTED if not done else OK if verdict.ok else COLLAPSED

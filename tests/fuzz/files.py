@@ -335,7 +335,7 @@ def resumed(run: Path, config: Config, told: dict[str, Any]) -> int:
         told["differing"] = differing(loaded, tensors(self.path(step)))
         return loaded
 
-    def at_the_loop(*of: Any) -> None:
+    def at_the_loop(*of: Any, **named: Any) -> None:
         told["began"] = True
         raise KeyboardInterrupt
 

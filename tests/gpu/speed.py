@@ -72,7 +72,7 @@ KINDS = {
 
 
 @torch.no_grad()
-def fill(model: Afmoe, *, device: torch.device, seed: int) -> None:
+def fill(model: Afmoe, *, device: torch.device, seed: int, report: object = None) -> None:
     """In place of `initialize`, which draws Nano for minutes on a core: weights are drawn where they lie."""
     model.to_empty(device=device)
     torch.manual_seed(seed)

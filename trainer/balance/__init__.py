@@ -5,7 +5,7 @@ stats (what is counted) -> rules (biases), losses (gradients) -> balancer (once 
 ours.
 """
 
-from trainer.balance.balancer import COLLAPSED_SHARE, Balancer, Verdict
+from trainer.balance.balancer import COLLAPSED_SHARE, Balancer, Experts, Verdict
 from trainer.balance.guard import Guard
 from trainer.balance.losses import (
     NO_LOSSES,
@@ -42,6 +42,7 @@ __all__ = [
     "COLLAPSED_SHARE",
     "NO_LOSSES",
     "Balancer",
+    "Experts",
     "Guard",
     "LinearRule",
     "LossWeights",

@@ -6,6 +6,7 @@ Letters: M MoE layers of the model, E experts, S sums of a layer (balance/stats.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,13 +31,24 @@ LEAST_STEPS = 15
 Observer = Callable[[int, RoutingStats], None]
 
 
+class Experts(NamedTuple):
+    """What a step made of them, on the host; float64."""
+
+    load_ME: Tensor  # [even shares]
+    bias_ME: Tensor  # [score] after the step
+    gain_M: Tensor | None = None  # [1/score]; None: no margins were counted
+
+
+Watcher = Callable[[int, Experts], None]
+
+
 class Balancer(nn.Module):
     """Moves the biases of all MoE layers by one rule, once per optimizer step, after the weights.
 
     A layer is any module with the buffers of `stats.register_routing_buffers` and an int `top_k`. `group`:
     the ranks that saw other tokens; None when this process saw them all. `rule`: None leaves the biases where
-    they are. `guard` watches. `observers` are shown each step's sums. `required`: count required
-    biases even if the rule asks for none.
+    they are. `guard` watches. `observers` are shown each step's sums, `watchers` what became of the experts,
+    on the host. `required`: count required biases even if the rule asks for none.
 
     The state dict holds what a resumed run needs besides the biases: the rule's memory, the last loads, and
     the counts of the run's tail, on which the verdict rests.
@@ -56,6 +68,7 @@ class Balancer(nn.Module):
         super().__init__()
         self.layers = tuple(layers)  # not submodules: their state belongs to the model
         self.rule, self.group, self.guard, self.observers = rule, group, guard, tuple(observers)
+        self.watchers: tuple[Watcher, ...] = ()
         for layer in self.layers if required or getattr(rule, "needs_required", False) else ():
             collect_required(layer)
         self.rate = 1.0  # on the rule's step, set by the program
@@ -125,11 +138,9 @@ class Balancer(nn.Module):
         if self.rule is not None:
             bias_ME += self.rule(stats, bias_ME) * self.rate
         metrics = routing_metrics(stats, bias_ME) | self._stability(stats)
+        watched = self._watched(stats, bias_ME)
         parts = [torch.stack(list(metrics.values())), bias_ME.isfinite().all(-1).double(), stats.load_ME]
-        # the one wait
-        values, is_finite_M, load_ME = (
-            torch.cat([part.flatten() for part in parts]).cpu().split([part.numel() for part in parts])
-        )
+        values, is_finite_M, load_ME, *watched = on_host([*parts, *watched])  # the one wait
         if not is_finite_M.all():
             what = (
                 f"step {step}: {type(self.rule).__name__} gives MoE layer {int(is_finite_M.argmin())} "
@@ -147,8 +158,16 @@ class Balancer(nn.Module):
             self.tail_3 += torch.stack([one, metrics["balance/max_violation"], metrics["balance/floor"]])
         scalars = dict(zip(metrics, values.tolist(), strict=True))
         if self.guard is not None:
-            scalars |= self.guard.watch(step, load_ME.view_as(stats.load_ME), scalars)
+            scalars |= self.guard.watch(step, load_ME, scalars)
+        for watch in self.watchers:
+            watch(step, Experts(load_ME, *watched))
         return scalars
+
+    def _watched(self, stats: RoutingStats, bias_ME: Tensor) -> list[Tensor]:
+        """What only watchers ask for: biases, and the gain if margins were counted."""
+        if not self.watchers:
+            return []
+        return [bias_ME, *([stats.gain_M] if stats.margins_MW is not None else [])]
 
     def _share_load(self) -> None:
         for layer, load_E in zip(self.layers, self.load_ME, strict=True):
@@ -173,6 +192,13 @@ class Balancer(nn.Module):
             max_violation=max_violation / max(num_steps, 1),
             floor=floor / max(num_steps, 1),
         )
+
+
+def on_host(parts: Sequence[Tensor]) -> list[Tensor]:
+    """All of them in one transfer; float64."""
+    flat = torch.cat([part.flatten().double() for part in parts]).cpu()
+    pieces = flat.split([part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ needed to replay quantile rules, and is larger than all the rest. Lines are whol
 import base64
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,12 @@ class Trace:
             raise ValueError(f"{path}: holds no step")
 
     def __iter__(self) -> Iterator[RoutingStats]:
-        experts = self.num_experts
+        for _, stats in self.steps():
+            yield stats
+
+    def steps(self, kept: Container[int] | None = None) -> Iterator[tuple[int, RoutingStats]]:
+        """Each step's number and sums. kept: places in the file, from 0; None: all of them."""
+        experts, place = self.num_experts, -1
         shapes = {
             "counts": (experts,),
             "margins": (NUM_MARGINS,),
@@ -102,6 +107,9 @@ class Trace:
         }
         for line in self._lines():
             if "step" not in line:
+                continue
+            place += 1
+            if kept is not None and place not in kept:
                 continue
             try:
                 there = {name: shape for name, shape in shapes.items() if name in line or name != "required"}
@@ -114,7 +122,7 @@ class Trace:
             except (KeyError, TypeError, ValueError, zlib.error) as error:
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{self.path}: step {line['step']} cannot be read: {what}") from error
-            yield stats
+            yield line["step"], stats
 
     def _unpacked(self, text: str, dtype: type, shape: tuple[int, ...]) -> Tensor:
         numbers = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from omegaconf import MISSING
+
 BOUND = "bound"  # key of a field's metadata
 
 
@@ -142,6 +144,8 @@ def check_values(config: Any, *, where: str = "") -> None:
         value, key = getattr(config, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(value):
             check_values(value, where=f"{key}.")
+        elif isinstance(value, str) and value == MISSING:  # a ~ has taken away what has no default
+            raise ConfigError(f"not set: {key}; leave out ~{key}, or give {key}=")
         elif bound is not None and value is not None and (problem := bound.problem(value)):
             raise ConfigError(f"{key}={shown(value)}: {problem}")
         elif value is None and isinstance(bound, OneOf) and (problem := bound.problem(value)):

@@ -163,7 +163,7 @@ def looked_up(overrides: list[str], doc: str | None) -> str | None:
 
 def usage(doc: str | None) -> str:
     """What `--help` of trainer/train.py prints: its docstring `doc` and the choices of each group."""
-    others = {"ablation", "level", "scores"}  # of the other programs
+    others = {"ablation", "device", "level", "scores"}  # of the other programs
     groups = sorted(path for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name not in others)
     options = "\n".join(
         f"    {g.name + '=':12s} {' | '.join(sorted(o.stem for o in g.glob('*.yaml')))}" for g in groups

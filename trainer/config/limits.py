@@ -13,6 +13,7 @@ MAX_NAME = 255  # [bytes] of a directory's name
 OF_A_RUN = (  # what a run writes into its directory itself
     "config.yaml",
     "metrics.jsonl",
+    "evaluations.jsonl",
     "checkpoints",
     "tokenizer.json",
     "data.json",
@@ -21,6 +22,7 @@ OF_A_RUN = (  # what a run writes into its directory itself
     "bad_documents.*",
     "stacks.*",
     "lock",
+    "profile",
     "tensorboard",
     "wandb",
 )

@@ -202,6 +202,8 @@ class SkipConfig:
 class LoggingConfig:
     # [steps] between lines on a terminal that is not interactive; metrics.jsonl has every step
     interval: int = number(1, **STEPS)
+    # [steps] between two histograms of each layer's loads and biases for the tracker; null: none
+    histograms: int | None = number(1000, **STEPS)
     # _target_: wandb or TensorBoard besides metrics.jsonl (trainer/metrics.py)
     tracker: Any = field(default=None, metadata=target(partial=True, example=TRACKER))
 

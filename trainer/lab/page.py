@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TEMPLATE = Path(__file__).with_name("page.html")
+HEATMAP = Path(__file__).with_name("heatmap.js")  # for `script` of `write`: layer x expert x step
 NUM_COLOURS = 12
 MAX_NOTES = 6  # the others are folded away
 
@@ -66,6 +67,12 @@ def number(value: float | None) -> str:
     return re.sub(r"e([+-])0*", lambda m: "e" + m[1].strip("+"), f"{value:.1e}")
 
 
+def unit_of(count: float) -> tuple[float, str]:
+    """(1e9, "B") of 2.5e9: what a count is divided by, so that few digits say it."""
+    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+    return next((unit for unit in units if float(f"{count:.4g}") >= unit[0]), (1, ""))
+
+
 class Page:
     """Parts are added from top to bottom, in the order of the calls."""
 
@@ -103,6 +110,17 @@ class Page:
             for c in cells
         )
         self.html(f'<ul class="pills">{"".join(items)}</ul>')
+
+    def tiles(self, tiles: Mapping[str, Cell]) -> None:
+        """A few large numbers with a word below each: what a reader should see if there is time for nothing
+        else.
+        """
+        items = (
+            f'<div class="card"><dt>{escape(name)}</dt><dd class="{cell.tone}">{escape(cell.text)}</dd>'
+            f"<dd><small>{escape(cell.detail)}</small></dd></div>"
+            for name, cell in tiles.items()
+        )
+        self.html(f'<dl class="tiles">{"".join(items)}</dl>')
 
     def notes(self, sentences: Sequence[str], *, bad: bool = False) -> None:
         items = [f"<li>{escape(sentence)}</li>" for sentence in sentences]

@@ -202,7 +202,9 @@ class Afmoe(Decoder):
             global_mask=make(global_mod, num_rows, length, device=positions_BL.device),
             rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
             # no sync on a GPU
-            valid_BL=positions_BL >= 0 if positions_BL.is_cuda or (positions_BL < 0).any() else None,
+            valid_BL=positions_BL >= 0
+            if positions_BL.device.type != "cpu" or (positions_BL < 0).any()
+            else None,
         )
 
 

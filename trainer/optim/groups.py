@@ -82,7 +82,7 @@ def muon(
     hidden = [p for p, module in owners.items() if p.ndim >= 2 and not isinstance(module, by_adamw)]
     others = [p for p in owners if p not in set(hidden)]
     if dtype is None:
-        dtype = "bfloat16" if hidden[0].is_cuda else "float32"
+        dtype = "float32" if hidden[0].device.type == "cpu" else "bfloat16"
     by_muon = Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype))
     return [by_muon, _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)]
 

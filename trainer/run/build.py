@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
+from torch import nn
 
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
@@ -59,8 +60,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         rule = rule((num_moe, config.model.num_experts)).to(on) if rule is not None and num_moe else None
     end_if_told(stop)
     model = model_of(config, program, dims, on=on)
-    with refusing():
-        optimizer = Optimizers(instantiate(config.optim)(model))
+    optimizer = build_optimizer(config, model)
     required = config.balance.trace is not None and config.balance.trace_required
     with refusing():
         guard = Guard((num_moe, config.model.num_experts), **vars(config.guard))
@@ -88,6 +88,11 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
         health=health,
         last_step=program.last_step(),
     )
+
+
+def build_optimizer(config: Config, model: nn.Module) -> Optimizers:
+    with refusing():
+        return Optimizers(instantiate(config.optim)(model))
 
 
 def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.device) -> Afmoe:

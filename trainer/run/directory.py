@@ -4,7 +4,8 @@
                  data.json            which corpus and which tokenizer
                  starts.jsonl         one line per start: from which step and checkpoint, under which program
                  tokenizer.json       as it was used
-                 metrics.jsonl        one line per step
+                 metrics.jsonl        one line per step; with evaluations.jsonl, experts.jsonl, alarms.jsonl
+                 verdict.json         what became of the experts, once the run has reached its last step
                  bad_documents.*.txt  documents that were passed over, by data-parallel rank
                  checkpoints/         trainer/checkpoint/
                  lock                 held by the process that writes here (trainer/ranks/lock.py)
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from trainer.balance import Verdict
 from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, read_manifest
 from trainer.config import Config, ConfigError, read_plain, resolved_yaml
 from trainer.data import BadDocument
@@ -180,6 +182,14 @@ def record_rollback(config: Config, *, step: int, steps: int) -> None:
     """
     line = {"step": step, "rolled_back": True, "passed_over_steps": steps}
     append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
+
+
+def record_verdict(config: Config, verdict: Verdict, *, step: int) -> None:
+    """Of a run that has reached its last step: what its exit code says, and from which evidence."""
+    about = asdict(verdict) | {"is_known": verdict.is_known, "text": str(verdict)}
+    write_text(
+        run_directory(config) / "verdict.json", json.dumps({"step": step, "ok": verdict.ok, **about}) + "\n"
+    )
 
 
 def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:

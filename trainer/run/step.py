@@ -204,15 +204,17 @@ def warn_of_skipped(run: Run, loss_U: Tensor) -> None:
 
 
 def data_metrics(sums: StepSums, names: Sequence[str]) -> dict[str, float]:
-    """What all ranks have read since the start of the run, and the mean loss [nats] of each source that had
-    targets.
+    """What all ranks have read since the start of the run; of each source with targets in the step their mean
+    loss [nats] and their number.
     """
     counts: dict[str, float] = {name: int(n) for name, n in zip(COUNTED, sums.counts, strict=True)}
     skipped = sum(counts.pop(kind) for kind in BAD_KINDS)
     del counts["tokens"]
     loss_S, targets_S = sums.loss_2S
-    losses = {name: x for name, x, n in zip(names, loss_S / targets_S, targets_S, strict=True) if n}
-    metrics = {f"loss/{name}": loss.item() for name, loss in losses.items()}
+    metrics = dict[str, float]()
+    for name, loss, targets in zip(names, loss_S.tolist(), targets_S.tolist(), strict=True):
+        if targets:
+            metrics |= {f"loss/{name}": loss / targets, f"data/targets/{name}": int(targets)}
     return metrics | {f"data/{name}": count for name, count in counts.items()} | {"data/skipped": skipped}
 
 

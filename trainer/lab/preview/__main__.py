@@ -5,6 +5,7 @@ no model.
     triquetra preview experiment=demo steps=5000 ranks=8 out=preview.html
 
     tokens_per_s  of the whole run; with it spans have days
+    device        a GPU, like h200: tokens_per_s is the lower end of what triquetra plan says
     ranks         data-parallel ranks; without it parallel.dp_replicate x parallel.dp_shard
     out           the page, one file that needs no network; without it <run_dir>/<name>/preview.html
 
@@ -27,7 +28,7 @@ from trainer.program import program_of
 from trainer.run.directory import run_directory
 from trainer.train import INTERRUPTED, OK, REFUSED
 
-OWN = ("tokens_per_s", "ranks", "out")
+OWN = ("tokens_per_s", "device", "ranks", "out")
 SLOWEST = 1e-3  # [tokens/s] a token in a quarter of an hour
 ELSE_WIDTH = 24  # [characters] at least, of the column that wraps
 
@@ -75,7 +76,24 @@ def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
         raise ConfigError(f"tokens_per_s={speed}: must be a number above 0, like 6e6, {limit}")
     program = program_of(config)
     program.check_split(num_ranks=int(ranks), num_streams=config.data.num_streams)
+    if "device" in options:
+        if "tokens_per_s" in options:
+            raise ConfigError(
+                f"tokens_per_s={speed} and device={options['device']} are both set; keep one of them"
+            )
+        tokens_per_s = planned_speed(config, options["device"], ranks=int(ranks))
     return Preview(config, stretches(program), int(ranks), tokens_per_s)
+
+
+def planned_speed(config: Config, device: str, *, ranks: int) -> float:
+    """[tokens/s] over the whole program. Raises: ConfigError."""
+    from trainer.lab.plan.calibration import Calibration  # a preview without it starts sooner
+    from trainer.lab.plan.hardware import hardware
+    from trainer.lab.plan.plan import plan
+
+    calibration = Calibration(device)
+    planned = plan(config, hardware(device), calibration, ranks=ranks, searches=False)
+    return planned.tokens / planned.seconds / calibration.width
 
 
 def write(preview: Preview, out: Path, *, command: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.lab.page import Cell, Column, Page, series, typed
-from trainer.lab.preview.table import SHOWN, Preview, Stretch, table, totals, unit_of
+from trainer.lab.page import Cell, Column, Page, series, typed, unit_of
+from trainer.lab.preview.table import SHOWN, Preview, Stretch, table, totals
 
 POINTS = 257  # of a line within a span
 LETTERS = 60  # of labels that fit side by side

@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from trainer.config import Config
+from trainer.lab.digits import human, short
 from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.program import KEPT, Curve, Program, Span
 
@@ -62,31 +63,6 @@ def stretches(program: Program) -> list[Stretch]:
             passed.append(Stretch(span, step + 1, num_steps, start, start + num_steps * span.now.tokens))
             step += num_steps
     return passed
-
-
-def short(value: float) -> str:
-    """12,288, 0.25, 8e-4, 1.32e24: three digits, of whole numbers all up to a million."""
-    if value == int(value) and abs(value) < 1e6:
-        return f"{value:,.0f}"
-    mantissa, power = f"{value:.2e}".split("e")
-    return f"{value:.3g}" if 1e-2 <= value < 1e3 else f"{float(mantissa):g}e{int(power)}"
-
-
-def unit_of(count: float) -> tuple[float, str]:
-    return next(
-        (
-            unit
-            for unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
-            if float(f"{count:.4g}") >= unit[0]
-        ),
-        (1, ""),
-    )
-
-
-def human(count: float) -> str:
-    """4900000000000 -> 4.9T. Four digits."""
-    size, letter = unit_of(count)
-    return f"{count / size:.4g}{letter}"
 
 
 def changes(stretch: Stretch, before: Stretch | None) -> str:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.lab.page import Cell, Column, Page, number, series, typed
+from trainer.lab.page import HEATMAP, Cell, Column, Page, number, series, typed
 from trainer.lab.simulate.result import CURVES, METRICS, SHARES, Metric, check
 
-HEATMAP = Path(__file__).with_name("heatmap.js")
 DECADES = [10.0**power for power in range(-12, 7)]
 COLLAPSED = "Collapsed: an expert had under 10 % of an even share over the last tenth of the run."
 

@@ -17,7 +17,7 @@
     return box;
   }
   const all = "all", several = n => n > 1 && n <= MAX_PANELS ? [[all, "all"]] : [];
-  const arm = select("Arm", [...several(runs.length), ...runs.map((run, i) => [i, run.arm])], runs.length > 1 && runs.length <= MAX_PANELS ? all : 0);
+  const arm = select(page.data.noun ?? "Arm", [...several(runs.length), ...runs.map((run, i) => [i, run.arm])], runs.length > 1 && runs.length <= MAX_PANELS ? all : 0);
   const layer = select("Layer", [...several(numLayers), ...range(numLayers).map(m => [m, m])], runs.length === 1 && numLayers > 1 && numLayers <= 4 ? all : 0);
   const sorted = select("Experts sorted by", [["start", "load at the start"], ["end", "load at the end"], ["index", "index"]], "start");
   const left_out = document.createElement("span");
