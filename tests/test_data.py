@@ -381,6 +381,17 @@ def test_saved_tokenizers_load_with_their_own_end_of_text(tmp_path: Path, tokeni
         data.load_tokenizer(str(tmp_path), source=None, vocab_size=1000)
 
 
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A panic of Rust is no Exception in Python."""
+    content = json.loads(tokenizer.to_str())
+    content["model"]["continuing_subword_prefix"] = "x" * 5000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"^data\.tokenizer=.*: cannot load it \(.*; give train, a tokenizer"
+    ):
+        data.load_tokenizer(str(tmp_path), source={}, vocab_size=1024)
+
+
 def test_truncation_stored_in_a_tokenizer_is_off(tmp_path: Path, tokenizer: Tokenizer) -> None:
     truncating = Tokenizer.from_str(tokenizer.to_str())
     truncating.enable_truncation(4)

@@ -51,7 +51,9 @@ def ready_tokenizer(spec: str) -> Tokenizer:
         path = Path(spec).expanduser()
         file = path / "tokenizer.json" if path.is_dir() else path
         return Tokenizer.from_file(str(file)) if path.exists() else Tokenizer.from_pretrained(spec)
-    except Exception as error:  # `tokenizers` raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # `tokenizers` raises bare Exceptions, and panics are none of them
         remedy = "give train, a tokenizer.json, its directory or a hub name (network, HF_HUB_OFFLINE?)"
         raise ValueError(f"data.tokenizer={spec}: cannot load it ({error}); {remedy}") from error
 
