@@ -146,9 +146,9 @@ def due(run: Run) -> bool:
     """Whether to write a checkpoint now. While steps are being skipped none is written, so the newest one is
     from before them.
     """
-    at_interval = run.step % run.config.checkpoint.interval == 0 and not run.health.in_row
-    is_best = run.step == run.checkpoints.best
-    return at_interval or is_best or run.step == run.last_step or run.stop.agreed is not None
+    at_interval = run.step % run.config.checkpoint.interval == 0
+    is_wanted = (at_interval or run.step == run.checkpoints.best) and not run.health.in_row
+    return is_wanted or run.step == run.last_step or run.stop.agreed is not None
 
 
 # -- entry point ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ all ranks before the first step. A million tokens are 32 MB.
 
 import json
 from collections.abc import Sized
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def start_evaluations(run: Run) -> None:
     """
     named = {name: made(name, node) for name, node in run.config.evaluate.items()}
     parts = {name: parts_of(run, name, evaluation) for name, evaluation in named.items()}
-    before = broadcast_object(results_before(run.directory / EVALUATIONS, step=run.step))
+    path = run.directory / EVALUATIONS
+    before = broadcast_object(refusing_on_all(partial(results_before, path, step=run.step)))
     run.evaluations = Evaluations(named, parts, before=before, keep_best=run.config.checkpoint.keep_best)
     run.evaluations.rewind(run)
 
@@ -80,12 +82,14 @@ def source_again(source: Source, node: Any, make_source: Any) -> Source:
 
 
 def results_before(path: Path, *, step: int) -> list[dict[str, Any]]:
-    """Lines of this step and earlier ones; a last line that a kill has cut is no line."""
+    """Lines of this step and earlier ones; one that was cut by a kill or a full disk is no line."""
     if not step or not path.is_file():
         return []
-    lines = path.read_text(errors="replace").splitlines()
-    results = [json.loads(line) for line in lines if line.endswith("}")]
-    return [result for result in results if result["step"] <= step]
+    results = list[dict[str, Any]]()
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            results.append(json.loads(line))
+    return [result for result in results if isinstance(result, dict) and result.get("step", step + 1) <= step]
 
 
 def one_line(error: Exception) -> str:
