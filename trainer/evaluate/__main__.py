@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from trainer.checkpoint import Checkpoints, DamagedError, Found
 from trainer.config import Config, ConfigError, load, reread
 from trainer.data import BadDocument, DataError
 from trainer.evaluate.harness import lines_of, run_harness
-from trainer.evaluate.start import start_evaluations
+from trainer.evaluate.start import results_before, start_evaluations
 from trainer.metrics import EVALUATIONS, scalars
 from trainer.model.hf import KEYS
 from trainer.ranks.lock import InUseError, lock
@@ -186,9 +185,7 @@ def record(directory: Path, results: list[dict[str, Any]]) -> None:
         print(f"not recorded: {error}", file=sys.stderr)
         return
     with held:
-        lines = list[dict[str, Any]]()
-        with suppress(FileNotFoundError):
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        lines = results_before(path, step=sys.maxsize)
         made = {(result["step"], result["evaluation"]) for result in results}
         lines = [line for line in lines if (line["step"], line["evaluation"]) not in made] + results
         lines.sort(key=lambda line: line["step"])
