@@ -1,20 +1,14 @@
 """The branches that a CPU does not take: a step on the fake GPU, counted against the page's bounds."""
 
 import pytest
-import torch
 
 from benchmarks.gpu_trace import PAGE, POLICIES, bounds, counted
-
-
-def _saved(rank, policy, path):
-    torch.save(counted(policy), path)
+from tests.fake import in_a_process
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_asks_for_no_more_than_the_page_says(policy, tmp_path):
-    path = tmp_path / "counts"  # in a process of its own: the fake device is there for the rest of it
-    torch.multiprocessing.start_processes(_saved, args=(policy, path), nprocs=1, start_method="fork")
-    counts, most = torch.load(path, weights_only=False), bounds(PAGE.read_text())
+    counts, most = in_a_process(counted, tmp_path, policy), bounds(PAGE.read_text())
     assert {(policy, name) for name in counts} <= set(most)
     for name, value in counts.items():
         assert value <= most[policy, name], name

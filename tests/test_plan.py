@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.fake import in_a_process
 from tests.ranks import run_ranks
 from trainer.config import ConfigError, ParallelConfig, load
 from trainer.lab.plan import hardware as devices
@@ -42,18 +43,6 @@ FREE = OptimizerStep((1, 1, 1), 0.0, 0.0, 0.0, 0.0, 0, Counter(), Counter())
 
 def config_of(*overrides: str):
     return load(["model=debug", *SETTINGS, *overrides])
-
-
-def in_a_process(worker, tmp_path, *args):
-    """The fake device takes torch's one free name for the rest of a process."""
-    torch.multiprocessing.start_processes(
-        _saved, args=(worker, tmp_path, args), nprocs=1, start_method="fork"
-    )
-    return torch.load(tmp_path / "result", weights_only=False)
-
-
-def _saved(rank, worker, directory, args):
-    torch.save(worker(*args), directory / "result")
 
 
 def sums(sent: Counter) -> dict:

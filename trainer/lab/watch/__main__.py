@@ -25,14 +25,14 @@ from trainer.config import ConfigError
 from trainer.lab.watch.follow import Follower
 from trainer.lab.watch.frame import Letters, frame, one_line
 
-OK, REFUSED = 0, 2
+OK, REFUSED, INTERRUPTED = 0, 2, 130
 EVERY_S, MAX_EVERY_S = 2.0, 3600.0
 NOTHING_YET = "no step yet; waiting for the first line of metrics.jsonl"
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    return terminal.run(partial(command, arguments), {ConfigError: REFUSED})
+    return terminal.run(partial(command, arguments), {ConfigError: REFUSED, KeyboardInterrupt: INTERRUPTED})
 
 
 def command(arguments: list[str]) -> int:
