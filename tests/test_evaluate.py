@@ -10,6 +10,7 @@ import signal
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from trainer.data.sources import Document
 from trainer.evaluate import Example, packed
 from trainer.evaluate.experts import overlap, specialisation
 from trainer.evaluate.rows import share_of
-from trainer.evaluate.sets import held_out, in_order
+from trainer.evaluate.sets import example, held_out, in_order
 
 SMALL = [
     *("model=debug", "model.num_layers=2", "model.global_every=2", "model.dim=32", "model.vocab_size=320"),
@@ -165,6 +166,14 @@ def places_of(tokens: list[int]) -> list[tuple[int, int, int]]:
     """Token, next token and its group (0: it is no label) of each place of a document, cut at 16."""
     pairs = pairwise(tokens[:17])
     return [(a, b, 5 if place % 3 else 0) for place, (a, b) in enumerate(pairs, start=1)]
+
+
+def test_masked_tokens_of_a_document_are_no_targets():
+    tokens, mask = np.arange(10, 20, dtype=np.uint32), np.arange(10) % 3 != 0
+    one = example(tokens, torch.from_numpy(mask))
+    part = packed([one], name="p", seq_len=12, num_groups=4, about={})
+    expected = [int(token) if kept else IGNORED for token, kept in zip(tokens[1:], mask[1:], strict=True)]
+    assert part.labels_RL[0, :9].tolist() == expected
 
 
 # -- numbers --

@@ -188,7 +188,8 @@ def example_of(document: Document, material: Material, *, at_most: int) -> tuple
     targets spell; 0 where the source gives tokens.
     """
     if document.tokens is not None:
-        return example(document.tokens[:at_most]), 0
+        mask = None if document.mask is None else torch.from_numpy(np.asarray(document.mask)[:at_most])
+        return example(document.tokens[:at_most], mask), 0
     if material.tokenizer is None:
         raise ConfigError(f"evaluate.{material.name}: {document.where} is text; set data.tokenizer")
     if len(document.text.encode(errors="surrogatepass")) > 1e6 * material.max_document_mb:
@@ -203,9 +204,11 @@ def example_of(document: Document, material: Material, *, at_most: int) -> tuple
     return example(np.array(ids, np.int64)), num_bytes
 
 
-def example(ids: np.ndarray) -> Example:
+def example(ids: np.ndarray, mask_T: torch.Tensor | None = None) -> Example:
+    """mask_T: False where the token is not to be predicted."""
     tokens_T = torch.from_numpy(ids.astype(np.int64))
-    return Example(tokens_T, bucket(torch.arange(len(tokens_T))))
+    groups_T = bucket(torch.arange(len(tokens_T)))
+    return Example(tokens_T, groups_T if mask_T is None else torch.where(mask_T, groups_T, -1))
 
 
 def bucket(position_T: torch.Tensor) -> torch.Tensor:
