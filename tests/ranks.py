@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks, in seconds: everything is imported once, here, and then forked."""
 
+import gc
 import os
 import pickle
 import random
@@ -72,6 +73,10 @@ def _run_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    # What the parent has left over is not this process's to end: a process group's destructor would wait for
+    # threads that did not come along.
+    gc.freeze()
+    gc.unfreeze = lambda: None
     torch.set_num_threads(1)
     device.peak_flops = lambda *_: PEAK_FLOPS
     try:
