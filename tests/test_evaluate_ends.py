@@ -59,6 +59,8 @@ def sleeps_for_ever() -> None:
 
 
 def test_a_rank_that_hangs_in_an_evaluation_is_ended_and_says_where(tmp_path):
+    overrides = settings(tmp_path, "name=hangs", "parallel=fsdp", "heartbeat_s=4")  # makes the corpus, once
+
     def worker() -> int:
         from trainer.evaluate import kernel
 
@@ -70,7 +72,7 @@ def test_a_rank_that_hangs_in_an_evaluation_is_ended_and_says_where(tmp_path):
             return ask(run)
 
         kernel.is_told_to_stop = hanging
-        return train.main(settings(tmp_path, "name=hangs", "parallel=fsdp", "heartbeat_s=4"))
+        return train.main(overrides)
 
     # the rank that waits for it ends in the same way, or as its peer is gone
     with pytest.raises((ProcessExitedException, RuntimeError)) as ended:

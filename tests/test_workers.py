@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -507,7 +508,7 @@ def test_a_resumed_stream_does_not_wait_for_what_was_asked_for_before() -> None:
     state, expected = straight.state_dict(), step_rows(straight)
     stream = make_stream(Late(documents), num_streams=1, global_batch=1, workers=1, prefetch=60_000)
     stream.load_state_dict(state, keep_counts=True)
-    stream.prefetch = 1
+    stream.config = replace(stream.config, prefetch=1)
     loaded.set()
     assert torch.equal(step_rows(stream), expected) and reads.value < 100
 
