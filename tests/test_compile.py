@@ -4,36 +4,23 @@ The backend is aot_eager: Dynamo and AOTAutograd trace, guard and partition as a
 operators, so losses and gradients must be the same bits. What Inductor makes of the graphs is for a GPU.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from tests.models import GQA
 from tests.ranks import run_ranks
-from trainer.config import ModelConfig, ParallelConfig
+from trainer.config import ParallelConfig
 from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel, local
 from trainer.ranks import device
 
 # a dense local layer and a global one with experts: two kinds of blocks, two graphs a length
-SHAPE = ModelConfig(
-    vocab_size=64,
-    dim=32,
-    num_layers=2,
-    global_every=2,
-    num_dense_layers=1,
-    ffn_dim=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    window=6,
-    num_experts=8,
-    top_k=3,
-    expert_dim=24,
-    num_shared_experts=1,
-    route_scale=2.448,
-)
+SHAPE = replace(GQA, vocab_size=64, num_layers=2, global_every=2)
 LENGTHS, STEPS = (32, 48, 64, 40), 3
 
 

@@ -85,7 +85,11 @@ def test_all_ranks_hear_what_some_say_and_rank_0_says_what_all_hear(tmp_path):
     def said() -> list:
         meeting = meet(timeout_s=60)
         own = {1: "one", 2: ["two", 2]}.get(meeting.rank)
-        return [meeting.gathered(own), meeting.gathered(None), meeting.agreed({"rank": meeting.rank})]
+        return [
+            meeting.all_gather_objects(own),
+            meeting.all_gather_objects(None),
+            meeting.broadcast_object({"rank": meeting.rank}),
+        ]
 
     assert bare(said, 3, tmp_path) == [[[None, "one", ["two", 2]], [None] * 3, {"rank": 0}]] * 3
 
@@ -126,7 +130,7 @@ def test_a_rank_that_never_comes_is_missed_after_the_limit():
     store.set_timeout(timedelta(seconds=1))
     meeting = StoreMeeting(store, rank=0, num_ranks=2, timeout_s=0.5)
     with pytest.raises(TimeoutError, match=r"not all of the 2 ranks came within timeout_s=0\.5 s"):
-        meeting.gathered(None)
+        meeting.all_gather_objects(None)
 
 
 def test_a_rank_that_is_told_to_end_before_the_group_is_joined_ends_all_with_one_line(tmp_path):

@@ -10,7 +10,6 @@ Letters: G groups, M MoE layers, E experts, S sums of a layer (model/router.py, 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from signal import SIGINT
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from trainer.evaluate.rows import Part, share_of
 from trainer.model.afmoe import moe_layers
 from trainer.model.loss import Groups
-from trainer.ranks.stop import INTERRUPTED, PREEMPTED
+from trainer.ranks import device
 from trainer.run.state import Run
+from trainer.run.step import exit_code, told_to_stop
 
 ASK_EVERY = 16  # [microbatches] between two questions whether some rank was told to stop
 
@@ -44,10 +44,9 @@ def measure(run: Run, part: Part, *, heartbeat: Callable[[], None] = lambda: Non
 
     heartbeat: called before each microbatch. Collective.
     """
-    micro_batch = run.program.settings_at(run.tokens).micro_batch
-    batches = share_of(
-        part, reader=run.groups.reader, num_readers=run.groups.num_readers, micro_batch=micro_batch
-    )
+    now, length = run.program.settings_at(run.tokens), part.tokens_RL.shape[1]
+    rows = max(1, now.micro_batch * now.seq_len // length)  # no more tokens at a time than in training
+    batches = share_of(part, reader=run.groups.reader, num_readers=run.groups.num_readers, micro_batch=rows)
     layers = moe_layers(run.model)
     sums_3G = torch.zeros(3, part.num_groups, dtype=torch.float64, device=run.device)
     with evaluating(run) as use_of_layers:
@@ -55,7 +54,9 @@ def measure(run: Run, part: Part, *, heartbeat: Callable[[], None] = lambda: Non
             heartbeat()
             if i % ASK_EVERY == 0 and is_told_to_stop(run):
                 return None
-            tokens_BL, labels_BL, positions_BL, groups_BL = (plane.to(run.device) for plane in batch)
+            tokens_BL, labels_BL, positions_BL, groups_BL = (
+                device.onto(run.device, plane) for plane in batch
+            )
             run.model(tokens_BL, positions_BL, labels_BL, Groups(groups_BL.flatten(), sums_3G))
         packed = torch.cat([sums_3G.flatten(), *use_of_layers])
     if run.groups.tokens is not None:
@@ -98,11 +99,10 @@ def evaluating(run: Run) -> Iterator[list[Tensor]]:
 
 def is_told_to_stop(run: Run) -> bool:
     """Has any rank received a signal? Then `run.stop.agreed` is set, on all ranks. Collective."""
-    signal = run.stop.signalled
-    told_2 = torch.tensor([signal is not None, signal == SIGINT], dtype=torch.int64, device=run.device)
+    told_2 = told_to_stop(run).to(run.device, torch.int64)
     if run.groups.tokens is not None:
         dist.all_reduce(told_2, group=run.groups.tokens)
-    is_told, by_hand = (told_2 > 0).tolist()
-    if is_told:
-        run.stop.agreed = INTERRUPTED if by_hand else PREEMPTED
-    return is_told
+    code = exit_code(told_2)
+    if code is not None:
+        run.stop.agreed = code
+    return code is not None

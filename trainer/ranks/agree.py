@@ -55,13 +55,13 @@ def refusing_on_all(
 def refuse_disagreement(
     facts: Mapping[str, Any],
     *,
-    agreed: Callable[[Any], Any] = broadcast_object,
-    gathered: Callable[[Any], list[Any]] = all_gather_objects,
+    broadcast: Callable[[Any], Any] = broadcast_object,
+    gather: Callable[[Any], list[Any]] = all_gather_objects,
 ) -> None:
     """Raises: ConfigError, on all ranks, that names a rank whose facts are not those of rank 0, and the
     difference.
     """
-    first = agreed(dict(facts))
+    first = broadcast(dict(facts))
     pairs = {key: (facts.get(key), first.get(key)) for key in {**first, **facts}}
     differ = [
         f"{key}={own!r} (rank 0: {of_first!r})"
@@ -70,7 +70,7 @@ def refuse_disagreement(
     ]
     wrong = [
         f"rank {rank} has {', '.join(of_rank)}"
-        for rank, of_rank in enumerate(gathered(differ or None))
+        for rank, of_rank in enumerate(gather(differ or None))
         if of_rank
     ]
     if wrong:

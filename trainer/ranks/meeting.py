@@ -28,11 +28,11 @@ class Meeting:
         self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
         self.store: dist.Store | None = None
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """Each rank's value, on all ranks. Collective."""
         return [value] if self.num_ranks == 1 else agree.all_gather_objects(value)
 
-    def agreed(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, on all ranks. Collective."""
         return value if self.num_ranks == 1 else agree.broadcast_object(value)
 
@@ -48,7 +48,7 @@ class Meeting:
         except Exception as error:  # noqa: BLE001  # raised below, once the others know
             raised = error
         said = raised and [isinstance(raised, ConfigError), str(raised)]
-        answers = self.gathered(said)
+        answers = self.all_gather_objects(said)
         if raised is not None:
             raise raised
         for rank, answer in enumerate(answers):
@@ -74,7 +74,7 @@ class StoreMeeting(Meeting):
         super().__init__(rank=rank, num_ranks=num_ranks)
         self.store, self.timeout_s, self.calls = store, timeout_s, count()
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """None costs nothing; any other value is JSON, read by every rank."""
         key = f"triquetra/{next(self.calls)}"
         if value is not None:
@@ -89,8 +89,8 @@ class StoreMeeting(Meeting):
         self.wait_for_all(f"{key}/gone", hosts_only=True)
         return values
 
-    def agreed(self, value: Any) -> Any:
-        return self.gathered(value if self.rank == 0 else None)[0]
+    def broadcast_object(self, value: Any) -> Any:
+        return self.all_gather_objects(value if self.rank == 0 else None)[0]
 
     def wait_for_all(self, key: str, *, hosts_only: bool = False) -> None:
         """hosts_only: rank 0 alone waits. It may hold the store, and must not end before all have read."""

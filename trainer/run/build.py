@@ -40,9 +40,9 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     """
     stop = stop or StopRequest()
     meeting = meet(timeout_s=config.timeout_s)
-    end_if_told(stop, ask=meeting.gathered)
+    end_if_told(stop, ask=meeting.all_gather_objects)
     facts = {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
-    refuse_disagreement(facts, agreed=meeting.agreed, gathered=meeting.gathered)
+    refuse_disagreement(facts, broadcast=meeting.broadcast_object, gather=meeting.all_gather_objects)
     program = program_of(config)
     device.keep_freed_memory()
     stream = fork_stream(config, program, meeting)

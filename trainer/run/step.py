@@ -119,7 +119,7 @@ def train_step(
     rates = apply_settings(run, now, label_share=label_share(run, batches))
     torch.manual_seed(random_seed(run))
     sums = backward(run, batches, waited_s=waited_s).all_reduce(run.groups.tokens)
-    if (by_signal := exit_code(sums)) is not None:
+    if (by_signal := exit_code(sums.stop)) is not None:
         run.stop.agreed = by_signal
     if sums.unread > 0:
         discard(run)
@@ -167,11 +167,10 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
         loss.backward()
         loss_2U[0, m] = loss.detach()
         loss_2U[1, m] = (labels_BL != IGNORE).sum()
-    signal = run.stop.signalled
     once = float(groups.is_first_of_row)  # what the ranks of a row have in common is counted once
     return StepSums(
         squared_norm=squared_gradient_norm(run.model).double(),
-        stop=torch.tensor([signal is not None, signal == SIGINT]),
+        stop=told_to_stop(run),
         unread=torch.tensor(run.unread is not None),
         waited_s=torch.tensor(waited_s * once, dtype=torch.float64),
         tokens=torch.tensor(run.stream.step_tokens * once),
@@ -182,9 +181,15 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
     )
 
 
-def exit_code(sums: StepSums) -> int | None:
-    """With which the run ends after this step, if some rank was told to stop."""
-    is_told, by_hand = (sums.stop > 0).tolist()
+def told_to_stop(run: Run) -> Tensor:
+    """Was this rank told to stop, and by hand (Ctrl-C)? To be summed over ranks, for `exit_code`."""
+    signal = run.stop.signalled
+    return torch.tensor([signal is not None, signal == SIGINT])
+
+
+def exit_code(told_2: Tensor) -> int | None:
+    """With which the run ends, if some rank was told to stop."""
+    is_told, by_hand = (told_2 > 0).tolist()
     return None if not is_told else INTERRUPTED if by_hand else PREEMPTED
 
 

@@ -22,14 +22,14 @@ import sys
 if "torch" not in sys.modules:  # what it says of a process group that carries nothing is no news
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import difflib
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from trainer import terminal
-from trainer.config import Config, ConfigError, load, looked_up
+from trainer.config import ConfigError, load, looked_up
+from trainer.lab.options import parted, refuse_misspelt, write_page_to
 from trainer.lab.plan import table
 from trainer.lab.plan.calibration import Calibration, read
 from trainer.lab.plan.hardware import hardware
@@ -50,9 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str]) -> int:
-    pairs = [argument.partition("=") for argument in arguments]
-    options = {key: value for key, _, value in pairs if key in OWN}
-    overrides = ["".join(pair) for pair in pairs if pair[0] not in OWN]
+    overrides, options = parted(arguments, OWN)
     if (text := looked_up(overrides, __doc__)) is not None:
         print(text)
         return OK
@@ -60,17 +58,15 @@ def command(arguments: list[str]) -> int:
     refuse_unfit(planned)
     print_plan(planned)
     out = Path(options["out"]) if "out" in options else run_directory(planned.config) / "plan.html"
-    write(planned, out, command=" ".join(["triquetra plan", *arguments]))
+    line = " ".join(["triquetra plan", *arguments])
+    write_page_to(out, partial(write_page, planned, command=line), example="plan.html")
     print(f"{out}: the page")
     return OK
 
 
 def plan_of(overrides: list[str], options: dict[str, str]) -> Plan:
     """Of what trainer.train would be called with, and our own keys. Raises: ConfigError."""
-    keys = {"experiment", *(field.name for field in fields(Config))}
-    for key in {override.split("=")[0] for override in overrides} - keys:
-        if near := difflib.get_close_matches(key, OWN, n=1, cutoff=0.75):
-            raise ConfigError(f"{key}: there is no such key (did you mean {near[0]}?)")
+    refuse_misspelt(overrides, OWN)
     if "device" not in options:
         raise ConfigError("not set: device. Name the GPU, like device=h200 (configs/device has them)")
     config = load(overrides)
@@ -107,17 +103,6 @@ def number(key: str, text: str) -> float:
     if not least <= value <= most:
         raise ConfigError(f"{key}={text}: must be a number from {least:g} to {most:g}")
     return value
-
-
-def write(planned: Plan, out: Path, *, command: str) -> None:
-    """Raises: ConfigError."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_page(planned, out, command=command)
-    except OSError as error:
-        raise ConfigError(
-            f"out={out}: {error.strerror}; give a file that can be written, like out=plan.html"
-        ) from None
 
 
 def print_plan(planned: Plan) -> None:

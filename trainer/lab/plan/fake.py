@@ -135,7 +135,7 @@ def ranks(num_ranks: int) -> Iterator[FakeTensorMode]:
 @torch.library.custom_op("triquetra_plan::attention", mutates_args=())
 def attention(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Output and logsumexp, which the backward pass keeps, as a fused kernel's."""
-    raise NotImplementedError
+    raise NotImplementedError("it is traced, and has no kernel")
 
 
 @attention.register_fake
@@ -147,7 +147,7 @@ def _(q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, window: int) -> tuple[Tens
 def attention_backward(
     grad_BLNH: Tensor, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, out: Tensor, lse: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError
+    raise NotImplementedError("it is traced, and has no kernel")
 
 
 @attention_backward.register_fake

@@ -12,16 +12,15 @@ no model.
 All else is as for trainer.train. Exit codes: 0 done · 2 refused configuration.
 """
 
-import difflib
 import math
 import os
 import sys
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 from trainer import terminal
 from trainer.config import Config, ConfigError, load, looked_up
+from trainer.lab.options import parted, refuse_misspelt, write_page_to
 from trainer.lab.preview.page import write_page
 from trainer.lab.preview.table import Preview, stretches, table, totals
 from trainer.program import program_of
@@ -40,26 +39,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str]) -> int:
-    pairs = [argument.partition("=") for argument in arguments]
-    options = {key: value for key, _, value in pairs if key in OWN}
-    overrides = ["".join(pair) for pair in pairs if pair[0] not in OWN]
+    overrides, options = parted(arguments, OWN)
     if (text := looked_up(overrides, __doc__)) is not None:
         print(text)
         return OK
     preview = preview_of(overrides, options)
     print_table(preview)
     out = Path(options["out"]) if "out" in options else run_directory(preview.config) / "preview.html"
-    write(preview, out, command=" ".join(["triquetra preview", *arguments]))
+    line = " ".join(["triquetra preview", *arguments])
+    write_page_to(out, partial(write_page, preview, command=line), example="preview.html")
     print(f"{out}: the page")
     return OK
 
 
 def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
     """Of what trainer.train would be called with, and our own keys. Raises: ConfigError."""
-    keys = {"experiment", *(field.name for field in fields(Config))}
-    for key in {override.split("=")[0] for override in overrides} - keys:
-        if near := difflib.get_close_matches(key, OWN, n=1, cutoff=0.75):
-            raise ConfigError(f"{key}: there is no such key (did you mean {near[0]}?)")
+    refuse_misspelt(overrides, OWN)
     config = load(overrides)
     default = config.parallel.dp_replicate * (config.parallel.dp_shard or 1)
     ranks, speed = options.get("ranks", str(default)), options.get("tokens_per_s", "inf")
@@ -94,17 +89,6 @@ def planned_speed(config: Config, device: str, *, ranks: int) -> float:
     calibration = Calibration(device)
     planned = plan(config, hardware(device), calibration, ranks=ranks, searches=False)
     return planned.tokens / planned.seconds / calibration.width
-
-
-def write(preview: Preview, out: Path, *, command: str) -> None:
-    """Raises: ConfigError."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_page(preview, out, command=command)
-    except OSError as error:
-        raise ConfigError(
-            f"out={out}: {error.strerror}; give a file that can be written, like out=preview.html"
-        ) from None
 
 
 def print_table(preview: Preview) -> None:

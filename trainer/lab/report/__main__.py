@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer import terminal
 from trainer.config import ConfigError
+from trainer.lab.options import parted, write_page_to
 from trainer.lab.report.page import write_report
 from trainer.lab.report.read import read_records
 
@@ -35,14 +36,8 @@ def command(arguments: list[str]) -> int:
     paths, out = parsed(arguments)
     runs = [read_records(path) for path in paths]
     out = out or paths[0] / "report.html"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_report(runs, out, command=" ".join(["triquetra report", *arguments]))
-    except OSError as error:
-        why = error.strerror or error
-        raise ConfigError(
-            f"out={out}: {why}; give a file that can be written, like out=report.html"
-        ) from None
+    line = " ".join(["triquetra report", *arguments])
+    write_page_to(out, partial(write_report, runs, command=line), example="report.html")
     for sentence in (sentence for run in runs for sentence in run.problems):
         print(f"warning: {sentence}", file=sys.stderr)
     print(f"{out}: the report of {', '.join(run.name for run in runs)}")
@@ -51,18 +46,15 @@ def command(arguments: list[str]) -> int:
 
 def parsed(arguments: list[str]) -> tuple[list[Path], Path | None]:
     """Runs, and where the page goes. Raises: ConfigError."""
-    keys = {"out"}
-    given = dict(
-        argument.split("=", 1) for argument in arguments if argument.split("=")[0] in keys and "=" in argument
-    )
-    paths = [Path(argument) for argument in arguments if argument.split("=")[0] not in keys]
+    words, options = parted(arguments, ("out",))
+    paths = [Path(word) for word in words]
     for wrong in (path for path in paths if str(path).startswith("-")):
         raise ConfigError(f"{wrong}: there is no such flag; triquetra report --help says more")
     if not paths:
         raise ConfigError("which run? give its directory, like runs/demo")
     if len(paths) > MAX_RUNS:
         raise ConfigError(f"{len(paths)} runs are too many for one page; give at most {MAX_RUNS}")
-    return list(dict.fromkeys(paths)), Path(given["out"]) if given.get("out") else None
+    return list(dict.fromkeys(paths)), Path(options["out"]) if "out" in options else None
 
 
 if __name__ == "__main__":
