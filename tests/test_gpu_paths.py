@@ -163,6 +163,19 @@ def test_padding_changes_no_result(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_rows_of_an_expert_are_padded_to_the_next_multiple(monkeypatch):
+    """By hand: experts with 1, 0, 129 and 128 rows, numbered from 1; zeros fill each up to a multiple of 128."""
+    rows_RD, sizes_e = torch.arange(1.0, 259.0).view(-1, 1), torch.tensor([1, 0, 129, 128])
+    monkeypatch.setattr(dispatch.TokenDispatcher, "dispatch", lambda self: (rows_RD, sizes_e, None))
+    padded = dispatch.PaddedTokenDispatcher.Config(num_experts=4, top_k=1, multiple=128).build()
+    rows_PD, padded_e, metadata = padded.dispatch()
+    assert padded_e.tolist() == [128, 0, 256, 128]
+    expected = [1.0] + [0.0] * 127 + [float(n) for n in range(2, 131)] + [0.0] * 127
+    expected += [float(n) for n in range(131, 259)]
+    assert rows_PD[:512, 0].tolist() == expected and not rows_PD[512:].any()
+    assert torch.equal(rows_PD[metadata.place_R], rows_RD)
+
+
 def stand_in(monkeypatch, scaled_mm) -> None:
     """Modules in torchao's place, with the three names that torchtitan's experts take from them."""
     place = "torchao.prototype.moe_training"

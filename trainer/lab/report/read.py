@@ -281,7 +281,7 @@ def is_number(value: Any) -> bool:
 
 
 def flat(nodes: Any, prefix: str = "") -> dict[str, Any]:
-    """{"model.dim": 64, ...}"""
+    """{"model.dim": 64, ...}. As run.directory.dotted_keys, whose file imports torch: a report does not."""
     if not isinstance(nodes, Mapping) or not nodes:
         return {prefix.rstrip("."): nodes}
     return {
