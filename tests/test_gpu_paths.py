@@ -164,7 +164,7 @@ def test_padding_changes_no_result(monkeypatch):
 
 
 def test_rows_of_an_expert_are_padded_to_the_next_multiple(monkeypatch):
-    """By hand: experts with 1, 0, 129 and 128 rows, numbered from 1; zeros fill each up to a multiple of 128."""
+    """By hand: experts with 1, 0, 129 and 128 rows, numbered from 1; zeros fill up to multiples of 128."""
     rows_RD, sizes_e = torch.arange(1.0, 259.0).view(-1, 1), torch.tensor([1, 0, 129, 128])
     monkeypatch.setattr(dispatch.TokenDispatcher, "dispatch", lambda self: (rows_RD, sizes_e, None))
     padded = dispatch.PaddedTokenDispatcher.Config(num_experts=4, top_k=1, multiple=128).build()
