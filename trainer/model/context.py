@@ -53,8 +53,8 @@ class Cut:
         return 2 * self.size if self.size > 1 else 1
 
     def turns(self, length: int) -> int:
-        """The most whose pieces are no shorter than a window: with shorter ones the halo would be sent
-        several times over.
+        """The most whose pieces are no shorter than a window: with shorter ones a rank would fetch more keys
+        for a local layer than it holds.
         """
         turns = MOST_TURNS
         while turns > 1 and (length % (2 * self.size * turns) or self.piece(length, turns) < self.window):
