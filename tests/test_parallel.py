@@ -197,14 +197,8 @@ REFUSED = [
     ),
     (
         4,
-        [
-            "parallel.cp=4",
-            "stage=constant",
-            "+stage.long={steps: 1, seq_len: 66}",
-            "stage.run.steps=1",
-            "steps=null",
-        ],
-        r"stage\.long: seq_len=66 is no multiple of 2 x parallel\.cp=4",
+        ["parallel.cp=4", "stage.decay.seq_len=66"],
+        r"stage\.decay: seq_len=66 is no multiple of 2 x parallel\.cp=4",
     ),
 ]
 

@@ -68,11 +68,11 @@ def layout_of(config: Config, *, ranks: int | None, micro_batch: int) -> Layout:
             )
         ranks = p.dp_replicate * p.dp_shard
     num_experts = m.num_experts if m.num_dense_layers < m.num_layers else None
-    replicate, _, ep = device.degrees_of(p, num_ranks=ranks, num_experts=num_experts)
+    degrees = device.degrees_of(p, num_ranks=ranks, num_experts=num_experts)
     return Layout(
         ranks,
-        replicate,
-        ep,
+        degrees.replicate,
+        degrees.ep,
         micro_batch,
         config.activation_checkpoint,
         p.reshard_after_forward,
