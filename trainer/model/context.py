@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-MOST_TURNS = 4  # the slowest rank then has 1.06 times the mean's work on packed rows; more widen the halo
+MOST_TURNS = 4  # the slowest rank then has 1.07 times the mean's work on packed rows; more widen the halo
 
 Parts = Sequence[range]  # tokens of a row, in ascending order
 
@@ -53,11 +53,11 @@ class Cut:
         return 2 * self.size if self.size > 1 else 1
 
     def turns(self, length: int) -> int:
-        """The most whose pieces are no shorter than a window: with shorter ones a rank would fetch more keys
-        for a local layer than it holds.
+        """The most whose pieces are no shorter than half a window: with shorter ones a rank would fetch more
+        than twice the keys that it holds for a local layer.
         """
         turns = MOST_TURNS
-        while turns > 1 and (length % (2 * self.size * turns) or self.piece(length, turns) < self.window):
+        while turns > 1 and (length % (2 * self.size * turns) or 2 * self.piece(length, turns) < self.window):
             turns //= 2
         return turns
 
