@@ -26,6 +26,7 @@ LAYERS = [
     "model.loss",
     "model.norm",
     "model.compiled",
+    "model.context",
     "model.router",
     "model.dispatch",
     "model.moe",

@@ -24,9 +24,10 @@ SHAPE = replace(GQA, vocab_size=64, num_layers=2, global_every=2)
 LENGTHS, STEPS = (32, 48, 64, 40), 3
 
 
-def microbatches(backend: str | None, kind: str, ep: int) -> list[tuple]:
+def microbatches(backend: str | None, kind: str, ep: int, cp: int) -> list[tuple]:
     """Of STEPS at each length: the loss, all counts, a sum over the gradients; and the graphs made so far."""
-    dims = device.build_mesh(ParallelConfig(dp_shard=dist.get_world_size(), ep=ep), num_experts=8)
+    parallel = ParallelConfig(dp_shard=dist.get_world_size() // cp, cp=cp, ep=ep)
+    dims = device.build_mesh(parallel, num_experts=8)
     model = build_parallel(
         afmoe_config(SHAPE, flex=False),
         dims,
@@ -50,15 +51,18 @@ def microbatches(backend: str | None, kind: str, ep: int) -> list[tuple]:
     return results
 
 
-OTHERS = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("none", 1), ("none", 2), ("full", 1))]
+OTHERS = [("none", 1, 1), ("none", 2, 1), ("full", 1, 1), ("full", 2, 2), ("none", 1, 2)]
+LAYOUTS = [("full", 2, 1), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
 
 
-@pytest.mark.parametrize(("kind", "ep"), [("full", 2), *OTHERS])
-def test_compiled_blocks_at_four_lengths(kind, ep):
+@pytest.mark.parametrize(("kind", "ep", "cp"), LAYOUTS)
+def test_compiled_blocks_at_four_lengths(kind, ep, cp):
     """Same bits, counts too; each length is compiled in its first step alone, and the fourth one, past the 8
     graphs that torch allows by default with four kinds of blocks, ends nothing."""
     both = run_ranks(
-        lambda: [microbatches(backend, kind, ep) for backend in (None, "aot_eager")], ep, timeout_s=900.0
+        lambda: [microbatches(backend, kind, ep, cp) for backend in (None, "aot_eager")],
+        max(ep, cp),
+        timeout_s=900.0,
     )
     for eager, compiled in both:
         assert [values for values, _ in compiled] == [values for values, _ in eager]

@@ -245,7 +245,13 @@ def test_loss_hits_bits_per_byte_and_positions_are_those_of_documents_alone(corp
 
 @pytest.mark.parametrize(
     ("num_ranks", "more"),
-    [(1, ["micro_batch=4"]), (2, LAYOUTS[2]), (4, LAYOUTS[4]), (4, ["parallel=fsdp_ep"])],
+    [
+        (1, ["micro_batch=4"]),
+        (2, LAYOUTS[2]),
+        (4, LAYOUTS[4]),
+        (4, ["parallel=fsdp_ep"]),
+        (4, ["parallel.cp=2", "parallel.dp_shard=2", "parallel.ep=4"]),
+    ],
 )
 def test_results_are_the_same_on_any_layout(corpus, tmp_path, alone, num_ranks, more):
     overrides = settings(corpus, tmp_path, "name=a", validation(corpus), *more)

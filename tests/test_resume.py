@@ -37,7 +37,12 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep", "activation_checkpoint=full"])]
+    ("num_ranks", "layout"),
+    [
+        (1, []),
+        (4, ["parallel=hsdp_ep", "activation_checkpoint=full"]),
+        (4, ["parallel.cp=2", "parallel.dp_shard=2"]),
+    ],
 )
 def test_a_run_in_three_parts_is_the_whole_run_bit_for_bit(tmp_path, num_ranks, layout):
     where = [f"run_dir={tmp_path}", "steps=8", *layout]
@@ -163,6 +168,8 @@ LAYOUTS = {
     "fsdp4": (4, ["parallel=fsdp"]),
     "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
     "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "cp2_ep4": (4, ["parallel.cp=2", "parallel.dp_shard=2", "parallel.ep=4"]),
 }
 
 
