@@ -16,7 +16,7 @@ from torch import nn
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
-from trainer.data import Source, StreamConfig, TokenStream, load_tokenizer
+from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
@@ -222,6 +222,7 @@ def build_stream(
         max_bad=d.max_bad,
         max_document_mb=d.max_document_mb,
         holdout=d.holdout,
+        length_bias={name: LengthBias(**vars(bias)) for name, bias in d.length_bias.items()},
         backend=d.backend,
         workers=d.workers,
         prefetch=d.prefetch,
