@@ -1,5 +1,5 @@
-"""Are documents drawn by their length in the shares that the curve says, before they are tokenised, and are they
-the same on any ranks and workers and after any restart?
+"""Does its length draw a document with the probability of the curve, before it is tokenised, and alike on
+any ranks and workers, after any restart?
 
 Origins of the expected values: arithmetic of the curve, binomial deviations (3 sigma), each number asked of
 the hash one by one, invariance, and documents whose tokens say which they are.

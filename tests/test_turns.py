@@ -31,6 +31,7 @@ from tests.streams import (
 from trainer import train
 from trainer.config import Config, ConfigError, DataConfig, SpanConfig
 from trainer.data import Document, TokenStream
+from trainer.data import stream as stream_module
 from trainer.program import program_of
 
 L, V = 16, 8
@@ -177,11 +178,17 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
     return train.train(config)
 
 
-def rows_worker(overrides: list[str]) -> list[torch.Tensor]:
-    """This rank's tokens of each step, without training on them."""
-    run, seen = train.build(train.load([*BASE, *overrides])), []
+def rows_worker(overrides: list[str]) -> list[tuple[torch.Tensor, list[int]]]:
+    """This rank's tokens of each step, without training on them, and the streams that served."""
+    run, seen, served = train.build(train.load([*BASE, *overrides])), [], list[int]()
+    pack = stream_module.PACKINGS["stream"]
+    stream_module.PACKINGS["stream"] = lambda virtual, *rest: (
+        served.append(virtual.number) or pack(virtual, *rest)
+    )
     while run.step < run.last_step:
-        seen.append(torch.cat([batch.tokens_BL for batch in train.next_batches(run)]))
+        served.clear()
+        batches = train.next_batches(run)
+        seen.append((torch.cat([batch.tokens_BL for batch in batches]), list(served)))
         run.tokens, run.step = run.tokens + run.program.settings_at(run.tokens).tokens, run.step + 1
     return seen
 
@@ -196,8 +203,11 @@ def test_a_run_in_turns_stopped_in_the_middle_goes_on_bit_for_bit_on_other_ranks
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     [alone] = run_ranks(rows_worker, 1, [*TURNS, "name=alone", *where])
     two = run_ranks(rows_worker, 2, [*TURNS, "name=two", "parallel=fsdp", *where])
-    assert [len(rows) for rows in alone] == [8] * 3 + [2] * 5 + [8] * 2
-    assert all(torch.equal(torch.cat(rows), whole) for *rows, whole in zip(*two, alone, strict=True))
+    # 768 tokens before the first step of 128, so it is number 6 of its size: turn 2 of 4
+    turns = [[2, 6], [3, 7], [0, 4], [1, 5], [2, 6]]
+    assert [served for _, served in alone] == [list(range(8))] * 3 + turns + [list(range(8))] * 2
+    for (one, first), (other, second), (whole, served) in zip(*two, alone, strict=True):
+        assert torch.equal(torch.cat([one, other]), whole) and first + second == served
 
 
 # -- refusals ----------------------------------------------------------------------------------------------
