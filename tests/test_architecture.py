@@ -33,6 +33,7 @@ LAYERS = [
     "model.afmoe",
     "model.init",
     "model.parallelize",
+    "model.frozen",
     "model.hardware",
     "model.hf",
     "data",

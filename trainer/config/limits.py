@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainer.config.bounds import ConfigError, check_values
 from trainer.config.fill import nearest
+from trainer.config.parts import PARTS
 from trainer.config.schema import Config, DataConfig, ModelConfig
 
 MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open document
@@ -65,6 +66,7 @@ def check(config: Config) -> None:
             "one of them"
         )
     check_name("name", config.name)
+    _check_parts(config.train_only)
     if config.balance.trace is not None:
         _check_trace(config.balance.trace)
 
@@ -99,6 +101,14 @@ def _check_sources(d: DataConfig) -> None:
             raise ConfigError(
                 f"data.sources.{name}={node}: must be a source, like {{_target_: trainer.data.PythonSource}}"
             )
+
+
+def _check_parts(names: list[str] | None) -> None:
+    if names == []:
+        raise ConfigError("train_only=[]: nothing would be trained; name parts, or use null for all")
+    for name in names or ():
+        if name not in PARTS:
+            raise ConfigError(f"train_only={names}: there is no part {name}{nearest(name, list(PARTS))}")
 
 
 def _check_length_bias(d: DataConfig) -> None:

@@ -297,6 +297,8 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
     # a run's directory, or one of its checkpoints, that a new run starts from
     branch: str | None = path(None)
+    # parts of the model (trainer/config/parts.py) that are trained, the others stay as they are; null: all
+    train_only: list[str] | None = None
     # directory or hub name of AfmoeForCausalLM weights that a new run starts from
     init_from: str | None = path(None)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

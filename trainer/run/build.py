@@ -18,6 +18,7 @@ from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
+from trainer.model.frozen import train_only
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
@@ -125,6 +126,9 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
         reshard_after_forward=config.parallel.reshard_after_forward,
         reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
     )
+    if config.train_only is not None:
+        with refusing():
+            train_only(model, config.train_only)
     report = partial(print, flush=True) if dist.get_rank() == 0 else None
     initialize(model, device=on, seed=config.seed, report=report)
     return model
