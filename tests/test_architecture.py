@@ -35,6 +35,7 @@ LAYERS = [
     "model.init",
     "model.recompute",
     "model.parallelize",
+    "model.frozen",
     "model.hardware",
     "model.hf",
     "data",

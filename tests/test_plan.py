@@ -247,13 +247,13 @@ def test_bytes_by_link(key, per_node, expected):
 
 
 def test_a_layout_is_a_command_that_training_takes():
-    """12,288 sequences on 2,048 ranks are 6 a rank, 16,384 are 8; the extension has one row a rank."""
+    """12,288 sequences on 2,048 ranks are 6 a rank, 16,384 are 8."""
     config = load(["experiment=trinity_large"])
     layout = Layout(2048, 16, 8, 8, "full")
     words = micro_batches(program_of(config), layout)
     assert words == ["stage.warmup.micro_batch=6", "stage.phase1_larger_batch.micro_batch=8"]
     again = program_of(load(["experiment=trinity_large", *layout.overrides(), *words]))
-    assert [span.now.micro_batch for span in again.spans] == [6, 6, 8, 8, 8, 8, 1]
+    assert [span.now.micro_batch for span in again.spans] == [6, 6, 8, 8, 8, 8]
     again.check_split(num_ranks=2048, num_streams=2048)
 
 

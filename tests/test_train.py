@@ -53,6 +53,7 @@ METRICS = [
             "padding",
             "truncated",
             "held_out",
+            "not_drawn",
             "skipped",
             "step_tokens",
             "step_flop",

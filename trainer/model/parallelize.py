@@ -113,7 +113,7 @@ def squared_gradient_norm(model: nn.Module) -> Tensor:
     counts 1/r on each. One scalar to reduce, so all ranks scale by the same bits.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for parameter in model.parameters():
+    for parameter in trained(model):
         total = total.to(parameter.device) + local(parameter.grad).norm().double().square() / num_replicas(
             parameter
         )
@@ -121,7 +121,12 @@ def squared_gradient_norm(model: nn.Module) -> Tensor:
 
 
 def scale_gradients(model: nn.Module, factor: float) -> None:
-    torch._foreach_mul_([local(parameter.grad) for parameter in model.parameters()], factor)
+    torch._foreach_mul_([local(parameter.grad) for parameter in trained(model)], factor)
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def local(tensor: Tensor) -> Tensor:
