@@ -12,7 +12,7 @@ LINTERS := .venv/.installed-dev
 LOG := .venv/setup.log
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help setup demo test test-all drills gpu lint clean
+.PHONY: help setup demo test test-all drills slurm gpu lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ test-all: setup  ## run all tests
 
 drills: setup  ## break runs on purpose and print what held (6 to 9 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m tests.drills $(ARGS)
+
+slurm: setup  ## the same under a real Slurm on this machine (apt-get install slurmctld slurmd slurm-client munge)
+	@$(VENV) -m tests.slurm $(ARGS)
 
 gpu: setup  ## does this GPU compute what a CPU computes, and how fast? (8 minutes; RANKS=8 for eight GPUs)
 	@$(VENV) -m tests.gpu $(ARGS)
