@@ -8,6 +8,7 @@ Exit codes: 0 all held, or Slurm is not installed (then one line says so) · 1 o
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ def main() -> int:
         print(f"skipped: Slurm is not installed ({', '.join(absent)}); as root: {INSTALL}")
         return 0
     names = asked.names or [drill.name for drill in DRILLS.values() if drill.in_short_set or not asked.short]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster ends with its drill
     rows, failures, start_s = [], {}, time.monotonic()
     scratch = tempfile.mkdtemp(prefix="slurm-")
     os.environ["TMPDIR"] = tempfile.tempdir = scratch  # all of it goes when they are done

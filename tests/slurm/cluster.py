@@ -41,6 +41,7 @@ SlurmctldPidFile={directory}/slurmctld.pid
 SlurmdPidFile={directory}/slurmd.%n.pid
 SlurmctldLogFile={directory}/log/slurmctld
 MinJobAge=100000
+FirstJobId={first_job}
 SlurmdLogFile={directory}/log/slurmd.%n
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -160,7 +161,9 @@ class Cluster:
         return [pid for pid in processes() if name in environment_of(pid) and not is_zombie(pid)]
 
     def logs(self, *, lines: int = 12) -> str:
-        files = sorted((self.directory / "log").glob("slurm*"))
+        files = [
+            self.directory / "log" / name for name in ("slurmctld", *(f"slurmd.{n}" for n in self.nodes))
+        ]
         return "\n".join(f"-- {file.name}\n{self._log(file.name, lines=lines)}" for file in files)
 
     def close(self) -> None:
@@ -210,6 +213,7 @@ class Cluster:
             directory=self.directory,
             munge=self.environment["MUNGE_SOCKET"],
             num_nodes=self.num_nodes,
+            first_job=1 + secrets.randbelow(9000),  # its ranks' port follows from it
             gres=f" Gres=gpu:{self.gpus}" if self.gpus else "",
             kill_wait_s=kill_wait_s,
             slurmd_timeout_s=slurmd_timeout_s,
@@ -250,7 +254,8 @@ class Cluster:
         return [pid for pid in processes() if configuration in environment_of(pid) and not is_zombie(pid)]
 
     def _log(self, name: str, *, lines: int = 12) -> str:
-        text = (self.directory / "log" / name).read_text(errors="replace")
+        file = self.directory / "log" / name
+        text = file.read_text(errors="replace") if file.exists() else ""
         return "\n".join(text.splitlines()[-lines:])
 
 

@@ -11,9 +11,17 @@ from tests.slurm.cluster import SMALL_KIB, Cluster, environment_of
 from tests.slurm.gate import GATE
 from tests.slurm.jobs import Job, Run, stopped_well, submit
 from tests.waiting import until
+from trainer.preflight.__main__ import UNFIT
 from trainer.ranks.stop import REFUSED
 
 DRILLS: dict[str, Drill] = {}
+UNFIT_PYTHON = """#!/usr/bin/env bash
+for argument in "$@"; do
+    [[ $argument != trainer ]] || argument=tests.slurm.unfit
+    arguments+=("$argument")
+done
+exec .venv/bin/python "${arguments[@]}"
+"""
 LIMIT_S = 600.0
 
 
@@ -36,15 +44,36 @@ def started_again(job: Job, step: int, began_s: float, *, lives: int = 1) -> Fac
 
 @drill(limit_s=LIMIT_S, into=DRILLS)
 def whole_run(directory: Path, short: bool) -> Facts:
-    """2 nodes x 2 ranks, HSDP x EP, a log for each rank · completes, nothing is left running"""
+    """2 nodes x 2 ranks, HSDP x EP, PREFLIGHT=1, a log for each rank · found fit, completes, nothing is left
+    running"""
     with Cluster() as cluster:
-        job = Job.of(cluster, Where(directory, num_ranks=4), held=False, RANKS_PER_NODE="2")
+        environment = {"RANKS_PER_NODE": "2", "PREFLIGHT": "1"}
+        job = Job.of(cluster, Where(directory, num_ranks=4), held=False, **environment)
         job.ends("COMPLETED")
     logs = [path for path in (directory / "logs" / job.id / "0").rglob("stdout.log") if path.stat().st_size]
     nodes = {path.relative_to(directory / "logs" / job.id / "0").parts[0] for path in logs}
-    assert "rank 0: Triquetra" in job.output, job.output
+    assert "rank 0: preflight: fit" in job.output and "rank 0: Triquetra" in job.output, job.output
     assert nodes <= {"node1", "node2"} and any("Triquetra" in path.read_text() for path in logs), logs
     return Facts(equal=job.equals_undisturbed())
+
+
+@drill(limit_s=LIMIT_S, into=DRILLS)
+def a_node_is_unfit(directory: Path, short: bool) -> Facts:
+    """PREFLIGHT=1; the second of four nodes multiplies ten times as slowly and its clock is a minute late (by
+    tests/slurm/unfit.py) · both are named with value and limit, the job ends with 69 and does not train"""
+    site, python = directory / "site.env", directory / "python"
+    python.write_text(UNFIT_PYTHON)
+    python.chmod(0o755)
+    site.write_text(f"PYTHON={python}\n")
+    with Cluster(num_nodes=4) as cluster:
+        where, options = Where(directory, num_ranks=4), ("--nodes=4",)
+        job = Job.of(cluster, where, held=False, options=options, SITE=str(site), PREFLIGHT="1")
+        job.ends("FAILED", UNFIT)
+    said = [line for line in job.output.splitlines() if "unfit: " in line]
+    assert len(said) == 2 and all("unfit: node2: " in line for line in said), job.output
+    assert "clock: -" in said[0] and "cpu (rank " in said[1] and "TFLOP/s; limit: " in said[1], said
+    assert not job.where.run.exists()
+    return Facts(equal="not asked")
 
 
 @drill(limit_s=LIMIT_S, into=DRILLS)
@@ -128,12 +157,12 @@ def requeued_by_hand(directory: Path, short: bool) -> Facts:
 
 @drill(limit_s=LIMIT_S, short=True, into=DRILLS)
 def kill_one_rank(directory: Path, short: bool) -> Facts:
-    """kill -9 of one rank on the second node · all ranks start again in the same job, from the last
+    """kill -9 of one rank of two nodes · all ranks start again in the same job, from the last
     checkpoint"""
     with Cluster() as cluster:
         job = Job.of(cluster, Where(directory))
         step, began_s = job.is_held(), time.time()
-        os.kill(rank_on(cluster, "node2"), signal.SIGKILL)
+        os.kill(process_of(cluster, rank=1), signal.SIGKILL)
         facts = started_again(job, step, began_s)
         assert "rank 1 was killed by SIGKILL; all ranks start again" in job.output, job.output
     return facts
@@ -252,8 +281,6 @@ def full_log_disk(directory: Path, short: bool) -> Facts:
     return Facts(equal=job.equals_undisturbed())
 
 
-def rank_on(cluster: Cluster, node: str) -> int:
-    """The process id of a rank on a node that has one."""
-    marks = {f"SLURMD_NODENAME={node}", "LOCAL_RANK=0"}
-    (pid,) = [pid for pid in cluster.living() if marks <= set(environment_of(pid))]
+def process_of(cluster: Cluster, *, rank: int) -> int:
+    (pid,) = [pid for pid in cluster.living() if f"RANK={rank}" in environment_of(pid)]
     return pid

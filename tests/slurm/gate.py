@@ -1,7 +1,8 @@
 """How is a run held at a step until something has been done to it? By its source of documents.
 
-Nothing is decided by time: the run stands before a document until its job has begun again, or until this rank
-was told to stop. Named by data.source._target_, as a user's own source is.
+Nothing is decided by time: rank 0, which has written down all steps before, stands before a document until
+its job has begun again or until it was told to stop; the others wait for it. data.source._target_ names it,
+as it names a user's own source.
 """
 
 import os
@@ -24,9 +25,8 @@ class Gated(SyntheticSource):
         self.hold_at = hold_at
 
     def __getitem__(self, i: int) -> Document:
-        if i >= self.hold_at and not passes():
-            name = f"held.{os.environ.get('SLURM_ARRAY_TASK_ID', 'run')}.{os.environ['RANK']}"
-            (Path(os.environ[GATE]) / name).touch()
+        if i >= self.hold_at and os.environ["RANK"] == "0" and not passes():
+            (Path(os.environ[GATE]) / f"held.{os.environ.get('SLURM_ARRAY_TASK_ID', 'run')}").touch()
             while not passes():
                 time.sleep(0.02)
         return super().__getitem__(i)

@@ -94,11 +94,9 @@ class Job:
         assert condition(), f"{what}: not so; the job is {self.state}\n{self.output[-4000:]}"
 
     def is_held(self) -> int:
-        """Waits until all ranks stand at the step and a checkpoint is there. Returns the last step that was
-        trained."""
-        name = self.where.run.name
-        waits = lambda: len(list(self.where.path.glob(f"held.{name}.*"))) == self.where.num_ranks  # noqa: E731
-        self.reaches(lambda: waits() and self.where.checkpoints(), what="all ranks stand before the document")
+        """Waits until the run stands and a checkpoint is there. Returns the last step that was trained."""
+        held = self.where.path / f"held.{self.where.run.name}"
+        self.reaches(lambda: held.exists() and self.where.checkpoints(), what="the run stands at a step")
         return self.where.metrics()[-1]["step"]
 
     def ends(self, state: str, code: int = 0, *, alone: bool = True, timeout_s: float = 200.0) -> None:
