@@ -22,7 +22,7 @@ for argument in "$@"; do
 done
 exec .venv/bin/python "${arguments[@]}"
 """
-LIMIT_S = 600.0
+LIMIT_S = 3600.0  # by the clock, for what hangs
 
 
 def told_to_stop_and_requeued(job: Job, step: int, began_s: float, *, alone: bool = True) -> Facts:
