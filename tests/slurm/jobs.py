@@ -10,7 +10,6 @@ from tests.drills.jobs import REPOSITORY, Where, same_losses, undisturbed
 from tests.slurm.cluster import Cluster
 from tests.slurm.gate import GATE
 from tests.waiting import until
-from trainer.ranks.stop import PREEMPTED
 
 SCRIPT = "launch/slurm.sbatch"
 SOURCE = [
@@ -123,5 +122,4 @@ class Job:
 def stopped_well(job: Job, step: int) -> None:
     """Told to stop at a step: saved there, and the next life went on from there."""
     assert f"stopped at step {step} of" in job.output and f"continuing at step {step} of" in job.output
-    assert f"exit code {PREEMPTED}" not in job.output or job.lives > 1
     assert [start["step"] for start in job.where.starts()] == [0, step], job.where.starts()
