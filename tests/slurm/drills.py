@@ -2,14 +2,15 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
-from tests.drills.jobs import Where
+from tests.drills.jobs import REPOSITORY, Where
 from tests.drills.table import Drill, Facts, drill
 from tests.slurm.cluster import SMALL_KIB, Cluster, environment_of
 from tests.slurm.gate import GATE
-from tests.slurm.jobs import Job, Run, stopped_well, submit
+from tests.slurm.jobs import SOURCE, Job, Run, stopped_well, submit
 from tests.waiting import until
 from trainer.preflight.__main__ import UNFIT
 from trainer.ranks.stop import REFUSED
@@ -73,6 +74,19 @@ def a_node_is_unfit(directory: Path, short: bool) -> Facts:
     assert len(said) == 2 and all("unfit: node2: " in line for line in said), job.output
     assert "clock: -" in said[0] and "cpu (rank " in said[1] and "TFLOP/s; limit: " in said[1], said
     assert not job.where.run.exists()
+    return Facts(equal="not asked")
+
+
+@drill(limit_s=LIMIT_S, into=DRILLS)
+def preflight_by_srun(directory: Path, short: bool) -> Facts:
+    """srun --nodes=2 --ntasks-per-node=2 triquetra preflight, without torchrun · the ranks find each other by
+    Slurm's variables, and are found fit"""
+    where = Where(directory, num_ranks=4)
+    command = [sys.executable, "-m", "trainer", "preflight", *where.overrides(*SOURCE)]
+    with Cluster() as cluster:
+        layout = ["--nodes=2", "--ntasks-per-node=2", "--mem=0", "--exclusive"]
+        said = cluster.run("srun", *layout, *command, cwd=REPOSITORY)
+    assert "preflight: hosts 2, devices 4" in said and said.endswith("preflight: fit"), said
     return Facts(equal="not asked")
 
 

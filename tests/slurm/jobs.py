@@ -18,7 +18,7 @@ SOURCE = [
     "data.shuffle=false",
     "data.workers=0",
     "heartbeat_s=600",
-    "timeout_s=120",
+    "timeout_s=3600",
 ]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
