@@ -33,7 +33,9 @@ LAYERS = [
     "model.attention",
     "model.afmoe",
     "model.init",
+    "model.recompute",
     "model.parallelize",
+    "model.frozen",
     "model.hardware",
     "model.hf",
     "data",
@@ -61,6 +63,7 @@ LAYERS = [
     "lab.simulate",
     "lab.ablate",
     "lab.plan",
+    "preflight",
     "lab.preview",
     "lab.report",
     "lab.watch",
@@ -77,6 +80,7 @@ PACKAGES = [
     "lab.simulate",
     "lab.ablate",
     "lab.plan",
+    "preflight",
     "lab.preview",
     "lab.report",
     "lab.watch",
@@ -111,7 +115,7 @@ ONLY = {
 
 # Who may import a library (a module, or a package with a dot at its end); `[]`: nobody.
 WALLS = {
-    "torchtitan": ["ranks.device", "model."],
+    "torchtitan": ["ranks.device", "model", "model."],
     "spmd_types": ["ranks.device", "model."],
     "hydra": ["config.", "run.state", "run.build", "run.saving", "train", "evaluate.", "lab.simulate."],
     "wandb": ["metrics"],

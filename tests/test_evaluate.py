@@ -293,7 +293,9 @@ def trained(overrides: list[str], stop_at: int | None = None) -> int:
     return train.train(load(overrides))
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, LAYOUTS[4])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, LAYOUTS[4], marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_evaluated_is_the_run_that_is_not(corpus, tmp_path, num_ranks, layout):
     """Bit for bit: metrics and every tensor of the last checkpoint; also where it stopped and went on."""
     evaluate = [

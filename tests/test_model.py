@@ -28,7 +28,7 @@ from trainer.model.afmoe import PADDING, Afmoe, count_parameters, flops_per_toke
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.loss import IGNORE, linear_cross_entropy
 from trainer.model.moe import MoE
-from trainer.model.parallelize import CHECKPOINTING
+from trainer.model.recompute import CHECKPOINTING
 
 SHAPES = {
     "gqa": GQA,

@@ -78,9 +78,8 @@ def next_losses_worker(overrides: list[str]) -> list[float]:
     return [train.train_step(run, train.next_batches(run))["loss"] for _ in range(3)]
 
 
-@pytest.mark.parametrize(
-    "optimizer", [["optim=adamw"], pytest.param(["optim=muon", "optim.lr=0.02"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [["optim=adamw"], ["optim=muon", "optim.lr=0.02"]])
 def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimizer):
     where = ["name=moving", f"run_dir={tmp_path}", *optimizer]
     run_ranks(train_worker, 4, ["parallel=hsdp_ep", *where], 5)
@@ -213,7 +212,10 @@ def load_on(layout: str, names: Iterable[str], saved: dict[str, Path]) -> None:
     assert run_ranks(loading, num_ranks, overrides, whole, saved) == [[]] * num_ranks
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[] if name in ("one", "hsdp_ep4") else [pytest.mark.slow]) for name in LAYOUTS],
+)
 def test_a_checkpoint_of_any_layout_loads_on_one_rank_and_that_of_one_rank_on_any(saved, layout):
     """What is saved and what is loaded meet in one index, so these pairs cover the others."""
     load_on(layout, LAYOUTS if layout == "one" else ["one"], saved)
@@ -301,9 +303,8 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
 def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(
     tmp_path, num_ranks, layout, capfd
 ):

@@ -1,4 +1,4 @@
-"""What does a stock image with torch 2.11 lack? A name of torchtitan's annotations, and a collective's newer name.
+"""What does a stock image with torch 2.11 lack? A name for torchtitan, and a collective's newer name.
 
 The trainer itself asks for torch 2.13: this stands here, and nowhere in trainer/. Import it before that.
 """

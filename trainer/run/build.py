@@ -16,9 +16,10 @@ from torch import nn
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig, divisors
-from trainer.data import Source, StreamConfig, TokenStream, load_tokenizer
+from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.context import Cut
+from trainer.model.frozen import train_only
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
@@ -126,6 +127,9 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
         reshard_after_forward=config.parallel.reshard_after_forward,
         reduce_dtype=getattr(torch, config.parallel.reduce_dtype),
     )
+    if config.train_only is not None:
+        with refusing():
+            train_only(model, config.train_only)
     report = partial(print, flush=True) if dist.get_rank() == 0 else None
     initialize(model, device=on, seed=config.seed, report=report)
     return model
@@ -244,6 +248,7 @@ def build_stream(
         max_bad=d.max_bad,
         max_document_mb=d.max_document_mb,
         holdout=d.holdout,
+        length_bias={name: LengthBias(**vars(bias)) for name, bias in d.length_bias.items()},
         backend=d.backend,
         workers=d.workers,
         prefetch=d.prefetch,

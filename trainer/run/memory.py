@@ -64,7 +64,7 @@ def refuse(parts: list[Part], room: Room) -> None:
 
 def parts_of(config: Config, program: Program, degrees: Degrees, *, on_cpu: bool) -> list[Part]:
     """Of one rank, at least: the parameters, and the most that a span needs beside them."""
-    each = WEIGHT + GRADIENT + STATE.get(config.optim["_target_"], 0)
+    each = WEIGHT if config.train_only else WEIGHT + GRADIENT + STATE.get(config.optim["_target_"], 0)
     what = "weights, gradients and optimizer state"
     sizes = parameters_of(config.model).items()
     parts = [Part(keys, what, each * size // degrees.num_shards) for keys, size in sizes]

@@ -47,6 +47,7 @@ def next_batches(run: Run) -> Sequence[Batch | SourcedBatch] | None:
         buffer=now.buffer,
         phase=now.phase,
         drain=now.drain,
+        turn=run.tokens // now.tokens,
     )
     has_more = attempt(run, run.stream.has_more, otherwise=True)
     if run.config.data.at_end == "stop" and not run.over_documents(int(has_more)):
