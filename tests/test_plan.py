@@ -20,6 +20,7 @@ from trainer.lab.plan.keys import Keys
 from trainer.lab.plan.layout import Layout, Traffic, memory, sent_on, traffic
 from trainer.lab.plan.plan import plan, refuse_unfit
 from trainer.lab.plan.search import micro_batches
+from trainer.lab.plan.table import warnings
 from trainer.lab.plan.trace import OptimizerStep, traced
 from trainer.lab.plan.watch import Sent, Watch
 from trainer.lab.plan.whole import Traces
@@ -302,6 +303,8 @@ def refused_as_never_fitting(overrides):
     config = load(overrides)
     small = hardware("h200")
     small.memory = replace(small.memory, value=3.0001)  # what CUDA and NCCL take, and a little
+    [warning] = warnings(plan(config, small, Calibration("h200"), ranks=4, searches=False))
+    assert " of 3 GiB a rank for rows of 64 tokens" in warning and "parallel.cp=2 or more" in warning
     planned = plan(config, small, Calibration("h200"), ranks=4)
     try:
         refuse_unfit(planned)

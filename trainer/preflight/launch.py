@@ -35,9 +35,10 @@ def check_launch(config: Config, *, nodes: int, ranks_per_node: int) -> str:
         raise ConfigError(
             f"run_dir={config.run_dir}: {problem}; every node must see it: make it, or choose another"
         )
-    size, with_cp = checkpoint_bytes(config) / GB, f" x cp={degrees.cp}" if degrees.cp > 1 else ""
+    size = checkpoint_bytes(config) / GB
+    shard = f"{degrees.shard} x cp={degrees.cp}" if degrees.cp > 1 else f"{degrees.shard}"
     return (
-        f"{launch} = {num_ranks} ranks: dp_replicate={degrees.replicate} x dp_shard={degrees.shard}{with_cp}, "
+        f"{launch} = {num_ranks} ranks: dp_replicate={degrees.replicate} x dp_shard={shard}, "
         f"ep={degrees.ep}, data.num_streams={config.data.num_streams}; a checkpoint takes {size:,.1f} GB"
     )
 

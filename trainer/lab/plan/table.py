@@ -49,7 +49,8 @@ def warnings(plan: Plan) -> list[str]:
     """Spans that do not fit, and what would help."""
     unfit = [span for span in plan.spans if not fits(span.step, plan.hardware)]
     return [
-        f"{span.name or 'the run'} does not fit: {gib(span.step.memory.total)} a rank for rows of "
+        f"{span.name or 'the run'} does not fit: {gib(span.step.memory.total)} of "
+        f"{plan.hardware.memory.value:,.0f} GiB a rank for rows of "
         f"{span.step.now.seq_len:,} tokens; use more checkpointing or fewer rows"
         + (
             f", or cut rows: parallel.cp={2 * span.step.layout.cp} or more"
