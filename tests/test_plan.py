@@ -281,7 +281,7 @@ LARGE = ["experiment=trinity_large"]
         ([*LARGE, "device=b300", "calibration=no.json"], ["calibration=no.json", "tests/gpu writes"]),
         ([*LARGE, "device=b300", "parallel.dp_shard=null"], ["parallel.dp_shard=null", "ranks="]),
         ([*LARGE, "devices=b300"], ["devices", "did you mean device"]),
-        ([*LARGE, "device=b300", "span=phase4"], ["span=phase4", "phase1", "extension"]),
+        ([*LARGE, "device=b300", "span=phase4"], ["span=phase4", "phase1", "use one of them"]),
         (
             [*LARGE, "device=b300", "parallel.cp=4", "ranks=2048"],
             ["parallel.dp_shard=128 x parallel.cp=4 = 8192 ranks", "use parallel.dp_shard=32"],

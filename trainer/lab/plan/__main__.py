@@ -3,7 +3,7 @@ no GPU, no data, no weights.
 
     triquetra plan experiment=trinity_large device=b300
     triquetra plan experiment=trinity_mini device=h200 price=3.5 out=plan.html
-    triquetra plan experiment=trinity_large device=b300 span=extension parallel=ranks_2048_cp4
+    triquetra plan experiment=trinity_large_extension device=b300 span=extension
 
     device        a file of configs/device: a100 | h100 | h200 | b200 | b300
     ranks         GPUs; without it parallel.dp_replicate x parallel.dp_shard x parallel.cp
