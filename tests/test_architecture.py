@@ -32,6 +32,7 @@ LAYERS = [
     "model.attention",
     "model.afmoe",
     "model.init",
+    "model.recompute",
     "model.parallelize",
     "model.hardware",
     "model.hf",
@@ -112,7 +113,7 @@ ONLY = {
 
 # Who may import a library (a module, or a package with a dot at its end); `[]`: nobody.
 WALLS = {
-    "torchtitan": ["ranks.device", "model."],
+    "torchtitan": ["ranks.device", "model", "model."],
     "spmd_types": ["ranks.device", "model."],
     "hydra": ["config.", "run.state", "run.build", "run.saving", "train", "evaluate.", "lab.simulate."],
     "wandb": ["metrics"],

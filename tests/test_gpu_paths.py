@@ -25,7 +25,7 @@ from trainer.model.attention import FlexAttention
 from trainer.model.init import initialize
 from trainer.model.loss import chunk_tokens, linear_cross_entropy
 from trainer.model.moe import _ClearIdle
-from trainer.model.parallelize import CHECKPOINTING, GROUPED_GEMMS
+from trainer.model.recompute import CHECKPOINTING, GROUPED_GEMMS
 from trainer.ranks import device
 from trainer.ranks.device import Hardware
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.config import ModelConfig
 from trainer.model.afmoe import Afmoe, afmoe_config
 from trainer.model.init import BLOCK_ROWS, Progress, draw, initialize
-from trainer.model.parallelize import CHECKPOINTING
+from trainer.model.recompute import CHECKPOINTING
 
 SHAPE = ModelConfig(
     vocab_size=500,

@@ -28,7 +28,7 @@ from trainer.model.afmoe import PADDING, Afmoe, count_parameters, flops_per_toke
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.loss import IGNORE, linear_cross_entropy
 from trainer.model.moe import MoE
-from trainer.model.parallelize import CHECKPOINTING
+from trainer.model.recompute import CHECKPOINTING
 
 SHAPES = {
     "gqa": GQA,
@@ -407,6 +407,22 @@ def test_linear_cross_entropy(chunk_tokens, z_loss_weight, monkeypatch):
     assert (actual[0][labels_T == IGNORE] == 0).all()
     with torch.no_grad():
         assert torch.equal(linear_cross_entropy(x_TD, weight_VD, labels_T, z_loss_weight=z_loss_weight), loss)
+
+
+def test_an_evaluation_multiplies_once_where_training_multiplies_thrice(monkeypatch):
+    """Two products with the vocabulary are the gradients', and nobody asks for them under no_grad."""
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 50 * 10)  # 3 chunks
+    x_TD, weight_VD, labels_T = loss_inputs()
+    x_TD, weight_VD = x_TD.clone().requires_grad_(), weight_VD.clone().requires_grad_()
+
+    def products() -> int:
+        with torch.profiler.profile() as profile:
+            linear_cross_entropy(x_TD, weight_VD, labels_T)
+        return sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm_"))
+
+    assert products() == 3 * 3
+    with torch.no_grad():
+        assert products() == 3
 
 
 def test_linear_cross_entropy_without_labels():

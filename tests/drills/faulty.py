@@ -152,7 +152,7 @@ def pause(where: Path, *, hook: str, step: int) -> None:
 
     if hook == "deleting an old one":
         # the module of everybody else stays as it is
-        saving.shutil = SimpleNamespace(rmtree=saving.shutil.rmtree)
+        saving.shutil = SimpleNamespace(**vars(saving.shutil))
     hooks = {
         "before the first byte": (storage, "save_file", lambda tensors, path: name in str(path)),
         "half a shard": (storage, "save_file", half_shard),

@@ -110,7 +110,7 @@ def links_of(num_bytes: int) -> dict[str, float]:
     part = torch.zeros(num_bytes // world, dtype=torch.uint8, device=on)
     whole = torch.zeros(part.numel() * world, dtype=torch.uint8, device=on)
     rank = Bench(on=on, results=None)
-    gather_s = rank.seconds(lambda: dist.all_gather_into_tensor(whole, part), rounds=5)
+    gather_s = rank.seconds(lambda: dist.all_gather_single(whole, part), rounds=5)
     exchange_s = rank.seconds(lambda: dist.all_to_all_single(torch.empty_like(whole), whole), rounds=5)
     others = part.numel() * (world - 1)
     return {"nvlink": others / gather_s, "all_to_all_nvlink": others / exchange_s}

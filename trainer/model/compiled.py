@@ -4,7 +4,8 @@ Nothing is chosen by timing it: each rank would choose for itself, and a restart
 which gives other bits. Every shape has a graph of its own, as one for all shapes is slower.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import torch
@@ -22,20 +23,52 @@ KINDS = 4  # blocks are dense or MoE, local or global
 MODES = 2  # with gradients and without
 
 
-def compiled(function: Callable) -> Callable:
-    """The function, compiled for each shape on a GPU; as it is elsewhere, and inside of a compiled block."""
-    fused = torch.compile(function, dynamic=False, fullgraph=True, options=OPTIONS)
+def when_called(function: Callable, **options) -> Callable:
+    """The function, compiled when it is first called; as it is inside of a compiled block.
+
+    torch.compile imports Inductor, which would take 2 s of every start.
+    """
+    made = list[Callable]()
 
     @wraps(function)
     def call(*args, **kwargs):
-        is_fused = args[0].is_cuda and not torch.compiler.is_compiling()
-        return (fused if is_fused else function)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not made:
+            made.append(torch.compile(function, **options))
+        return made[0](*args, **kwargs)
 
     return call
 
 
-flex = torch.compile(flex_attention, dynamic=False, options=OPTIONS)
-block_mask = torch.compile(create_block_mask, dynamic=False, options=OPTIONS)
+@contextmanager
+def compiling_when_called() -> Iterator[None]:
+    """While a library is imported that compiles functions as it is imported."""
+    now = torch.compile
+
+    def later(function: Callable | None = None, **options) -> Callable:
+        return now(**options) if function is None else when_called(function, **options)
+
+    torch.compile = later
+    try:
+        yield
+    finally:
+        torch.compile = now
+
+
+def compiled(function: Callable) -> Callable:
+    """The function, compiled for each shape on a GPU; as it is elsewhere, and inside of a compiled block."""
+    fused = when_called(function, dynamic=False, fullgraph=True, options=OPTIONS)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return (fused if args[0].is_cuda else function)(*args, **kwargs)
+
+    return call
+
+
+flex = when_called(flex_attention, dynamic=False, options=OPTIONS)
+block_mask = when_called(create_block_mask, dynamic=False, options=OPTIONS)
 
 
 def allow_graphs(*, num_shapes: int) -> None:

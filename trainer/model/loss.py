@@ -116,6 +116,8 @@ def linear_cross_entropy(
 
     The value is the cross entropy alone; the gradient is that of cross entropy + z_loss_weight * lse^2, with
     lse = logsumexp(logits) (z-loss, arXiv:2602.17004, section 2.2). float32 inside, whatever the inputs are.
-    Losses and targets are added to the sums of their groups.
+    Losses and targets are added to the sums of their groups. Under no_grad no gradient is computed.
     """
+    if not torch.is_grad_enabled():  # even then a Function is told that a weight's gradient is wanted
+        x_TD, weight_VD = x_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, z_loss_weight, groups)

@@ -1,7 +1,6 @@
 """How is the model spread over ranks? EP -> compile, activation checkpointing -> FSDP/HSDP, stated once."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import spmd_types as spmd
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -21,30 +19,6 @@ from trainer.model.compiled import allow_graphs
 from trainer.ranks.device import use_plain_sum
 
 EXPERT_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
-GROUPED_GEMMS = {torch.ops.aten._grouped_mm.default, torch.ops.aten._scaled_grouped_mm.default}
-
-
-class Selective(SelectiveAC):
-    """Saves what attention, all-to-alls and the choice of experts return, and every second matmul.
-
-    A matmul in the shape of the router's gate is repeated. saves_experts: also what the grouped GEMMs return;
-    otherwise the experts are computed a second time. In Large (F = D = 3072, K = 4) they return 3 x 2 bytes
-    x K x D = 74 kB a token and layer: 0.6 GB for a row of 8,192.
-    """
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(SelectiveAC.Config):
-        saves_experts: bool = False
-
-    def get_save_ops(self) -> set:
-        return super().get_save_ops() | (GROUPED_GEMMS if self.config.saves_experts else set())
-
-
-CHECKPOINTING = {
-    "full": FullAC.Config(),
-    "selective": Selective.Config(),
-    "selective_experts": Selective.Config(saves_experts=True),
-}
 
 
 def build_parallel(
@@ -114,6 +88,8 @@ def _compile(model: Afmoe, dims: ParallelDims, *, backend: str | None) -> None:
 
 def _checkpoint(model: Afmoe, *, kind: str) -> None:
     if kind != "none":
+        from trainer.model.recompute import CHECKPOINTING  # 0.4 s, most starts do without
+
         CHECKPOINTING[kind].build().apply(model)
 
 

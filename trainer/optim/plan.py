@@ -166,7 +166,7 @@ class Plan:
         sent, longest = self.concatenated(pieces), max(map(sum, sizes))
         sent = F.pad(sent, (0, longest - len(sent)))
         received = sent.new_empty(self.num_replicas * longest)
-        work = dist.all_gather_into_tensor(received, sent, group=self.replica_group, async_op=True)
+        work = dist.all_gather_single(received, sent, group=self.replica_group, async_op=True)
 
         def finish() -> None:
             work.wait()
