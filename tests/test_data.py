@@ -201,7 +201,7 @@ def test_counts_are_what_was_read() -> None:
         "epoch": 4,
         "documents": 24,
         "tokens": 96,
-        **dict.fromkeys(("open", "padding", "truncated", *data.BAD_KINDS, "held_out"), 0),
+        **dict.fromkeys(("open", "padding", "truncated", *data.BAD_KINDS, "held_out", "not_drawn"), 0),
     }
     assert stream.counts == expected
     open_17 = {"index_VC": torch.tensor([[-2], [8]]), "read_VC": torch.tensor([[0], [1]])}  # 17 = 1 + 8 * 2

@@ -250,4 +250,5 @@ def test_counts_of_the_state_keep_their_order() -> None:
         "truncated",
         *data.BAD_KINDS,
         "held_out",
+        "not_drawn",
     ) == data.COUNTED

@@ -126,12 +126,11 @@ def test_trinity_large_as_a_command(tmp_path):
         "9.84",
     ]
     assert by_span["phase3"][-4:] == ["2.91e-4 → 8e-5", "7.28e-5 → 2e-5", "buffer 4,096", "4.92"]
-    assert by_span["extension"][3:8] == ["17T - 17.12T", "2,048 x 262,144", "1", "8e-5 → 4e-5", "2e-5 → 1e-5"]
     last = done.stdout.splitlines()[-2]
     size = "parameters 398.6B · active 13.37B"
     assert (
         last
-        == f"In all: tokens 17.12T · steps 139,048 · {size} · days 33 · training FLOP 1.58e24 · ranks 2,048"
+        == f"In all: tokens 17T · steps 138,830 · {size} · days 32.8 · training FLOP 1.55e24 · ranks 2,048"
     )
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/new/large.html: the page"
     html = (tmp_path / "new" / "large.html").read_text(encoding="utf-8")
@@ -139,13 +138,17 @@ def test_trinity_large_as_a_command(tmp_path):
     own = re.sub(r"<script>(?!\s*\"use strict\").*?</script>", "", html, flags=re.DOTALL)
     assert not re.search(r"https?://|<link|<img|src=", own)
     assert "prefers-color-scheme: dark" in own
-    for text in ("17.12T tokens in 139,048 steps, 33 days", "z_loss_weight 1e-6", "16,384 x 8,192"):
+    for text in ("17T tokens in 138,830 steps, 32.8 days", "z_loss_weight 1e-6", "16,384 x 8,192"):
         assert text in own
 
 
 def test_page_draws_the_curves_of_the_program(call):
-    code, _, _ = call("experiment=trinity_large", "out=large.html")
+    code, out, _ = call("experiment=trinity_large_extension", "out=large.html")
     assert code == 0
+    extension = next(row for row in cells(out) if row[0] == "extension")
+    # 117e9 / (512 x 262,144) = 871.7 steps
+    columns = ["138,831", "872", "17T - 17.12T", "512 x 262,144", "1", "8e-5 → 4e-5", "2e-5 → 1e-5"]
+    assert extension[1:8] == columns
     drawn = figures(Path("large.html"))
     assert list(drawn) == [
         "Learning rates",
@@ -180,10 +183,10 @@ def test_page_draws_the_curves_of_the_program(call):
         (10, 11.05),
         (14.45, 17),
     ]
-    assert set(numbers(drawn["Global batch [sequences]"]["data"][0]["y"])) == {12288, 16384, 2048}
+    assert set(numbers(drawn["Global batch [sequences]"]["data"][0]["y"])) == {12288, 16384, 512}
     assert set(numbers(drawn["Sequence length [tokens]"]["data"][0]["y"])) == {8192, 262144}
     tokens = sorted(set(numbers(drawn["Global batch [M tokens]"]["data"][0]["y"])))
-    np.testing.assert_allclose(tokens, [100.663296, 134.217728, 536.870912], rtol=1e-6)
+    np.testing.assert_allclose(tokens, [100.663296, 134.217728], rtol=1e-6)
     batch = drawn["Global batch [sequences]"]["data"][0]
     jump = numbers(batch["x"])[numbers(batch["y"]) == 16384][0]
     assert jump == pytest.approx(4.9, abs=1e-3)

@@ -527,12 +527,12 @@ def test_a_batch_that_cannot_be_split_is_refused_with_numbers_that_work():
     ]
     for streams in (12, 3):  # 12 does not divide 18, 2 does not divide 3
         assert remedied(stage, 2, streams, {}) == [
-            f"data.num_streams={streams} must divide each of global_batch=[12, 18] and be a "
-            "multiple of the 2 data-parallel ranks"
+            f"data.num_streams={streams} must divide each of global_batch=[12, 18] or be a "
+            "multiple of it, and be a multiple of the 2 data-parallel ranks"
             "; use data.num_streams from [2, 6]"
         ]
     with pytest.raises(
-        ConfigError, match=r"^data.num_streams=3 must divide global_batch=4 and .* from \[2, 4\]$"
+        ConfigError, match=r"^data.num_streams=3 must divide global_batch=4 or .* from \[2, 4\]$"
     ):
         program(steps=1).check_split(num_ranks=2, num_streams=3)
     with pytest.raises(
@@ -649,15 +649,19 @@ def test_published_warmup_peaks_and_splits(name, peaks):
         of.settings_at(position).lr for position in (2000 * first.tokens, T, 3 * T, 5 * T, 69 * T // 10)
     } == {1.0}
     of.check_split(num_ranks=2048 if name == "large" else 512, num_streams=config.data.num_streams)
+    if name == "large":  # 4 ranks for a row of the extension
+        published("large_extension").check_split(num_ranks=512, num_streams=config.data.num_streams)
 
 
 def test_published_large():
     """17T in 13 : 4 : 3, batch 12288 to 16384 after 4.9T, cosine to a tenth at 17T, on to a twentieth, no
     re-warming.
     """
-    of = published("large")
+    of = published("large_extension")
+    assert published("large").spans == of.spans[:-1] and published("large").end == 17 * T
     (small, zero), (large, after), (extension, late) = boundaries(of, "global_batch")
-    assert (small, zero, large, extension) == (12288, 0, 16384, 2048)
+    assert (small, zero, large, extension) == (12288, 0, 16384, 512)
+    assert 512 * 262144 == 16384 * 8192  # tokens of a step: those of phase 3
     assert 4.9 * T <= after < 4.9 * T + 12288 * 8192
     assert 17 * T <= late < 17 * T + 16384 * 8192
     assert [value for value, _ in boundaries(of, "seq_len")] == [8192, 262144]

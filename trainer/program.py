@@ -140,19 +140,19 @@ class Program:
                     f"{where}micro_batch={micro} does not divide the {rows} sequences of a rank "
                     f"(global_batch={batch} on {num_ranks} data-parallel ranks); use one of {divisors(rows)}"
                 )
-        batches = [span.now.global_batch for span in self.spans]
-        if any(batch % num_streams for batch in batches) or num_streams % num_ranks:
-            choices = [d for d in divisors(math.gcd(*batches)) if d % num_ranks == 0]
-            several = (
-                f"each of global_batch={sorted(set(batches))}"
-                if len(set(batches)) > 1
-                else f"global_batch={batches[0]}"
-            )
+        batches = sorted({span.now.global_batch for span in self.spans})
+        if not serve_evenly(num_streams, batches) or num_streams % num_ranks:
+            choices = [d for d in divisors(batches[-1]) if d % num_ranks == 0 and serve_evenly(d, batches)]
+            several = f"each of global_batch={batches}" if batches[1:] else f"global_batch={batches[0]}"
             raise ConfigError(
-                f"data.num_streams={num_streams} must divide {several} and be a multiple of the "
-                f"{num_ranks} data-parallel ranks; "
-                f"use data.num_streams from {choices}"
+                f"data.num_streams={num_streams} must divide {several} or be a multiple of it, and be a "
+                f"multiple of the {num_ranks} data-parallel ranks; use data.num_streams from {choices}"
             )
+
+
+def serve_evenly(num_streams: int, batches: Sequence[int]) -> bool:
+    """Does each stream serve the same number of rows of a step, or one row in its turn?"""
+    return all(batch % num_streams == 0 or num_streams % batch == 0 for batch in batches)
 
 
 def named(span: str) -> str:
@@ -167,14 +167,11 @@ def program_of(config: Config) -> Program:
     stage = config.stage or {"": SpanConfig()}
     first = {key: getattr(config, key) for key in ("global_batch", "micro_batch", "seq_len", "z_loss_weight")}
     first |= {key: getattr(config.balance, key) for key in LOSS_KEYS}
-    if config.data.mixture:
-        check_mixture("data.", config.data.mixture)
-    equal = dict.fromkeys(config.data.sources, 1.0) if config.data.sources else None
-    first |= {
-        "mixture": config.data.mixture or equal,
-        "buffer": config.data.buffer,
-        "drain": config.data.drain,
-    }
+    d = config.data
+    if d.mixture:
+        check_mixture("data.", d.mixture)
+    equal = dict.fromkeys(d.sources, 1.0) if d.sources else None
+    first |= {"mixture": d.mixture or equal, "buffer": d.buffer, "drain": d.drain}
     nows = list(settings(stage, StepSettings(span="", lr=1.0, bias_rate=1.0, **first)))
     bounds = boundaries(stage, nows, config.steps)
     curves = {key: curves_of(key, stage, bounds) for key in CURVES}
@@ -189,6 +186,7 @@ def program_of(config: Config) -> Program:
     )
     program = Program(spans, config.steps)
     check_lengths(stage, program, config.steps)
+    refuse_turns_with_an_end(config, spans)
     if config.data.at_end == "stop" and program.spans[-1].now.phase:
         raise ConfigError(
             "data.at_end=stop with a mixture that changes: a phase could end before its sources do, "
@@ -200,6 +198,16 @@ def program_of(config: Config) -> Program:
             "document open; use buffer=0 or data.packing=stream"
         )
     return program
+
+
+def refuse_turns_with_an_end(config: Config, spans: Sequence[Span]) -> None:
+    span, num_streams = min(spans, key=lambda span: span.now.global_batch), config.data.num_streams or 0
+    if config.data.at_end == "stop" and span.now.global_batch < num_streams:
+        raise ConfigError(
+            f"data.at_end=stop with {named(span.name)}global_batch={span.now.global_batch} and "
+            f"data.num_streams={num_streams}: the streams of a turn could be at their ends before others; "
+            f"use data.num_streams={span.now.global_batch}, or data.at_end=repeat"
+        )
 
 
 def settings(stage: dict[str, SpanConfig], now: StepSettings) -> Iterator[StepSettings]:

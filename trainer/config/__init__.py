@@ -12,6 +12,7 @@ from trainer.config.bounds import ConfigError, Number, check_numbers, check_valu
 from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import check_name, divisors, whole_rows
+from trainer.config.parts import ATOMS, PARTS, atoms_of
 from trainer.config.plain import read_plain
 from trainer.config.schema import (
     MXFP8,
@@ -26,8 +27,10 @@ from trainer.config.schema import (
 )
 
 __all__ = [
+    "ATOMS",
     "CONFIG_DIR",
     "MXFP8",
+    "PARTS",
     "BalanceConfig",
     "Config",
     "ConfigError",
@@ -38,6 +41,7 @@ __all__ = [
     "ParallelConfig",
     "RouterLossWeights",
     "SpanConfig",
+    "atoms_of",
     "check_name",
     "check_numbers",
     "check_values",

@@ -16,7 +16,7 @@ from trainer.config.bounds import ConfigError, check_values, shown
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import check
 from trainer.config.plain import read_plain
-from trainer.config.schema import Config, SpanConfig
+from trainer.config.schema import Config, LengthBiasConfig, SpanConfig
 from trainer.config.targets import check_targets
 
 # Hydra and OmegaConf have errors of their own; what they did not think of fails inside them as the others.
@@ -35,6 +35,7 @@ def load(overrides: list[str]) -> Config:
     """
     config = composed("train", overrides)
     assert isinstance(config, Config)
+    _fill_length_bias(config)
     check(config)
     config.stage = {name: _span(name, values) for name, values in config.stage.items()}
     batches = [span.global_batch for span in config.stage.values()] or [None]
@@ -57,6 +58,7 @@ def reread(path: Path, overrides: list[str] | None = None) -> Config:
         check_targets(OmegaConf.create(values))
     config = filled(Config, values, where=f"{path}: ")
     check_values(config.model, where=f"{path}: model.")
+    _fill_length_bias(config)
     if overrides is not None:
         check(config)
     config.stage = {name: _span(name, values) for name, values in config.stage.items()}
@@ -93,6 +95,16 @@ def _span(name: str, values: Any) -> SpanConfig:
             f"stage.{name}={values}: must be a span, like {{steps: 100}}; ~stage.{name} leaves it out"
         )
     return filled(SpanConfig, values, where=f"stage.{name}: ")
+
+
+def _fill_length_bias(config: Config) -> None:
+    for name, values in config.data.length_bias.items():
+        key = f"data.length_bias.{name}"
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"{key}={values}: must be {{}}, or numbers like {{long: 131072}}; ~{key} leaves it out"
+            )
+        config.data.length_bias[name] = filled(LengthBiasConfig, values, where=f"{key}: ")
 
 
 def composed(root: str, overrides: list[str]) -> Any:
@@ -143,7 +155,8 @@ def _any_source(overrides: list[str]) -> list[str]:
     """Sources and evaluations have names of the user's own, so they may be added without a +; what is wrong
     is found later.
     """
-    return [f"++{o}" if o.startswith(("data.sources", "data.mixture", "evaluate.")) else o for o in overrides]
+    named = ("data.sources", "data.mixture", "data.length_bias", "evaluate.")
+    return [f"++{o}" if o.startswith(named) else o for o in overrides]
 
 
 def resolved_yaml(config: Any) -> str:

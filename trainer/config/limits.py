@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from trainer.config.bounds import ConfigError, check_values
+from trainer.config.fill import nearest
+from trainer.config.parts import PARTS
 from trainer.config.schema import Config, DataConfig, ModelConfig
 
 MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open document
@@ -56,6 +58,7 @@ def check(config: Config) -> None:
     _check_shape(config.model)
     _check_rows_of_experts(config)
     _check_sources(config.data)
+    _check_length_bias(config.data)
     _check_evaluations(config)
     if config.init_from is not None and config.branch is not None:
         raise ConfigError(
@@ -63,6 +66,7 @@ def check(config: Config) -> None:
             "one of them"
         )
     check_name("name", config.name)
+    _check_parts(config.train_only)
     if config.balance.trace is not None:
         _check_trace(config.balance.trace)
 
@@ -96,6 +100,27 @@ def _check_sources(d: DataConfig) -> None:
         if not isinstance(node, dict) or "_target_" not in node:
             raise ConfigError(
                 f"data.sources.{name}={node}: must be a source, like {{_target_: trainer.data.PythonSource}}"
+            )
+
+
+def _check_parts(names: list[str] | None) -> None:
+    if names == []:
+        raise ConfigError("train_only=[]: nothing would be trained; name parts, or use null for all")
+    for name in names or ():
+        if name not in PARTS:
+            raise ConfigError(f"train_only={names}: there is no part {name}{nearest(name, list(PARTS))}")
+
+
+def _check_length_bias(d: DataConfig) -> None:
+    names = list(d.sources) or ["source"]
+    for name, bias in d.length_bias.items():
+        if name not in names:
+            raise ConfigError(f"data.length_bias.{name}: there is no source {name}{nearest(name, names)}")
+        where = f"data.length_bias.{name}."
+        check_values(bias, where=where)
+        if bias.short >= bias.long:
+            raise ConfigError(
+                f"{where}short={bias.short:g} must be below {where}long={bias.long:g} tokens; use less"
             )
 
 

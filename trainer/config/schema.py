@@ -14,6 +14,7 @@ MXFP8 = "mxfp8"  # of experts alone: 8 bits, with a scale for each 32 numbers
 # Limits that several keys share.
 ROWS = {"at_least": 1, "at_most": 2**20, "why": "64 times the largest published batch"}
 ROW = {"at_least": 2, "at_most": 2**24, "why": "no published context is as long"}
+LENGTH = {"at_least": 1.0, "at_most": 1e9, "why": "no document is as long"}
 STEPS = {"at_least": 1, "at_most": 10**9, "why": "30 years at a step a second"}
 LAYERS = {"at_most": 4096, "why": "30 times the deepest published model"}
 HEADS = {"at_least": 1, "at_most": 4096, "why": "30 times the most of a published model"}
@@ -74,6 +75,19 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class LengthBiasConfig:
+    """How likely a document of a source is drawn, by its length (trainer/data/lengths.py)."""
+
+    # [tokens] up to here at_short, from `long` on at_long, in between linear in the logarithm
+    short: float = number(8192.0, **LENGTH)
+    long: float = number(131_072.0, **LENGTH)
+    at_short: float = number(0.01, at_least=0.0, at_most=1.0, why="a probability")
+    at_long: float = number(0.9, above=0.0, at_most=1.0, why="a probability")
+    # [bytes of UTF-8] of text: lengths are known before anything is tokenised
+    bytes_per_token: float = number(4.0, above=0.0, at_most=1000.0, why="no tokenizer has such entries")
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     # _target_: where documents come from (trainer/data/)
     source: Any = field(default=None, metadata=target(partial=False, example=SOURCE))
@@ -91,7 +105,7 @@ class DataConfig:
     at_end: str = choice("repeat", "repeat", "stop")
     # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     tokenizer: str | None = path("train")
-    # virtual streams; null: one for each sequence of the global batch
+    # virtual streams; null: one for each sequence of the global batch, the common divisor of several batches
     num_streams: int | None = number(None, **ROWS)
     shuffle: bool = True
     document_mask: bool = True  # tokens see their own document only; false: whatever precedes them in the row
@@ -102,6 +116,8 @@ class DataConfig:
     max_document_mb: float = number(100.0, above=0.0, at_most=inf, why="inf: of any size")
     # share of the documents that are never trained on, chosen by a hash of their content (evaluate=held_out)
     holdout: float = number(0.0, at_least=0.0, at_most=0.5, why="the rest is what is trained on")
+    # by names of sources (`source`: the one of data.source): their documents are drawn by their lengths
+    length_bias: dict[str, Any] = field(default_factory=dict)  # a LengthBiasConfig each
     cache_dir: str | None = path(None)  # trained tokenizers; null: $XDG_CACHE_HOME/triquetra
     # who turns text into the tokenizer's ids
     backend: str = choice("tokenizers", "tokenizers", "fastokens", "gigatoken")
@@ -156,10 +172,14 @@ class GuardConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """ranks = dp_replicate * dp_shard; experts are spread over ep of the dp_shard ranks of a replica."""
+    """ranks = dp_replicate * dp_shard * cp. The cp ranks of a row hold parts of it; weights are sharded over
+    the dp_shard * cp ranks of a replica, and experts are spread over ep of them.
+    """
 
     dp_replicate: int = number(1, **RANKS)
     dp_shard: int | None = number(1, **RANKS)  # null: what the other degrees leave over
+    # ranks that share rows (context parallelism): each holds 1 / cp of the tokens of every row
+    cp: int = number(1, **RANKS)
     ep: int = number(1, **RANKS)
     # what takes tokens to the ranks of their experts: all_to_all | deepep | hybridep (GPU, deep_ep)
     dispatcher: str = choice("all_to_all", "all_to_all", "deepep", "hybridep")
@@ -281,6 +301,8 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
     # a run's directory, or one of its checkpoints, that a new run starts from
     branch: str | None = path(None)
+    # parts of the model (trainer/config/parts.py) that are trained, the others stay as they are; null: all
+    train_only: list[str] | None = None
     # directory or hub name of AfmoeForCausalLM weights that a new run starts from
     init_from: str | None = path(None)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

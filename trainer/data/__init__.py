@@ -5,6 +5,7 @@
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
+from trainer.data.lengths import LengthBias
 from trainer.data.reader import DataError
 from trainer.data.rows import IGNORED
 from trainer.data.rows import PADDING as PADDING_POSITION
@@ -34,6 +35,7 @@ __all__ = [
     "Document",
     "HubSource",
     "JsonlSource",
+    "LengthBias",
     "ParquetSource",
     "PythonSource",
     "Snapshot",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data.holdout import HELD_OUT, is_held_out
+from trainer.data.lengths import NOT_DRAWN
 from trainer.data.reader import DataError, Reader
 from trainer.data.sources import BadDocument, Document, Tokens
 from trainer.data.workers import CLOSED, LazyResult, Workers
@@ -94,8 +95,8 @@ class Intake:
         self.holdout = holdout
         self.repeats = all(reader.repeat for reader in readers)
         self.end_of_text = np.array([end_of_text or 0], np.uint32)
-        # a guess of the mean length before any was read
-        self.seen_S, self.tokens_S = [1] * len(readers), [1000] * len(readers)
+        # a guess of the mean length before any was read, and that all documents are drawn
+        self.seen_S, self.used_S, self.tokens_S = ([n] * len(readers) for n in (1, 1, 1000))
         self.lanes: dict[int, SimpleQueue[Callable[[], None] | None]] = {}
         self.broken: dict[int, BaseException] = {}  # sources that could not begin
         self.workers = Workers(workers, self.answer)
@@ -144,12 +145,12 @@ class Intake:
         return source != before and (source in self.lanes or before in self.lanes)
 
     def submit(self, task: list[Wanted], *, priority: int) -> Future | LazyResult:
-        limit_mb = math.inf if priority == RESUMED else self.max_document_mb
-        places = [(s, self.readers[s].place(n)) for s, n in task]
+        is_new = priority != RESUMED
+        places = [(s, n, self.readers[s].place(n)) for s, n in task]
         source = task[0][0]
         lane = self.lanes.get(source)
         if lane is None:
-            return self.workers.submit((limit_mb, places), priority=priority)
+            return self.workers.submit((is_new, places), priority=priority)
         if self.workers.is_closed:
             raise RuntimeError(CLOSED)
         future = Future()
@@ -159,8 +160,8 @@ class Intake:
                 error = self.broken.get(source)
                 if error is not None:
                     raise error
-                documents = [self.document(s, i) for s, i in places]
-                self.workers.submit((limit_mb, documents), priority=priority, future=future)
+                documents = [(s, n, self.document(s, i)) for s, n, i in places]
+                self.workers.submit((is_new, documents), priority=priority, future=future)
             except BaseException as error:  # noqa: BLE001  # raised where the result is wanted
                 future.set_exception(error)
 
@@ -173,7 +174,7 @@ class Intake:
         """
         reader = self.readers[source]
         if ticket is None or not (ticket.task.done() or source in self.lanes):
-            [document] = self.answer((math.inf, [(source, reader.place(n))]))
+            [document] = self.answer((False, [(source, n, reader.place(n))]))
         else:
             document = ticket.get()
         if not isinstance(document, Tokens):
@@ -199,24 +200,34 @@ class Intake:
     # -- lengths --
 
     def mean_length(self, source: int) -> float:
-        """[tokens] Of the documents of a source that this rank has opened."""
+        """[tokens] Of the documents of a source that this rank has come to; those that were not drawn have
+        none.
+        """
         return self.tokens_S[source] / self.seen_S[source]
 
-    def count_length(self, source: int, length: int) -> None:
+    def to_request(self, source: int, num: float) -> int:
+        """How many documents are requested for so many to be drawn, about."""
+        return math.ceil(num * self.seen_S[source] / self.used_S[source])
+
+    def count_length(self, source: int, length: int | None) -> None:
+        """None: the document was not drawn."""
         self.seen_S[source] += 1
-        self.tokens_S[source] += length
+        self.used_S[source] += length is not None
+        self.tokens_S[source] += length or 0
 
     # -- answers: in a worker, or here if there is none --
 
-    def answer(self, request: tuple[float, list[Any]]) -> TokenBatch:
-        """`request`: the limit in MB, and documents, or (source, place) of them."""
-        limit_mb, entries = request
-        documents = [self.document(*entry) if type(entry) is tuple else entry for entry in entries]
+    def answer(self, request: tuple[bool, list[tuple[int, int, Any]]]) -> TokenBatch:
+        """`request`: are they new, or were they open before a resume; source, number, document or place of
+        each.
+        """
+        is_new, entries = request
+        documents = [self.document(s, it) if type(it) is int else it for s, _, it in entries]
         batch, texts = TokenBatch(), dict[int, str]()
         for i, document in enumerate(documents):
             entry = document
             if isinstance(document, Document):
-                entry = checked(document, limit_mb=limit_mb, holdout=self.holdout)
+                entry = self.checked(document, *entries[i][:2], is_new=is_new)
                 if entry is None:
                     texts[i] = document.text
             batch.append(entry)
@@ -229,6 +240,25 @@ class Intake:
                     empty(documents[i]) if is_empty else Tokens(np.concatenate([ids, self.end_of_text]))
                 )
         return batch
+
+    def checked(
+        self, document: Document, source: int, n: int, *, is_new: bool
+    ) -> Tokens | BadDocument | None:
+        """Its tokens; None: it is text that may be tokenised. What was open before a resume is within limits,
+        and was drawn. Raises: DataError.
+        """
+        reader = self.readers[source]
+        limit_mb = self.max_document_mb if is_new else math.inf
+        entry = checked(document, limit_mb=limit_mb, holdout=self.holdout)
+        if not is_new or reader.bias is None or isinstance(entry, BadDocument):
+            return entry
+        is_text = entry is None
+        length = len(document.text.encode()) / reader.bias.bytes_per_token if is_text else len(entry.ids)
+        if reader.draws(n, length):
+            return entry
+        return BadDocument(
+            NOT_DRAWN, document.where, f"its length draws {reader.bias.probability(length):.2f}"
+        )
 
     def document(self, source: int, place: int) -> Document | BadDocument | None:
         reader = self.readers[source]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from trainer.data.intake import Intake, Ticket, Wanted
+from trainer.data.lengths import NOT_DRAWN
 from trainer.data.reader import DataError
 from trainer.data.sources import BadDocument, Tokens
 
@@ -50,7 +51,7 @@ class Opener:
         reader, queue = self.intake.readers[source], self.queue_S[source]
         while not reader.is_over(self.next_S[source]):
             if not queue:
-                queue += self.intake.request([(source, self.next_S[source])])
+                self.request(source, self.intake.to_request(source, 1))
             document = queue[0].get()
             if document is None:
                 return None
@@ -64,6 +65,8 @@ class Opener:
         reader = self.intake.readers[source]
         self.refuse(bad)
         self.advance(source)
+        if bad.kind == NOT_DRAWN:
+            self.intake.count_length(source, None)
         self.num_refused_S[source] += 1
         if self.num_refused_S[source] >= reader.patience:
             raise DataError(f"no usable document in a whole epoch, the last was {bad}; check {reader.key}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sized
 from functools import lru_cache
 
+from trainer.data.lengths import LengthBias
 from trainer.data.sources import Document, Source, permutation
 
 REMEDIES = {
@@ -26,6 +27,7 @@ class DataError(ValueError):
 class Reader:
     """The documents of one source. `key`: what the source is called in the configuration.
 
+    bias: which documents are drawn by their length; None: all.
     retries: how often a read that the operating system or the network refuses is tried again, after 1, 2, 4,
     ... times wait_s.
     """
@@ -39,6 +41,7 @@ class Reader:
         shuffle: bool,
         num_streams: int,
         repeat: bool = True,
+        bias: LengthBias | None = None,
         retries: int = 4,
         wait_s: float = 1.0,
     ) -> None:
@@ -46,6 +49,7 @@ class Reader:
         if self.num_documents == 0:
             raise ValueError(f"the corpus holds no document; check {key}")
         self.source, self.key, self.shuffle, self.repeat = source, key, shuffle, repeat
+        self.seed, self.bias = seed, bias
         self.masks = bool(getattr(source, "masks", False))
         self.num_streams, self.retries, self.wait_s = num_streams, retries, wait_s
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
@@ -76,8 +80,14 @@ class Reader:
 
     @property
     def patience(self) -> int:
-        """Bad documents in a row of one stream: an epoch, and more of it where the corpus is tiny."""
-        return 1000 + (self.num_documents or 100_000)
+        """Documents in a row of one stream that may be passed over: an epoch, and more of it where the corpus
+        is tiny or few are drawn.
+        """
+        return round((1000 + (self.num_documents or 100_000)) / (self.bias.least if self.bias else 1))
+
+    def draws(self, n: int, length: float) -> bool:
+        """Is document n, of so many tokens, one that its length draws?"""
+        return self.bias is None or self.bias.draws(length, seed=self.seed, source=self.key, number=n)
 
     # -- documents --
 

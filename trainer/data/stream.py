@@ -7,10 +7,11 @@ restart?
 
 The order is arithmetic, so there is little to save. A virtual stream (virtual.py) draws on the sources by
 their weights (mixture.py), opens their documents (opener.py), keeps some of them open (buffer.py) and fills
-rows from them (rows.py); a global batch takes G / V rows from each stream. A rank owns V / R neighbouring
-streams: a global batch does not depend on R. Workers only read and tokenise, ahead of time (intake.py,
-workers.py): a global batch does not depend on them either. The state (state.py) holds read heads and no
-tokens.
+rows from them (rows.py); a global batch takes G / V rows from each stream. If there are fewer rows than
+streams, the streams serve in turns: in turn t of V / G those whose number is t mod V / G, a row each. A rank
+owns V / R neighbouring streams, and G / R of them serve in each turn: a global batch does not depend on R.
+Workers only read and tokenise, ahead of time (intake.py, workers.py): a global batch does not depend on them
+either. The state (state.py) holds read heads and no tokens.
 
 Memory: of each stream, 2 b open documents (4 bytes a token), and ahead of it, with workers, those of the next
 `prefetch` steps and of one refill (b). No more is asked for until some of it was used.
@@ -25,7 +26,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, NamedTuple
 
@@ -37,6 +38,7 @@ from trainer.config import divisors
 from trainer.data.encoder import Encoder
 from trainer.data.holdout import HELD_OUT
 from trainer.data.intake import RESUMED, Intake
+from trainer.data.lengths import NOT_DRAWN, LengthBias
 from trainer.data.opener import Opener
 from trainer.data.reader import DataError, Reader
 from trainer.data.rows import IGNORED
@@ -47,8 +49,9 @@ from trainer.data.virtual import StreamSettings, VirtualStream
 
 FEW_BAD = 10  # documents that say nothing about a corpus
 # Since the start of the run. documents: read to their ends; tokens: delivered, without padding; open:
-# tokens of opened documents that are still to be delivered; held_out: documents passed over for evaluations.
-COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS, HELD_OUT)
+# tokens of opened documents that are still to be delivered; held_out: documents passed over for evaluations,
+# not_drawn: for their lengths. A state from before the last ones were counted lacks them.
+COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS, HELD_OUT, NOT_DRAWN)
 PACKINGS = {"stream": VirtualStream.concatenate, "fit": VirtualStream.best_fit}
 
 
@@ -81,6 +84,8 @@ class StreamConfig:
     pads.
     at_end: "repeat" begins another epoch; "stop" pads when all is read, and `has_more` says so.
     holdout: the share of the documents that is passed over (holdout.py).
+    length_bias: which documents are drawn by their length, by the names of sources, "source" where there is
+    one (lengths.py).
     with_sources: batches are SourcedBatches. retry_s [s], prefetch [steps]: see Reader and read_ahead.
     """
 
@@ -98,6 +103,7 @@ class StreamConfig:
     max_bad: float = 1.0
     max_document_mb: float = 100.0
     holdout: float = 0.0
+    length_bias: dict[str, LengthBias] = field(default_factory=dict)
     backend: str = "tokenizers"
     workers: int = 0
     prefetch: int = 4
@@ -176,11 +182,13 @@ class TokenStream:
         buffer: int,
         phase: int = 0,
         drain: bool = False,
+        turn: int = 0,
     ) -> None:
         """Rows of another length, or another number of them; other weights of the sources (none: equal),
         another buffer: from the next step on. The streams read on where they are, or first to the ends of
-        open documents (`drain`)."""
+        open documents (`drain`). turn: a count of steps, for streams that serve in turns."""
         check_split(global_batch=global_batch, num_streams=self.num_streams, num_ranks=self.num_ranks)
+        num_turns = max(1, self.num_streams // global_batch)
         names = self.names or [""]
         weights = mixture or dict.fromkeys(names, 1.0)
         unknown = sorted(set(weights) - set(names))
@@ -190,11 +198,13 @@ class TokenStream:
         weights_S = [weights.get(name, 0.0) / total for name in names]
         self.now = StreamSettings(
             seq_len=seq_len,
-            rows_per_stream=global_batch // self.num_streams,
+            rows_per_stream=max(1, global_batch // self.num_streams),
             weights_S=weights_S,
             size_S=[math.ceil(buffer * weight) for weight in weights_S],
             phase=phase,
             drain=drain,
+            num_turns=num_turns,
+            turn=turn % num_turns,
         )
 
     def begin(self) -> None:
@@ -223,16 +233,17 @@ class TokenStream:
         now = self.now
         has_workers = bool(self.intake.workers.num)
         prefetch = self.config.prefetch
-        num_rows = len(self.streams) * now.rows_per_stream
+        serving = [stream for stream in self.virtual if now.steps_until(stream.number) == 0]
+        num_rows = len(serving) * now.rows_per_stream
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{message}; use one of {divisors(num_rows)}")
         self.step_tokens = self.step_withheld = 0
         before, withheld_before = self.totals["tokens"], self.totals["withheld"]
         self.read_ahead(prefetch if has_workers else 1)
-        rows_NVT = np.empty((len(self.batch._fields), len(self.streams), now.num_tokens), np.int64)
+        rows_NVT = np.empty((len(self.batch._fields), len(serving), now.num_tokens), np.int64)
         pack = PACKINGS[self.config.packing]
-        for v, stream in enumerate(self.virtual):
+        for v, stream in enumerate(serving):
             pack(stream, rows_NVT[:, v], now)
         if has_workers:
             self.read_ahead(prefetch)
@@ -244,7 +255,7 @@ class TokenStream:
     def blank_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
         """Rows of the same shape with nothing to learn, for a rank that has none while others have."""
         shape_BL = (micro_batch, self.now.seq_len)
-        num_micro = len(self.streams) * self.now.rows_per_stream // micro_batch
+        num_micro = len(self.streams) // self.now.num_turns * self.now.rows_per_stream // micro_batch
         labels_BL, *others = (torch.full(shape_BL, value) for value in (IGNORED, 0, 0, 0))
         return [self.batch(others[0], labels_BL, *others[1 : len(self.batch._fields) - 1])] * num_micro
 
@@ -253,20 +264,30 @@ class TokenStream:
         return self.intake.repeats or any(stream.has_more(self.now) for stream in self.virtual)
 
     def read_ahead(self, steps: int) -> None:
-        """Requests the documents of so many steps that were not requested, those of all streams together."""
+        """Requests the documents of so many steps that were not requested, those of all streams together, the
+        next to serve first.
+        """
+        until = {stream: self.now.steps_until(stream.number) for stream in self.virtual}
+        streams = sorted((stream for stream in self.virtual if until[stream] < steps), key=until.__getitem__)
+        goals = [self.goal(-((until[stream] - steps) // self.now.num_turns)) for stream in streams]
+        shortfalls = [stream.opener.shortfall(goal_S) for stream, goal_S in zip(streams, goals, strict=True)]
+        tickets = iter(self.intake.request(chain.from_iterable(shortfalls)))
+        for stream, wanted in zip(streams, shortfalls, strict=True):
+            stream.opener.append(wanted, islice(tickets, len(wanted)))
+
+    def goal(self, steps: int) -> list[int]:
+        """[documents] That a stream opens in so many steps of its own, by source, about."""
         now, goal_S = self.now, list[int]()
         for s, weight in enumerate(now.weights_S):
             num_documents = steps * now.num_tokens * weight / self.intake.mean_length(s)
-            goal_S.append(math.ceil(num_documents + now.size_S[s]))  # size: what the next refill takes
-        shortfalls = [stream.opener.shortfall(goal_S) for stream in self.virtual]
-        tickets = iter(self.intake.request(chain.from_iterable(shortfalls)))
-        for stream, wanted in zip(self.virtual, shortfalls, strict=True):
-            stream.opener.append(wanted, islice(tickets, len(wanted)))
+            refill = self.intake.to_request(s, now.size_S[s])
+            goal_S.append(math.ceil(num_documents + refill))
+        return goal_S
 
     def refuse(self, bad: BadDocument) -> None:
         config = self.config
-        if bad.kind == HELD_OUT:  # nothing is wrong with it
-            self.totals[HELD_OUT] += 1
+        if bad.kind in (HELD_OUT, NOT_DRAWN):  # nothing is wrong with it
+            self.totals[bad.kind] += 1
             return
         if config.on_bad == "fatal":
             bad.add_note("data.on_bad=skip counts and reports such documents, and goes on")
@@ -335,7 +356,7 @@ class TokenStream:
         self.intake.forget()
         self.totals.clear()
         if keep_counts:
-            self.totals.update(dict(zip(COUNTED, state["counts"].tolist(), strict=True)))
+            self.totals.update(dict(zip(COUNTED, state["counts"].tolist(), strict=False)))
         positions_V = positions(state, streams=self.streams, num_streams=self.num_streams)
         for stream, position in zip(self.virtual, positions_V, strict=True):
             stream.start_at(position)
@@ -350,15 +371,19 @@ def reader_of(config: StreamConfig, key: str, source: Source) -> Reader:
         shuffle=config.shuffle,
         num_streams=config.num_streams,
         repeat=config.at_end == "repeat",
+        bias=config.length_bias.get(key.removeprefix("data.sources.").removeprefix("data.")),
         retries=config.retries,
         wait_s=config.retry_s,
     )
 
 
 def check_split(*, global_batch: int, num_streams: int, num_ranks: int) -> None:
-    """Each stream serves the same number of rows, each rank the same number of streams."""
-    if global_batch % num_streams or num_streams % num_ranks:
+    """Each stream serves the same number of rows, or one in its turn; each rank has the same number of
+    streams, and of rows.
+    """
+    is_even = global_batch % num_streams == 0 or num_streams % global_batch == 0
+    if not is_even or num_streams % num_ranks or global_batch % num_ranks:
         choices = [d for d in divisors(global_batch) if d % num_ranks == 0]
         remedy = f"num_streams from {choices}" if choices else f"a global_batch that {num_ranks} divides"
-        message = f"num_streams={num_streams} must divide global_batch={global_batch}"
-        raise ValueError(f"{message} and be a multiple of the {num_ranks} data-parallel ranks; use {remedy}")
+        message = f"num_streams={num_streams} must divide global_batch={global_batch} or be a multiple of it"
+        raise ValueError(f"{message}, and be a multiple of the {num_ranks} data-parallel ranks; use {remedy}")

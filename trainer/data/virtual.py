@@ -29,19 +29,25 @@ class StreamSettings:
     """What a span of the program says about the stream."""
 
     seq_len: int
-    rows_per_stream: int
+    rows_per_stream: int  # of a stream in a step that it serves
     weights_S: list[float]  # they sum to 1
     size_S: list[int]  # of the document buffers
     phase: int = 0  # how often the mixture has changed
     # documents opened in an earlier phase are read to their ends before this one opens any
     drain: bool = False
+    num_turns: int = 1  # a stream serves every so many steps
+    turn: int = 0  # of this step, below num_turns
 
     @property
     def num_tokens(self) -> int:
         return self.rows_per_stream * self.seq_len
 
+    def steps_until(self, stream: int) -> int:
+        """Until this stream serves; 0: it does in this step."""
+        return (stream - self.turn) % self.num_turns
 
-@dataclass(kw_only=True)
+
+@dataclass(kw_only=True, eq=False)
 class VirtualStream:
     opener: Opener
     seed: int
@@ -229,7 +235,7 @@ class VirtualStream:
         buffer = self.buffer_S[source]
         room = buffer.room(now.size_S[source])
         if room > 1:
-            self.opener.request(source, room)
+            self.opener.request(source, self.intake.to_request(source, room))
         buffer.close_up()
         opener = self.opener
         for _ in range(room):

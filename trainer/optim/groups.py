@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model.afmoe import Head
+from trainer.model.parallelize import trained
 from trainer.model.router import Gate
 from trainer.optim.momentum import MAX_RATE, Muon
 
@@ -52,7 +53,7 @@ def adamw(
 
     lr: peak rate, reached where the program's factor is 1.
     """
-    return _adamw(list(model.parameters()), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    return _adamw(trained(model), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
 def muon(
@@ -78,13 +79,20 @@ def muon(
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"optim.dtype={dtype}: must be float32, bfloat16 or null")
     by_adamw = (nn.Embedding, Head) if router == "muon" else (nn.Embedding, Head, Gate)
-    owners = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
+    owners = {
+        p: module for module in model.modules() for p in module.parameters(recurse=False) if p.requires_grad
+    }
     hidden = [p for p, module in owners.items() if p.ndim >= 2 and not isinstance(module, by_adamw)]
     others = [p for p in owners if p not in set(hidden)]
-    if dtype is None:
-        dtype = "float32" if hidden[0].device.type == "cpu" else "bfloat16"
-    by_muon = Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=getattr(torch, dtype))
-    return [by_muon, _adamw(others, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)]
+    rates = {"lr": adamw_lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    optimizers: list[torch.optim.Optimizer] = [_adamw(others, **rates)] if others else []
+    if hidden:
+        on_cpu = hidden[0].device.type == "cpu"
+        in_dtype = getattr(torch, dtype or ("float32" if on_cpu else "bfloat16"))
+        optimizers.insert(
+            0, Muon(hidden, lr=lr, momentum=momentum, weight_decay=weight_decay, dtype=in_dtype)
+        )
+    return optimizers
 
 
 def _adamw(

@@ -13,7 +13,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from trainer.balance import Verdict
 from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, read_manifest
-from trainer.config import Config, ConfigError, read_plain, resolved_yaml
+from trainer.config import Config, ConfigError, atoms_of, read_plain, resolved_yaml
 from trainer.data import BadDocument
 from trainer.program import Program
 from trainer.ranks.agree import broadcast_object, refuse_disagreement, refusing_on_all
@@ -46,6 +46,7 @@ FIXED = (
     "data.holdout",
     "balance.rule._target_",
     "optim._target_",
+    "train_only",
 )
 
 
@@ -90,7 +91,13 @@ def open_directory(
     digest = hashlib.sha256(tokenizer_text.encode()).hexdigest()[:16] if tokenizer_text else None
     data = {"corpus": corpus, "tokenizer": digest}
     refuse_disagreement(fingerprints(data))
-    changed = refusing_on_all(lambda: changes(config, origin.path, data)) if origin is not None else None
+    changed = (
+        refusing_on_all(
+            lambda: changes(config, origin.path, data, is_own=origin.path.parent == checkpoints.directory)
+        )
+        if origin is not None
+        else None
+    )
     checkpoints.go_on_from(
         origin.step if origin is not None and origin.path.parent == checkpoints.directory else None
     )
@@ -192,9 +199,11 @@ def record_verdict(config: Config, verdict: Verdict, *, step: int) -> None:
     )
 
 
-def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Settings that differ from the checkpoint's: [before, now]. Raises: ConfigError if the run would not be
-    the same run.
+def changes(
+    config: Config, checkpoint: Path, data: Mapping[str, Any], *, is_own: bool
+) -> dict[str, list[Any]]:
+    """Settings that differ from the checkpoint's: [before, now]. is_own: it is of this run, not of one that
+    this one branches from. Raises: ConfigError if the run would not be the same run.
     """
     before, now = (
         dotted_keys(read_plain(checkpoint / "config.yaml")),
@@ -206,6 +215,9 @@ def changes(config: Config, checkpoint: Path, data: Mapping[str, Any]) -> dict[s
         key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)
     }
     fixed = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in FIXED)]
+    if "train_only" in fixed and not is_own:
+        refuse_parts_without_state(checkpoint, *changed["train_only"])
+        fixed.remove("train_only")
     if fixed := fixed or [key for key in fingerprints(data) if key in changed]:
         old, new = (", ".join(f"{key}={changed[key][i]}" for key in fixed) for i in (0, 1))
         remedy = "set it back to continue, or choose another name= for a new run"
@@ -227,6 +239,17 @@ def dotted_keys(config: Any, prefix: str = "") -> dict[str, Any]:
         for name, node in nodes.items()
         for key, value in dotted_keys(node, f"{prefix}{name}.").items()
     }
+
+
+def refuse_parts_without_state(
+    checkpoint: Path, before: Sequence[str] | None, now: Sequence[str] | None
+) -> None:
+    """A branch may train less than the run that it comes from: the optimizer knows nothing of the rest."""
+    if not atoms_of(now) <= atoms_of(before):
+        raise ConfigError(
+            f"{checkpoint} is of a run with train_only={before}, whose optimizer knows no other part; now it "
+            f"is train_only={now}: train that part or less, or start from the run's export with init_from="
+        )
 
 
 class BadDocumentLog:

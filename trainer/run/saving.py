@@ -42,8 +42,10 @@ def load_checkpoint(run: Run, origin: Found, *, without: tuple[str, ...] = ()) -
     """
     checkpoints = Checkpoints(origin.path.parent)
     _, num_slots = checkpoints.shape(origin.step, "stream.read_VC")
+    [num_counts] = checkpoints.shape(origin.step, "stream.counts")
     parts = [part for part in PARTS if part not in without]
-    run.load_state_dict(checkpoints.load(origin.step, run.state_dict(parts, num_slots=num_slots)))
+    state = run.state_dict(parts, num_slots=num_slots, num_counts=num_counts)
+    run.load_state_dict(checkpoints.load(origin.step, state))
 
 
 def refuse_past_end(run: Run, *, where: Path) -> None:

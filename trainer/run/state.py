@@ -122,11 +122,13 @@ class Run:
         *,
         stream: StreamState | None = None,
         num_slots: int | None = None,
+        num_counts: int | None = None,
     ) -> dict[str, Any]:
         """Parts of the run, as nested dicts of its own tensors: DTensors for what is cut. Collective.
 
-        stream: of an earlier moment; None: as it is now. num_slots: of the stream's buffers in the checkpoint
-        that is to be loaded into the result; None: as many as the fullest buffer of all ranks has.
+        stream: of an earlier moment; None: as it is now. num_slots, num_counts: of the stream's buffers and
+        counts in the checkpoint that is to be loaded into the result; None: as many as the fullest buffer of
+        all ranks has, and all counts.
         """
         make = {
             "model": lambda: get_model_state_dict(self.model),
@@ -136,7 +138,7 @@ class Run:
             "tokens": lambda: torch.tensor(self.tokens),
             "window": self.window.state_dict,
             "health": self.health.state_dict,
-            "stream": lambda: self._stream_state(stream or self.stream.state_dict(), num_slots),
+            "stream": lambda: self._stream_state(stream or self.stream.state_dict(), num_slots, num_counts),
         }
         return {part: make[part]() for part in parts}
 
@@ -158,13 +160,15 @@ class Run:
             shards = {name: local(tensor).cpu() for name, tensor in state["stream"].items()}
             self.stream.load_state_dict(shards, keep_counts=self.groups.reader == 0)
 
-    def _stream_state(self, own: StreamState, num_slots: int | None) -> dict[str, Tensor]:
+    def _stream_state(
+        self, own: StreamState, num_slots: int | None, num_counts: int | None
+    ) -> dict[str, Tensor]:
         """The streams of all ranks in their order, cut along the ranks that read other documents, and the sum
         of their counts.
         """
         if num_slots is None:
             num_slots = int(self.over_documents(own["index_VC"].shape[1], op=dist.ReduceOp.MAX))
-        counts = self.over_documents(own["counts"])
+        counts = self.over_documents(own["counts"][:num_counts])
         mesh = self.dims.get_optional_mesh("batch")
         wide = {name: tensor.to(self.device) for name, tensor in with_slots(own, num_slots=num_slots).items()}
         if mesh is not None:
