@@ -16,7 +16,8 @@ from trainer.preflight.place import host_name, named_by_slurm
 from trainer.program import program_of
 from trainer.ranks import device
 from trainer.ranks.meeting import Meeting, meet
-from trainer.run.build import check_rows, num_experts_of
+from trainer.run.build import num_experts_of
+from trainer.split import check_rows
 
 TIMEOUT_S = 60.0
 

@@ -8,7 +8,8 @@ from trainer.config import Config, ConfigError
 from trainer.preflight.files import GB, checkpoint_bytes, directory_problem
 from trainer.program import program_of
 from trainer.ranks import device
-from trainer.run.build import check_rows, num_experts_of
+from trainer.run.build import num_experts_of
+from trainer.split import check_rows
 
 OLDEST_SLURM = (22, 5)  # that launch/slurm.sbatch was tried under (make slurm)
 MOST = 2**20  # ranks of a run, as of parallel.dp_shard
@@ -35,11 +36,10 @@ def check_launch(config: Config, *, nodes: int, ranks_per_node: int) -> str:
         raise ConfigError(
             f"run_dir={config.run_dir}: {problem}; every node must see it: make it, or choose another"
         )
-    size = checkpoint_bytes(config) / GB
-    shard = f"{degrees.shard} x cp={degrees.cp}" if degrees.cp > 1 else f"{degrees.shard}"
+    size, with_cp = checkpoint_bytes(config) / GB, f" x cp={degrees.cp}" if degrees.cp > 1 else ""
     return (
-        f"{launch} = {num_ranks} ranks: dp_replicate={degrees.replicate} x dp_shard={shard}, "
-        f"ep={degrees.ep}, data.num_streams={config.data.num_streams}; a checkpoint takes {size:,.1f} GB"
+        f"{launch} = {num_ranks} ranks: dp_replicate={degrees.replicate} x dp_shard={degrees.shard}{with_cp}"
+        f", ep={degrees.ep}, data.num_streams={config.data.num_streams}; a checkpoint takes {size:,.1f} GB"
     )
 
 
