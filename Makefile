@@ -12,7 +12,7 @@ LINTERS := .venv/.installed-dev
 LOG := .venv/setup.log
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help setup demo test test-all drills gpu lint clean
+.PHONY: help setup demo test test-all drills slurm sky gpu lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
@@ -32,17 +32,25 @@ test-all: setup  ## run all tests
 drills: setup  ## break runs on purpose and print what held (6 to 9 minutes on 2 cores)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m tests.drills $(ARGS)
 
+slurm: setup  ## the same under a real Slurm on this machine (apt-get install slurmctld slurmd slurm-client munge)
+	@$(VENV) -m tests.slurm $(ARGS)
+
+sky:  ## does SkyPilot take launch/skypilot.yaml? In an environment of its own (.venv-sky, 460 MB)
+	@[ -x .venv-sky/bin/sky ] || { $(PYTHON) -m venv .venv-sky && .venv-sky/bin/pip install --quiet skypilot==0.14.1; }
+	@.venv-sky/bin/python tests/skypilot.py
+
 gpu: setup  ## does this GPU compute what a CPU computes, and how fast? (8 minutes; RANKS=8 for eight GPUs)
 	@$(VENV) -m tests.gpu $(ARGS)
 
-lint: $(LINTERS)  ## ruff, pyright, shellcheck
+lint: $(LINTERS)  ## ruff, pyright, shellcheck, hadolint
 	@$(VENV) -m ruff check
 	@$(VENV) -m ruff format --check
 	@$(VENV) -m pyright
+	@.venv/bin/hadolint Dockerfile
 	@.venv/bin/shellcheck .ci/run launch/*.sh launch/*.sbatch
 
 clean:  ## remove .venv and caches; runs/ stays
-	@rm -rf .venv .pytest_cache .ruff_cache build dist
+	@rm -rf .venv .venv-sky .pytest_cache .ruff_cache build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(1): a key that ARGS may set, $(2): its value if they do not

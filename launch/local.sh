@@ -5,6 +5,7 @@
 #   launch/local.sh 4 experiment=demo parallel=hsdp_ep        4 processes
 #
 #   RESTARTS=0 launch/local.sh 4 ...                          a crash ends it (otherwise 3 restarts)
+#   PREFLIGHT=1 launch/local.sh 4 ...                         first asks every device: triquetra preflight
 #
 # Ctrl-C (or SIGTERM): every process finishes its step, saves and leaves; the same command continues. A process that
 # dies (out of memory, a hang, an exception) starts all again from the last checkpoint, so that a night is not lost;
@@ -28,5 +29,6 @@ fi
 threads=$(($(nproc) / num_ranks))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 
-exec "$python" -m trainer.torchrun --standalone --nproc-per-node "$num_ranks" --shutdown-timeout 600 \
-    --max-restarts "${RESTARTS:-3}" -m trainer.train "$@"
+launch=("$python" -m trainer.torchrun --standalone --nproc-per-node "$num_ranks" --shutdown-timeout 600)
+[[ "${PREFLIGHT:-0}" == 0 ]] || "${launch[@]}" -m trainer preflight "$@"
+exec "${launch[@]}" --max-restarts "${RESTARTS:-3}" -m trainer.train "$@"

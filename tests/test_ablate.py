@@ -400,7 +400,22 @@ metrics: {{loss: {{of: loss, take: max}}, excess: {{of: balance/max_violation, m
     assert "step 2: loss" in [job["message"] for job in result(tmp_path)["jobs"]][1]
 
 
-@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "ablation").glob("*.yaml")), ids=lambda path: path.stem)
+TRAINING = {
+    "lr_transfer",
+    "six_changes",
+    "six_changes_unstable",
+    "stability",
+    "guard",
+}  # studies of whole runs
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in TRAINING else [])
+        for path in sorted((CONFIG_DIR / "ablation").glob("*.yaml"))
+    ],
+)
 def test_each_study_of_ours_can_be_run(path, tmp_path):
     mine = study.load_study(path.stem)
     mine.seeds = 1

@@ -32,6 +32,7 @@ from trainer.config.bounds import Number, bounds_of, number
 from trainer.data import SyntheticSource, TextSource
 from trainer.model.afmoe import count_parameters
 from trainer.program import program_of
+from trainer.ranks.device import Degrees, degrees_of
 from trainer.run import memory
 from trainer.run.build import loss_weights, sources_of
 from trainer.run.directory import take
@@ -259,11 +260,12 @@ def test_parameters_are_reckoned_just_below_those_that_are_built(name):
     assert sum(memory.parameters_of(model).values()) == count_parameters(model).total - gains
 
 
-def refused(*overrides: str, gib: float, num_shards: int = 1, monkeypatch) -> str | None:
+def refused(*overrides: str, gib: float, num_ranks: int = 1, monkeypatch) -> str | None:
     monkeypatch.setattr(memory, "room_on", lambda on: memory.Room("this machine has", int(gib * 2**30)))
     config = load([*RUN, *overrides])
     try:
-        memory.refuse_too_large(config, program_of(config), on=torch.device("cpu"), num_shards=num_shards)
+        degrees = degrees_of(config.parallel, num_ranks=num_ranks, num_experts=config.model.num_experts)
+        memory.refuse_too_large(config, program_of(config), degrees, on=torch.device("cpu"))
     except ConfigError as error:
         return str(error)
 
@@ -275,13 +277,15 @@ def test_what_does_not_fit_is_refused_and_names_the_largest_part(monkeypatch):
     assert "would take 4.5 GiB" in message
     assert "but this machine has 4.0 GiB; use a smaller one, or more ranks" in message
     assert refused("model.ffn_dim=1048576", gib=80, monkeypatch=monkeypatch) is None
-    assert refused("model.ffn_dim=1048576", gib=4, num_shards=8, monkeypatch=monkeypatch) is None
+    ranks = {"num_ranks": 8, "monkeypatch": monkeypatch}
+    assert refused("model.ffn_dim=1048576", "parallel.dp_shard=8", gib=4, **ranks) is None
+    assert refused("model.ffn_dim=1048576", "parallel.dp_shard=2", "parallel.cp=4", gib=4, **ranks) is None
 
 
 def test_sizes_of_a_span_count_and_the_rows_of_a_step(monkeypatch):
-    long = refused("stage.decay.seq_len=1048576", gib=64, monkeypatch=monkeypatch)
+    long = refused("stage.decay.seq_len=1048576", gib=4, monkeypatch=monkeypatch)
     assert long.startswith(
-        "stage.decay: seq_len=1048576 x micro_batch=4: masks of attention would take 8,192.0"
+        "stage.decay: micro_batch=4 x seq_len=1048576: what layers keep for their gradients would take "
     )
     many = refused("global_batch=1048576", "seq_len=65536", "micro_batch=1", gib=64, monkeypatch=monkeypatch)
     assert many.startswith("global_batch=1048576 x seq_len=65536: the rows of a step would take 1,536.0 GiB")
@@ -358,11 +362,13 @@ def test_a_shape_that_no_model_has_is_refused_from_a_checkpoint_too(tmp_path):
 def test_spans_follow_one_another_so_only_the_largest_counts():
     """Its rows: 8 x 512 tokens of 24 bytes. Those of the run's own length, 16 x 256, are as many."""
     config = load([*RUN, "steps=10", "stage.decay.seq_len=512", "stage.decay.global_batch=8"])
-    parts = memory.parts_of(config, program_of(config), num_shards=1, on_cpu=True)
+    parts = memory.parts_of(config, program_of(config), Degrees(1, 1, 1, 1), on_cpu=True)
     [rows] = [part for part in parts if part.what == "the rows of a step"]
     assert rows.num_bytes == 8 * 512 * 24 == 16 * 256 * 24
-    [masks] = [part for part in parts if part.what == "masks of attention"]
-    assert (masks.keys, masks.num_bytes) == ("stage.decay: seq_len=512 x micro_batch=4", 2 * 4 * 512**2)
+    [inputs] = [part for part in parts if part.what == "what layers keep for their gradients"]
+    m = config.model
+    by_hand = 4 * 512 * m.dim * m.num_layers * 4
+    assert (inputs.keys, inputs.num_bytes) == ("stage.decay: micro_batch=4 x seq_len=512", by_hand)
 
 
 def test_tokens_beyond_the_models_vocabulary_are_refused_at_the_source():

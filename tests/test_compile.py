@@ -24,20 +24,21 @@ SHAPE = replace(GQA, vocab_size=64, num_layers=2, global_every=2)
 LENGTHS, STEPS = (32, 48, 64, 40), 3
 
 
-def microbatches(backend: str | None, kind: str, ep: int) -> list[tuple]:
+def microbatches(backend: str | None, kind: str, ep: int, cp: int, lengths: tuple[int, ...]) -> list[tuple]:
     """Of STEPS at each length: the loss, all counts, a sum over the gradients; and the graphs made so far."""
-    dims = device.build_mesh(ParallelConfig(dp_shard=dist.get_world_size(), ep=ep), num_experts=8)
+    parallel = ParallelConfig(dp_shard=dist.get_world_size() // cp, cp=cp, ep=ep)
+    dims = device.build_mesh(parallel, num_experts=8)
     model = build_parallel(
         afmoe_config(SHAPE, flex=False),
         dims,
         dtype=torch.bfloat16,
         activation_checkpoint=kind,
         compile=backend,
-        num_shapes=len(LENGTHS),
+        num_shapes=len(lengths),
     )
     initialize(model, device=torch.device("cpu"), seed=0)
     results = []
-    for length in LENGTHS:
+    for length in lengths:
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(100 * length + 10 * step + dist.get_rank())
             tokens_BL, labels_BL = torch.randint(0, 64, (2, 2, length), generator=generator)
@@ -50,17 +51,23 @@ def microbatches(backend: str | None, kind: str, ep: int) -> list[tuple]:
     return results
 
 
-OTHERS = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("none", 1), ("none", 2), ("full", 1))]
+OTHERS = [("full", 2, 1), ("none", 1, 1), ("none", 2, 1), ("full", 1, 1), ("full", 2, 2), ("none", 1, 2)]
+CASES = [
+    pytest.param("full", 2, 1, LENGTHS[:2], id="two lengths"),
+    *(pytest.param(*other, LENGTHS, marks=pytest.mark.slow) for other in OTHERS),
+]
 
 
-@pytest.mark.parametrize(("kind", "ep"), [("full", 2), *OTHERS])
-def test_compiled_blocks_at_four_lengths(kind, ep):
+@pytest.mark.parametrize(("kind", "ep", "cp", "lengths"), CASES)
+def test_compiled_blocks_at_every_length(kind, ep, cp, lengths):
     """Same bits, counts too; each length is compiled in its first step alone, and the fourth one, past the 8
     graphs that torch allows by default with four kinds of blocks, ends nothing."""
     both = run_ranks(
-        lambda: [microbatches(backend, kind, ep) for backend in (None, "aot_eager")], ep, timeout_s=900.0
+        lambda: [microbatches(backend, kind, ep, cp, lengths) for backend in (None, "aot_eager")],
+        max(ep, cp),
+        timeout_s=900.0,
     )
     for eager, compiled in both:
         assert [values for values, _ in compiled] == [values for values, _ in eager]
         graphs = [number for _, number in compiled]
-        assert graphs == [2 * (i + 1) for i in range(len(LENGTHS)) for _ in range(STEPS)]
+        assert graphs == [2 * (i + 1) for i in range(len(lengths)) for _ in range(STEPS)]

@@ -7,10 +7,8 @@ from tests.drills.table import Drill, span
 
 SHORT = [drill for drill in DRILLS.values() if drill.in_short_set]
 QUICK = {  # what no other test comes near: processes that are killed, told, stuck, or in each other's way
-    "kill_at_a_point_of_a_save",
     "signal_to_one_rank",
     "the_data_cannot_be_read",
-    "the_data_source_hangs",
     "ranks_disagree",
     "two_runs_in_one_directory",
 }

@@ -245,7 +245,13 @@ def test_loss_hits_bits_per_byte_and_positions_are_those_of_documents_alone(corp
 
 @pytest.mark.parametrize(
     ("num_ranks", "more"),
-    [(1, ["micro_batch=4"]), (2, LAYOUTS[2]), (4, LAYOUTS[4]), (4, ["parallel=fsdp_ep"])],
+    [
+        (1, ["micro_batch=4"]),
+        (2, LAYOUTS[2]),
+        (4, LAYOUTS[4]),
+        (4, ["parallel=fsdp_ep"]),
+        (4, ["parallel.cp=2", "parallel.dp_shard=2", "parallel.ep=4"]),
+    ],
 )
 def test_results_are_the_same_on_any_layout(corpus, tmp_path, alone, num_ranks, more):
     overrides = settings(corpus, tmp_path, "name=a", validation(corpus), *more)
@@ -287,7 +293,9 @@ def trained(overrides: list[str], stop_at: int | None = None) -> int:
     return train.train(load(overrides))
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, LAYOUTS[4])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, LAYOUTS[4], marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_evaluated_is_the_run_that_is_not(corpus, tmp_path, num_ranks, layout):
     """Bit for bit: metrics and every tensor of the last checkpoint; also where it stopped and went on."""
     evaluate = [

@@ -1,17 +1,19 @@
 """A few dozen cases of tests/fuzz/files.py; thousands are for the hand."""
 
+import pytest
+
 from tests.fuzz.files import run_cases
 
-CASES = 100  # 0.4 s of CPU each
 
-
-def test_whatever_lies_in_a_checkpoint_is_loaded_as_it_was_written_or_refused_in_one_line():
-    outcomes = list(run_cases(CASES, seed=0))
+@pytest.mark.parametrize("cases", [30, pytest.param(100, marks=pytest.mark.slow)])  # 0.4 s of CPU each
+def test_whatever_lies_in_a_checkpoint_is_loaded_as_it_was_written_or_refused_in_one_line(cases):
+    outcomes = list(run_cases(cases, seed=0))
     assert [(outcome.number, outcome.what, outcome.problem) for outcome in outcomes if outcome.problem] == []
-    kinds = {outcome.kind for outcome in outcomes}  # the cases reach all ends that there are
+    kinds = {outcome.kind for outcome in outcomes}
     assert {
         "resume: good, code 0, step 2",
         "resume: damaged, code 0, step 1",
-        "export: good, code 0",
+        "rewind: good, code 0",
     } <= kinds
-    assert {"export: damaged, code 1", "rewind: damaged, code 1", "rewind: good, code 0"} <= kinds
+    assert {"rewind: damaged, code 1", "export: damaged, code 1"} <= kinds
+    assert cases < 100 or "export: good, code 0" in kinds  # all ends that there are

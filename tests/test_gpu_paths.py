@@ -290,7 +290,8 @@ def test_masks_of_one_block_are_made_without_the_compiler(length, monkeypatch):
         compiled, "block_mask", lambda *args, **kwargs: calls.append(1) or create_block_mask(*args, **kwargs)
     )
     window = get_sliding_window_mask_mod(5)
-    mask = FlexAttention.mask(window, 1, length, device=torch.device("cpu"))
+    row = [range(length)]
+    mask = FlexAttention.mask(window, 1, row, row, window=5, device=torch.device("cpu"))
     assert bool(calls) == (length > 128)
     blocks = -(-length // 128)
     assert mask.to_dense().shape[-2:] == (blocks, blocks) and mask.seq_lengths == (length, length)

@@ -137,7 +137,9 @@ def left_out(overrides: list[str], steps: tuple[int, ...]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.slow)]
+)
 def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(
     tmp_path, num_ranks, layout, caplog
 ):
@@ -264,8 +266,9 @@ def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
-    [(1, ["data.workers=0"]), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)],
+    [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])],
 )
+@pytest.mark.slow
 def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, layout):
     where = [
         f"run_dir={tmp_path}",

@@ -12,11 +12,13 @@ STAND_INS = {
         kill -USR1 $PPID
         until grep -qs save calls; do sleep 0.05; done
     fi
-    echo "$@" >> calls
+    echo "${@//$'\n'/ }" >> calls
+    case "$*" in *preflight*) exit "${UNFIT:-0}";; esac
     exit $STATUS""",
-    "scontrol": '[ "$1" != requeue ] || echo requeued >> calls; echo node0',
-    "squeue": "echo $STATE",
-    "scancel": "echo asked to save >> calls",
+    "scontrol": '[ "$1" != requeue ] || echo "requeued $2" >> calls; echo node0',
+    "squeue": '[ "$3" = "$JOB" ] && echo $STATE',
+    "scancel": 'echo "asked $2 to save" >> calls',
+    "nvidia-smi": "exit 9",
 }
 
 
@@ -29,13 +31,13 @@ def calls(directory, *, status, near="", state="RUNNING", **environment):
         path.chmod(0o755)
     slurm = {
         "SLURM_SUBMIT_DIR": str(directory),
-        "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_CPUS_ON_NODE": "4",
         "SLURM_JOB_NODELIST": "node[0-1]",
         "SLURM_JOB_ID": "12345",
         "SLURM_NNODES": "2",
         "PATH": f"{directory / 'bin'}:{os.environ['PATH']}",
     }
-    stand_ins = {"STATUS": str(status), "NEAR": near, "STATE": state}
+    stand_ins = {"STATUS": str(status), "NEAR": near, "STATE": state, "JOB": "12345", "SITE": os.devnull}
     done = subprocess.run(
         ["bash", SCRIPT, "experiment=demo"], env=os.environ | slurm | stand_ins | environment, timeout=250
     )
@@ -45,15 +47,50 @@ def calls(directory, *, status, near="", state="RUNNING", **environment):
 def test_the_nodes_meet_at_the_first_and_a_crash_is_restarted(tmp_path):
     (srun,), status = calls(tmp_path, status=0)
     assert status == 0
-    assert srun.startswith(".venv/bin/python -m trainer.torchrun --nnodes 2 ")
+    assert srun.startswith("--cpus-per-task=4 bash -c ")
+    assert " .venv/bin/python -m trainer.torchrun --nnodes 2 " in srun
     assert srun.endswith(" -m trainer.train experiment=demo")
-    assert "--nproc-per-node gpu " in srun  # one for each GPU of the node
     assert "--rdzv-endpoint node0:22345 " in srun and "--max-restarts 3 " in srun
 
 
-def test_the_number_of_restarts_and_of_ranks_can_be_chosen(tmp_path):
-    (srun,), _ = calls(tmp_path, status=0, RESTARTS="0", RANKS_PER_NODE="2")
-    assert "--max-restarts 0 " in srun and "--nproc-per-node 2 " in srun
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [({}, 1), ({"RANKS_PER_NODE": "2"}, 2), ({"SLURM_GPUS_ON_NODE": "8"}, 8)],
+)
+def test_a_node_has_a_rank_for_each_gpu_or_one(tmp_path, environment, ranks):
+    (srun,), _ = calls(tmp_path, status=0, **environment)
+    assert f"--nproc-per-node {ranks} " in srun
+    assert ("--gpus-per-node=8 " in srun) == (ranks == 8)  # or the step has none of the job's
+
+
+def test_the_number_of_restarts_can_be_chosen(tmp_path):
+    (srun,), _ = calls(tmp_path, status=0, RESTARTS="0")
+    assert "--max-restarts 0 " in srun
+
+
+def test_a_sites_own_settings_are_one_file(tmp_path):
+    site = tmp_path / "site.env"
+    site.write_text("PYTHON=/opt/python\nSRUN_OPTIONS+=(--container-image=image)\n")
+    (srun,), _ = calls(tmp_path, status=0, SITE=str(site))
+    assert " --container-image=image bash -c " in srun and " /opt/python -m trainer.torchrun " in srun
+
+
+def test_preflight_comes_first_where_it_is_asked_for(tmp_path):
+    (preflight, training), status = calls(tmp_path, status=0, PREFLIGHT="1")
+    assert preflight.endswith("--max-restarts 0 -m trainer preflight experiment=demo") and status == 0
+    assert training.endswith("-m trainer.train experiment=demo")
+
+
+def test_a_job_that_is_unfit_does_not_train_and_is_not_requeued(tmp_path):
+    (preflight,), status = calls(tmp_path, status=0, PREFLIGHT="1", UNFIT="69")
+    assert "preflight" in preflight and status == 69
+
+
+def test_a_job_of_an_array_does_not_speak_for_the_others(tmp_path):
+    """The last job of an array has the array's own number: Slurm would take it for all of them."""
+    array = {"SLURM_ARRAY_JOB_ID": "12345", "SLURM_ARRAY_TASK_ID": "7", "JOB": "12345_7"}
+    did, _ = calls(tmp_path, status=75, near="near", **array)
+    assert "asked 12345_7 to save" in did[0] and did[-1] == "requeued 12345_7"
 
 
 @pytest.mark.parametrize(
@@ -73,5 +110,5 @@ def test_the_number_of_restarts_and_of_ranks_can_be_chosen(tmp_path):
 def test_a_job_goes_back_into_the_queue_where_that_helps(tmp_path, status, near, state, requeued):
     did, code = calls(tmp_path, status=status, near=near, state=state)
     assert code == status
-    assert ("requeued" in did) == requeued
-    assert ("asked to save" in did) == bool(near)
+    assert ("requeued 12345" in did) == requeued
+    assert ("asked 12345 to save" in did) == bool(near)

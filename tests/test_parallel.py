@@ -172,6 +172,34 @@ REFUSED = [
     (4, ["parallel=fsdp", "micro_batch=3"], r"use one of \[1, 2\]"),
     (4, ["parallel=fsdp", "global_batch=6"], "6"),
     (2, ["parallel=fsdp_ep", "model.num_dense_layers=3"], "no MoE layer"),
+    (4, ["parallel.cp=3"], r"parallel\.cp=3 does not divide 4 ranks; use one of \[1, 2, 4\]"),
+    (
+        4,
+        ["parallel.cp=4", "parallel.dp_shard=2"],
+        r"dp_shard=2 x parallel\.cp=4 = 8 ranks, but there are 4; "
+        r"use parallel\.dp_shard=1",
+    ),
+    (
+        4,
+        ["parallel.cp=2", "parallel.dp_replicate=4"],
+        r"does not divide 4 ranks / parallel\.cp=2; use one of \[1, 2\]",
+    ),
+    (
+        4,
+        ["parallel.cp=4", "parallel.ep=3"],
+        r"the 4 ranks of a replica \(dp_shard x cp\).*use one of \[1, 2, 4\]",
+    ),
+    (
+        4,
+        ["parallel.cp=4", "seq_len=68"],
+        r"seq_len=68 is no multiple of 2 x parallel\.cp=4.*"
+        r"use seq_len=64 or 72, or parallel\.cp from \[1, 2\]",
+    ),
+    (
+        4,
+        ["parallel.cp=4", "stage.decay.seq_len=66"],
+        r"stage\.decay: seq_len=66 is no multiple of 2 x parallel\.cp=4",
+    ),
 ]
 
 

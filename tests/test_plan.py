@@ -16,7 +16,8 @@ from trainer.lab.plan import hardware as devices
 from trainer.lab.plan.__main__ import main
 from trainer.lab.plan.calibration import Calibration, read
 from trainer.lab.plan.hardware import hardware
-from trainer.lab.plan.layout import Layout, Traffic, layout_of, memory, sent_on, traffic
+from trainer.lab.plan.keys import Keys
+from trainer.lab.plan.layout import Layout, Traffic, memory, sent_on, traffic
 from trainer.lab.plan.plan import plan, refuse_unfit
 from trainer.lab.plan.search import micro_batches
 from trainer.lab.plan.trace import OptimizerStep, traced
@@ -76,7 +77,9 @@ def compare(policy):
     return rows
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "policy", [pytest.param(p, marks=[] if p == "selective" else [pytest.mark.slow]) for p in POLICIES]
+)
 def test_small_traces_add_up_to_the_whole(policy, tmp_path):
     for row in in_a_process(compare, tmp_path, policy):
         flop, whole_flop = row["flop"]
@@ -139,6 +142,56 @@ def test_four_ranks_send_what_was_planned(tmp_path):
                 for key, size in of_rank.items():
                     mean[key] += size / 4 / (1 if key[1] == "all-reduce" else accumulation)
             assert expected == pytest.approx(dict(mean), rel=1e-12), (degrees, accumulation)
+
+
+def keys_by_ranks(policy):
+    """[bytes] that go through the exchanges of keys and values of a microbatch, by phase."""
+    config = config_of("seq_len=128")
+    dims = device.build_mesh(ParallelConfig(cp=2), num_experts=config.model.num_experts)
+    shape = afmoe_config(config.model, flex=False)
+    net = build_parallel(shape, dims, dtype=torch.bfloat16, activation_checkpoint=policy)
+    net.to_empty(device="cpu")
+    for p in net.parameters():
+        torch.nn.init.normal_(p.to_local(), std=0.02)
+    watch, rows = Watch(device_type="none"), torch.randint(config.model.vocab_size, (1, 64))
+    with watch:
+        with watch.during("forward"):
+            loss = net(rows, None, rows, None)
+        with watch.during("backward"):
+            loss.backward()
+    return {phase: n for (phase, operator, _), n in sums(watch.sent).items() if operator == "all-to-all"}
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_two_ranks_that_share_rows_send_the_planned_keys(policy):
+    """As much as the rank that fetches most; its own half of an all-to-all does not travel."""
+    config = config_of("seq_len=128")
+    layout = Layout(2, 1, 1, 1, policy, cp=2)
+    planned = Keys(config, layout, program_of(config).spans[0].now).sent
+    of_ranks = run_ranks(keys_by_ranks, 2, policy)
+    assert {key.phase: n / 2 for key, n in planned.items()} == {
+        phase: max(one[phase] for one in of_ranks) for phase in ("forward", "backward")
+    }
+
+
+def cut_or_whole(overrides):
+    """[bytes] and FLOP of a rank in a step, for each degree of cp."""
+    results = []
+    for cp in (1, 2, 4):
+        words = [*overrides, f"parallel.cp={cp}", f"parallel.dp_shard={4 // cp}"]
+        planned = plan(config_of(*words), hardware("h200"), Calibration("h200"), searches=False)
+        step = planned.main.step
+        results.append((step.memory.kinds["activations"], step.flop, step.accumulation, planned.layout.ranks))
+    return results
+
+
+def test_ranks_that_share_rows_have_a_part_of_the_activations_and_all_of_the_work(tmp_path):
+    """The work of a step is that of whole rows, in as many more microbatches."""
+    whole, two, four = in_a_process(cut_or_whole, tmp_path, ["seq_len=4096", "global_batch=8"])
+    assert [one[2:] for one in (whole, two, four)] == [(2, 4), (4, 4), (8, 4)]
+    for other in (two, four):
+        assert other[1] == pytest.approx(whole[1], rel=1e-9)
+    assert 0.2 < four[0] / whole[0] < 0.4 < two[0] / whole[0] < 0.7
 
 
 # -- FLOP, memory and links by hand ------------------------------------------------------------------------
@@ -227,6 +280,15 @@ LARGE = ["experiment=trinity_large"]
         ([*LARGE, "device=b300", "calibration=no.json"], ["calibration=no.json", "tests/gpu writes"]),
         ([*LARGE, "device=b300", "parallel.dp_shard=null"], ["parallel.dp_shard=null", "ranks="]),
         ([*LARGE, "devices=b300"], ["devices", "did you mean device"]),
+        ([*LARGE, "device=b300", "span=phase4"], ["span=phase4", "phase1", "extension"]),
+        (
+            [*LARGE, "device=b300", "parallel.cp=4", "ranks=2048"],
+            ["parallel.dp_shard=128 x parallel.cp=4 = 8192 ranks", "use parallel.dp_shard=32"],
+        ),
+        (
+            [*LARGE, "device=b300", "parallel=ranks_2048_cp4", "stage.phase2.seq_len=8196"],
+            ["stage.phase2: seq_len=8196", "use seq_len=8192 or 8200"],
+        ),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, words, capsys):
@@ -247,16 +309,10 @@ def refused_as_never_fitting(overrides):
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_model_that_never_fits_is_refused(tmp_path):
     said = in_a_process(refused_as_never_fitting, tmp_path, ["model=debug", *SETTINGS, "parallel=fsdp"])
     assert "no layout on 4 ranks fits" in said and "GiB" in said and "more ranks=" in said
-
-
-def test_context_parallelism_is_refused():
-    config = config_of()
-    config.parallel.cp = 2
-    with pytest.raises(ConfigError, match=r"parallel.cp=2: .*use parallel.cp=1"):
-        layout_of(config, ranks=4, micro_batch=1)
 
 
 # -- devices and calibration -------------------------------------------------------------------------------

@@ -37,7 +37,12 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep", "activation_checkpoint=full"])]
+    ("num_ranks", "layout"),
+    [
+        (1, []),
+        (4, ["parallel=hsdp_ep", "activation_checkpoint=full"]),
+        (4, ["parallel.cp=2", "parallel.dp_shard=2"]),
+    ],
 )
 def test_a_run_in_three_parts_is_the_whole_run_bit_for_bit(tmp_path, num_ranks, layout):
     where = [f"run_dir={tmp_path}", "steps=8", *layout]
@@ -73,9 +78,8 @@ def next_losses_worker(overrides: list[str]) -> list[float]:
     return [train.train_step(run, train.next_batches(run))["loss"] for _ in range(3)]
 
 
-@pytest.mark.parametrize(
-    "optimizer", [["optim=adamw"], pytest.param(["optim=muon", "optim.lr=0.02"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [["optim=adamw"], ["optim=muon", "optim.lr=0.02"]])
 def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimizer):
     where = ["name=moving", f"run_dir={tmp_path}", *optimizer]
     run_ranks(train_worker, 4, ["parallel=hsdp_ep", *where], 5)
@@ -164,6 +168,8 @@ LAYOUTS = {
     "fsdp4": (4, ["parallel=fsdp"]),
     "hsdp_ep4": (4, ["parallel=hsdp_ep"]),
     "ep4": (4, ["parallel=fsdp_ep", "parallel.ep=4"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "cp2_ep4": (4, ["parallel.cp=2", "parallel.dp_shard=2", "parallel.ep=4"]),
 }
 
 
@@ -206,7 +212,10 @@ def load_on(layout: str, names: Iterable[str], saved: dict[str, Path]) -> None:
     assert run_ranks(loading, num_ranks, overrides, whole, saved) == [[]] * num_ranks
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[] if name in ("one", "hsdp_ep4") else [pytest.mark.slow]) for name in LAYOUTS],
+)
 def test_a_checkpoint_of_any_layout_loads_on_one_rank_and_that_of_one_rank_on_any(saved, layout):
     """What is saved and what is loaded meet in one index, so these pairs cover the others."""
     load_on(layout, LAYOUTS if layout == "one" else ["one"], saved)
@@ -294,9 +303,8 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
 def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(
     tmp_path, num_ranks, layout, capfd
 ):

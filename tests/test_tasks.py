@@ -74,7 +74,7 @@ def scored_one_by_one(overrides: list[str], path: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_tasks_are_scored_as_choice_by_choice(tmp_path, num_ranks):
     names = ["arithmetic", "brackets", "repeat"]
     tasks = [node(name, TASKS / f"{name}.jsonl") for name in names]

@@ -4,6 +4,7 @@
     triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
     triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
     triquetra plan        memory, time, best layout           triquetra plan device=h200 model=mini ...
+    triquetra preflight   are hosts and devices fit for it?   triquetra preflight experiment=demo
     triquetra watch       a run, live in the terminal         triquetra watch runs/demo
     triquetra report      what runs did, as one HTML page     triquetra report runs/demo
     triquetra evaluate    held-out loss, tasks, needles       triquetra evaluate runs/demo evaluate=held_out
@@ -28,6 +29,7 @@ COMMANDS = {
     "simulate": "trainer.lab.simulate.__main__",
     "preview": "trainer.lab.preview.__main__",
     "plan": "trainer.lab.plan.__main__",
+    "preflight": "trainer.preflight.__main__",
     "watch": "trainer.lab.watch.__main__",
     "report": "trainer.lab.report.__main__",
     "evaluate": "trainer.evaluate.__main__",

@@ -49,14 +49,14 @@ class Drill:
 DRILLS: dict[str, Drill] = {}
 
 
-def drill(*, limit_s: float = 120.0, short: bool = False) -> Callable:
+def drill(*, limit_s: float = 120.0, short: bool = False, into: dict[str, Drill] = DRILLS) -> Callable:
     """Of a function whose docstring is "what is done · what must hold". short: it is in the set that `make
-    test-all` runs.
+    test-all` runs. into: where it is listed.
     """
 
     def register(act: Callable[[Path, bool], Facts]) -> Callable[[Path, bool], Facts]:
         done, holds = " ".join(act.__doc__.split()).split(" · ")
-        DRILLS[act.__name__] = Drill(
+        into[act.__name__] = Drill(
             name=act.__name__,
             done=done,
             holds=holds.rstrip("."),
@@ -80,7 +80,7 @@ def run(of: Drill, *, short: bool) -> tuple[list[str], str | None]:
         at = next(
             frame
             for frame in reversed(traceback.extract_tb(error.__traceback__))
-            if "/drills/" in frame.filename
+            if "/tests/" in frame.filename
         )
         line = f"{Path(at.filename).name}:{at.lineno}: {at.line}"
         failure = "\n".join([f"{type(error).__name__}: {error}", line, *getattr(error, "__notes__", [])])

@@ -18,22 +18,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Total = Callable[[Tensor], Tensor]
 
-def sequence_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None) -> Tensor:
+
+def as_they_are(sums: Tensor) -> Tensor:
+    return sums
+
+
+def sequence_balance_loss(
+    scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None, total: Total = as_they_are
+) -> Tensor:
     """sum_i f_i P_i of each sequence, times its tokens, summed over sequences (arXiv:2602.17004, eq. 29-32).
 
     1.0 per token when every expert gets the same share; the report's alpha is the caller's weight.
     scores_BLE: sigmoid scores without bias. valid_BL: False for padding, which is left out; None: no padding.
+    total: sums counts over whoever has other tokens of the same sequences. The loss is that of the tokens
+    here; f_i has no gradient, so nothing else need be known of the others.
     """
-    num_experts, top_k = scores_BLE.shape[-1], ids_BLK.shape[-1]
+    num_experts = scores_BLE.shape[-1]
     share_BLE = normalized(scores_BLE)
     valid_BL = torch.ones_like(ids_BLK[..., 0], dtype=torch.bool) if valid_BL is None else valid_BL
     weight_BLK = valid_BL.unsqueeze(-1).expand_as(ids_BLK).to(scores_BLE.dtype)
     chosen_BE = scores_BLE.new_zeros(len(scores_BLE), num_experts).scatter_add_(
         1, ids_BLK.flatten(1), weight_BLK.flatten(1)
     )
-    num_tokens_B1 = valid_BL.sum(1, keepdim=True).clamp_min(1)
-    f_BE = chosen_BE * num_experts / (top_k * num_tokens_B1)  # eq. 30
+    chosen_BE = total(chosen_BE)
+    f_BE = chosen_BE * num_experts / chosen_BE.sum(1, keepdim=True).clamp_min(1)  # eq. 30
     P_sum_BE = (share_BLE * valid_BL.unsqueeze(-1)).sum(1)  # eq. 31-32 times the tokens
     return (f_BE * P_sum_BE).sum()
 
@@ -45,12 +55,15 @@ def normalized(scores_BLE: Tensor) -> Tensor:
     return scores_BLE / scores_BLE.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def switch_balance_loss(scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None) -> Tensor:
-    """E sum_i f_i P_i of the whole microbatch, times its tokens; it sees one rank's microbatch only, by
-    definition.
+def switch_balance_loss(
+    scores_BLE: Tensor, ids_BLK: Tensor, valid_BL: Tensor | None = None, total: Total = as_they_are
+) -> Tensor:
+    """E sum_i f_i P_i of the whole microbatch, times its tokens; it sees the microbatch of one rank, or of
+    those that share its rows, by definition.
     """
     valid_BL = None if valid_BL is None else valid_BL.reshape(1, -1)
-    return sequence_balance_loss(scores_BLE.flatten(0, 1)[None], ids_BLK.flatten(0, 1)[None], valid_BL)
+    scores_BLE, ids_BLK = scores_BLE.flatten(0, 1)[None], ids_BLK.flatten(0, 1)[None]
+    return sequence_balance_loss(scores_BLE, ids_BLK, valid_BL, total)
 
 
 def batch_balance_loss(scores_BLE: Tensor, load_E: Tensor, valid_BL: Tensor | None = None) -> Tensor:
@@ -71,19 +84,22 @@ def router_z_loss(logits_BLE: Tensor, valid_BL: Tensor | None = None) -> Tensor:
 
 
 class Routed(NamedTuple):
-    """A microbatch as its router saw it. load_E: of the last optimizer step."""
+    """A microbatch as its router saw it. load_E: of the last optimizer step. total: as of
+    sequence_balance_loss.
+    """
 
     scores_BLE: Tensor
     logits_BLE: Tensor
     ids_BLK: Tensor
     load_E: Tensor
     valid_BL: Tensor | None
+    total: Total
 
 
 # A further loss is a line here, and a field of the same name in RouterLossWeights (trainer/config/schema.py).
 LOSSES: dict[str, Callable[[Routed], Tensor]] = {
-    "sequence": lambda r: sequence_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL),
-    "switch": lambda r: switch_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL),
+    "sequence": lambda r: sequence_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL, r.total),
+    "switch": lambda r: switch_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL, r.total),
     "batch": lambda r: batch_balance_loss(r.scores_BLE, r.load_E, r.valid_BL),
     "z": lambda r: router_z_loss(r.logits_BLE, r.valid_BL),
 }
@@ -104,9 +120,10 @@ def router_loss(
     ids_BLK: Tensor,
     load_E: Tensor,
     valid_BL: Tensor | None,
+    total: Total = as_they_are,
 ) -> Tensor | None:
     """The weighted sum; None if all weights are 0. load_E: of the last optimizer step."""
-    routed = Routed(scores_BLE, logits_BLE, ids_BLK, load_E, valid_BL)
+    routed = Routed(scores_BLE, logits_BLE, ids_BLK, load_E, valid_BL, total)
     terms = [weight * LOSSES[name](routed) for name, weight in vars(weights).items() if weight]
     return sum(terms[1:], terms[0]) if terms else None
 

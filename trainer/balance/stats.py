@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.balance.losses import as_they_are
+
 BINS_PER_OCTAVE, LOWEST_OCTAVE = 4, -20  # of margins: from 2^-20 ...
 # ... to 2; what lies outside counts in the first or last bin
 NUM_MARGINS = (1 - LOWEST_OCTAVE) * BINS_PER_OCTAVE
@@ -40,7 +42,9 @@ def register_routing_buffers(layer: nn.Module, num_experts: int) -> None:
     routing_sums_S: this rank's sums since the Balancer last took them.
     load_E: of the last optimizer step, all ranks, 1 = even share; for the global-batch loss.
     label_share: factor on the router losses of a step (docs/numerics.md, "Masked labels"); 1 without masks.
+    total: sums counts over the ranks that share rows; here nobody does.
     """
+    layer.total = as_they_are
     layer.register_buffer("expert_bias_E", torch.zeros(num_experts, dtype=torch.float32))
     layer.register_buffer(
         "routing_sums_S", torch.zeros(num_sums(num_experts), dtype=torch.int64), persistent=False

@@ -172,10 +172,14 @@ class GuardConfig:
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """ranks = dp_replicate * dp_shard; experts are spread over ep of the dp_shard ranks of a replica."""
+    """ranks = dp_replicate * dp_shard * cp. The cp ranks of a row hold parts of it; weights are sharded over
+    the dp_shard * cp ranks of a replica, and experts are spread over ep of them.
+    """
 
     dp_replicate: int = number(1, **RANKS)
     dp_shard: int | None = number(1, **RANKS)  # null: what the other degrees leave over
+    # ranks that share rows (context parallelism): each holds 1 / cp of the tokens of every row
+    cp: int = number(1, **RANKS)
     ep: int = number(1, **RANKS)
     # what takes tokens to the ranks of their experts: all_to_all | deepep | hybridep (GPU, deep_ep)
     dispatcher: str = choice("all_to_all", "all_to_all", "deepep", "hybridep")

@@ -19,9 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from trainer.evaluate.rows import Part, share_of
 from trainer.model.afmoe import moe_layers
 from trainer.model.loss import Groups
-from trainer.ranks import device
 from trainer.run.state import Run
-from trainer.run.step import exit_code, told_to_stop
+from trainer.run.step import exit_code, held, told_to_stop
 
 ASK_EVERY = 16  # [microbatches] between two questions whether some rank was told to stop
 
@@ -46,7 +45,13 @@ def measure(run: Run, part: Part, *, heartbeat: Callable[[], None] = lambda: Non
     """
     now, length = run.program.settings_at(run.tokens), part.tokens_RL.shape[1]
     rows = max(1, now.micro_batch * now.seq_len // length)  # no more tokens at a time than in training
-    batches = share_of(part, reader=run.groups.reader, num_readers=run.groups.num_readers, micro_batch=rows)
+    batches = share_of(
+        part,
+        reader=run.groups.reader,
+        num_readers=run.groups.num_readers,
+        micro_batch=rows,
+        multiple=run.model.cut.multiple,
+    )
     layers = moe_layers(run.model)
     sums_3G = torch.zeros(3, part.num_groups, dtype=torch.float64, device=run.device)
     with evaluating(run) as use_of_layers:
@@ -54,9 +59,7 @@ def measure(run: Run, part: Part, *, heartbeat: Callable[[], None] = lambda: Non
             heartbeat()
             if i % ASK_EVERY == 0 and is_told_to_stop(run):
                 return None
-            tokens_BL, labels_BL, positions_BL, groups_BL = (
-                device.onto(run.device, plane) for plane in batch
-            )
+            tokens_BL, labels_BL, positions_BL, groups_BL = held(run, batch)
             run.model(tokens_BL, positions_BL, labels_BL, Groups(groups_BL.flatten(), sums_3G))
         packed = torch.cat([sums_3G.flatten(), *use_of_layers])
     if run.groups.tokens is not None:

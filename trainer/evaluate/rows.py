@@ -88,14 +88,18 @@ def filled(row: list[Example], plane: tuple, seq_len: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, seq_len - len(values)), value=blank)
 
 
-def share_of(part: Part, *, reader: int, num_readers: int, micro_batch: int) -> list[tuple[Tensor, ...]]:
-    """The microbatches of one rank: equally many on each rank, the last ones filled up with blank rows."""
+def share_of(
+    part: Part, *, reader: int, num_readers: int, micro_batch: int, multiple: int = 1
+) -> list[tuple[Tensor, ...]]:
+    """The microbatches of one reader: equally many for each, the last ones filled up with blank rows, and
+    rows with padding up to a multiple of tokens.
+    """
     step = num_readers * micro_batch
-    missing = -len(part.tokens_RL) % step
+    missing, padding = -len(part.tokens_RL) % step, -part.tokens_RL.shape[1] % multiple
     blanks = [blank for _, blank in PLANES]
     batches = list[tuple[Tensor, ...]]()
     own = slice(reader, None, num_readers)
     for plane, blank in zip(part.planes, blanks, strict=True):
-        whole = torch.nn.functional.pad(plane, (0, 0, 0, missing), value=blank)
+        whole = torch.nn.functional.pad(plane, (0, padding, 0, missing), value=blank)
         batches.append(whole[own].split(micro_batch))
     return list(zip(*batches, strict=True))

@@ -36,7 +36,8 @@ from torchtitan.protocols.module import Module
 
 from trainer.balance import NO_LOSSES, LossWeights
 from trainer.config import ModelConfig
-from trainer.model.attention import FlexAttention, MaskedSDPA
+from trainer.model.attention import Blocks, FlexAttention, MaskedSDPA
+from trainer.model.context import WHOLE, Exchange, exchanged
 from trainer.model.dispatch import ALL_TO_ALL, Dispatch
 from trainer.model.loss import Groups, linear_cross_entropy
 from trainer.model.moe import MoE, experts_in
@@ -50,8 +51,10 @@ PADDING = -1  # position of a token that is not there
 class AttentionInputs:
     """Masks and rotary angles of a microbatch and which of its tokens are there; one for all layers."""
 
-    local_mask: Tensor | BlockMask
-    global_mask: Tensor | BlockMask
+    local_mask: Blocks | BlockMask
+    global_mask: Blocks | BlockMask
+    local_keys: Exchange | None  # how those that this rank does not hold reach it
+    global_keys: Exchange | None
     rope: Tensor  # (B, L, 1, 2 H): cos, then sin
     valid_BL: Tensor | None  # False: padding; None: no padding
 
@@ -86,9 +89,12 @@ class Attention(Module):
         q_BLNH, k_BLNH = self.q_norm(q_BLNH), self.k_norm(k_BLNH)
         if self.local:
             q_BLNH, k_BLNH = CosSinRoPE.apply_rotary_emb(q_BLNH, k_BLNH, inputs.rope)
-        mask = inputs.local_mask if self.local else inputs.global_mask
+        mask, keys = (
+            (inputs.local_mask, inputs.local_keys) if self.local else (inputs.global_mask, inputs.global_keys)
+        )
+        k_BKNH, v_BKNH = exchanged(k_BLNH, v_BLNH, keys)
         out_BLNH = self.inner_attention(
-            q_BLNH, k_BLNH, v_BLNH, attention_masks=mask, enable_gqa=self.enable_gqa
+            q_BLNH, k_BKNH, v_BKNH, attention_masks=mask, enable_gqa=self.enable_gqa
         )
         return self.wo(out_BLNH.flatten(2) * torch.sigmoid(self.gate(x_BLD)))  # eq. 12-14
 
@@ -148,6 +154,8 @@ class Head(Linear):
 
 
 class Afmoe(Decoder):
+    cut = WHOLE  # how rows lie on ranks
+
     @dataclass(kw_only=True, slots=True)
     class Config(Decoder.Config):
         window: int
@@ -169,12 +177,15 @@ class Afmoe(Decoder):
     ) -> Tensor:
         """Logits (B, L, V), or with labels the cross entropy [nats] summed over all tokens.
 
+        Tokens, labels and groups are those that this rank holds of the rows (`cut.own`), positions those of
+        whole rows.
         positions_BL: of each token in its document: a 0 starts a document, PADDING (-1) marks padding; None:
         each row is one document. Tokens attend within their document only. labels_BL: loss.IGNORE = no label.
         groups: sums of the loss by group, to be added to.
         """
         if positions_BL is None:
-            positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+            length = tokens_BL.shape[1] * self.cut.size
+            positions_BL = torch.arange(length, device=tokens_BL.device).expand(len(tokens_BL), -1)
         inputs = self.attention_inputs(positions_BL)
         x_BLD = self.tok_embeddings(tokens_BL) * math.sqrt(self.config.dim)  # eq. 39
         for layer in self.layers.values():
@@ -191,20 +202,23 @@ class Afmoe(Decoder):
         document = get_efficient_causal_mask_mod_for_packed_document(starts_BL)
         global_mod = and_masks(get_causal_mask_mod(), document)
         local_mod = and_masks(global_mod, get_sliding_window_mask_mod(self.config.window))  # eq. 8
-        make = self.layers["0"].attention.inner_attention.mask
-        half = torch.arange(0, self.config.head_dim, 2, device=positions_BL.device, dtype=torch.float32)
+        device, window, cut = positions_BL.device, self.config.window, self.cut
+        make = partial(self.layers["0"].attention.inner_attention.mask, num_rows=num_rows, device=device)
+        held, in_window, before = cut.held(length), cut.keys(length, window), cut.keys(length, None)
+        positions_BL = cut.own(positions_BL)
+        half = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32)
         angle_BLh = positions_BL.clamp_min(0).unsqueeze(-1) * self.config.rope_theta ** (
             -half / self.config.head_dim
         )
         angle_BLH = torch.cat([angle_BLh, angle_BLh], dim=-1)
         return AttentionInputs(
-            local_mask=make(local_mod, num_rows, length, device=positions_BL.device),
-            global_mask=make(global_mod, num_rows, length, device=positions_BL.device),
+            local_mask=make(local_mod, queries=held, keys=in_window, window=window),
+            global_mask=make(global_mod, queries=held, keys=before, window=None),
+            local_keys=cut.exchange(length, window),
+            global_keys=cut.exchange(length, None),
             rope=torch.cat([angle_BLH.cos(), angle_BLH.sin()], dim=-1).unsqueeze(2),
             # no sync on a GPU
-            valid_BL=positions_BL >= 0
-            if positions_BL.device.type != "cpu" or (positions_BL < 0).any()
-            else None,
+            valid_BL=positions_BL >= 0 if device.type != "cpu" or (positions_BL < 0).any() else None,
         )
 
 
@@ -261,7 +275,6 @@ def _block(
 
 def _attention(m: ModelConfig, layer: int, *, flex: bool) -> Attention.Config:
     is_local, heads = (layer + 1) % m.global_every != 0, m.num_heads * m.head_dim
-    masked = MaskedSDPA.Config(window=m.window if is_local else None)
     return Attention.Config(
         qkv_linear=QKVLinear.Config(
             head_dim=m.head_dim, wq=_linear(m.dim, heads), wkv=_linear(m.dim, m.num_kv_heads * m.head_dim)
@@ -270,7 +283,7 @@ def _attention(m: ModelConfig, layer: int, *, flex: bool) -> Attention.Config:
         wo=_linear(heads, m.dim),
         q_norm=_norm(m, m.head_dim),
         k_norm=_norm(m, m.head_dim),
-        inner_attention=FlexAttention.Config() if flex else masked,
+        inner_attention=FlexAttention.Config() if flex else MaskedSDPA.Config(),
         local=is_local,
         enable_gqa=m.num_heads > m.num_kv_heads,
     )

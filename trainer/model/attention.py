@@ -1,64 +1,133 @@
 """With which kernel does a token attend: masked SDPA on a CPU, flex attention on a GPU?
 
-Both take the same mask functions. Letters: B sequences, L tokens each, N heads, H head dim.
+Both take the same mask functions, and queries and keys that are parts of a row: those that a rank holds and
+those that they may see (context.py). Letters: B sequences, L tokens each, N heads, H head dim.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torchtitan.models.common import attention
 from torchtitan.protocols.module import Module
 
 from trainer.model import compiled
+from trainer.model.context import Parts, count, places, visible
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
 MASK_BLOCK = 128  # tokens of a block mask's block, torch's default
+# behind scaled_dot_product_attention on a CPU: the output and the logsumexp; the gradients
+attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # one family of kernels for all lengths; its tiles come from torch's table of devices, head dims and dtypes
 KERNEL_OPTIONS = {"BACKEND": "TRITON"}
 
 
-class MaskedSDPA(Module):
-    """Attention under a boolean mask (B, 1, L, L), for devices without flex attention's backward (CPU).
+class Block(NamedTuple):
+    """Queries that attend together, and the keys that the causal mask and the window leave them."""
 
-    Blocks of queries see only the keys that the causal mask and the window leave them.
-    """
+    queries: slice  # of those that this rank holds
+    keys: slice
+    first_query: int  # of the row
+    first_key: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A mask that is made block by block, where it is used: no mask of all pairs is in memory."""
+
+    mod: MaskMod
+    num_rows: int
+    blocks: list[Block]
+    device: torch.device
+
+    def mask(self, block: Block, dtype: torch.dtype) -> Tensor:
+        """(B, 1, queries, keys): 0 where a query sees a key, -inf elsewhere."""
+        rows, queries, keys = (
+            torch.arange(first, first + size, device=self.device)
+            for first, size in (
+                (0, self.num_rows),
+                (block.first_query, block.queries.stop - block.queries.start),
+                (block.first_key, block.keys.stop - block.keys.start),
+            )
+        )
+        sees = self.mod(rows[:, None, None], rows.new_zeros(()), queries[:, None], keys)
+        mask = torch.zeros(len(rows), 1, len(queries), len(keys), dtype=dtype, device=self.device)
+        return mask.masked_fill_(~sees.expand(len(rows), -1, -1).unsqueeze(1), -torch.inf)
+
+    @staticmethod
+    def inputs(block: Block, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return q_BNLH[:, :, block.queries], k_BNLH[:, :, block.keys], v_BNLH[:, :, block.keys]
+
+
+class MaskedSDPA(Module):
+    """Attention under masks of blocks, for devices without flex attention's backward (CPU)."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        window: int | None = None
+        pass
 
     def __init__(self, config: Config):
         super().__init__()
-        self.window = config.window
 
     @staticmethod
-    def mask(mod: MaskMod, num_rows: int, length: int, *, device: torch.device) -> Tensor:
-        return create_mask(mod, num_rows, None, length, length, device=device)
+    def mask(
+        mod: MaskMod, num_rows: int, queries: Parts, keys: Parts, *, window: int | None, device: torch.device
+    ) -> Blocks:
+        blocks = list[Block]()
+        for piece in queries:
+            for start in range(piece.start, piece.stop, QUERY_BLOCK):
+                block = range(start, min(start + QUERY_BLOCK, piece.stop))
+                [seen] = visible([block], window)
+                [held], [wanted] = places([block], queries), places([seen], keys)
+                blocks.append(Block(held, wanted, block.start, seen.start))
+        return Blocks(mod, num_rows, blocks, device)
 
     def forward(
-        self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Tensor, enable_gqa: bool
+        self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Blocks, enable_gqa: bool
     ) -> Tensor:
-        k_BNLH, v_BNLH = k_BLNH.transpose(1, 2), v_BLNH.transpose(1, 2)
-        length, parts = q_BLNH.shape[1], []
-        for first, block_BlNH in zip(
-            range(0, length, QUERY_BLOCK), q_BLNH.split(QUERY_BLOCK, dim=1), strict=True
-        ):
-            last = first + block_BlNH.shape[1]
-            keys = slice(max(0, first - self.window + 1) if self.window else 0, last)  # all others are masked
-            out_BNlH = F.scaled_dot_product_attention(
-                block_BlNH.transpose(1, 2),
-                k_BNLH[:, :, keys],
-                v_BNLH[:, :, keys],
-                attn_mask=attention_masks[:, :, first:last, keys],
-                enable_gqa=enable_gqa,
-            )
-            parts.append(out_BNlH.transpose(1, 2))  # the order in memory, so that cat copies long runs
-        return torch.cat(parts, dim=1)
+        return _Masked.apply(q_BLNH, k_BLNH, v_BLNH, attention_masks)
+
+
+class _Masked(torch.autograd.Function):
+    """What scaled_dot_product_attention and its gradient are on a CPU, block after block, from the same
+    kernels. Autograd would keep a float mask of each block in each layer, and add up a gradient of all keys
+    for each block: memory and time would grow with the square of a row, in a local layer too.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, masks: Blocks) -> Tensor:
+        heads = [each.transpose(1, 2) for each in (q_BLNH, k_BLNH, v_BLNH)]
+        parts = [
+            attend(*masks.inputs(block, *heads), attn_mask=masks.mask(block, heads[0].dtype))
+            for block in masks.blocks
+        ]
+        out_BLNH = torch.cat([out_BNqH.transpose(1, 2) for out_BNqH, _ in parts], dim=1)
+        ctx.masks = masks
+        ctx.save_for_backward(*heads, out_BLNH.transpose(1, 2), *(lse for _, lse in parts))
+        return out_BLNH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BLNH: Tensor):
+        q_BNLH, k_BNLH, v_BNLH, out_BNLH, *lses = ctx.saved_tensors
+        grad_BNLH, masks = grad_BLNH.transpose(1, 2), ctx.masks
+        grads_q, grad_k_BNLH, grad_v_BNLH = [], torch.zeros_like(k_BNLH), torch.zeros_like(v_BNLH)
+        for block, lse in zip(reversed(masks.blocks), reversed(lses), strict=True):
+            q, k, v = masks.inputs(block, q_BNLH, k_BNLH, v_BNLH)
+            grad, out = grad_BNLH[:, :, block.queries], out_BNLH[:, :, block.queries]
+            mask = masks.mask(block, q.dtype)
+            grad_q, grad_k, grad_v = attend_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+            grads_q.append(grad_q.transpose(1, 2))
+            grad_k_BNLH[:, :, block.keys] += grad_k
+            grad_v_BNLH[:, :, block.keys] += grad_v
+        grad_q_BLNH = torch.cat(grads_q[::-1], dim=1)
+        return grad_q_BLNH, grad_k_BNLH.transpose(1, 2), grad_v_BNLH.transpose(1, 2), None
 
 
 class FlexAttention(attention.FlexAttention):
@@ -71,10 +140,15 @@ class FlexAttention(attention.FlexAttention):
         kernel_options: dict = field(default_factory=KERNEL_OPTIONS.copy)
 
     @staticmethod
-    def mask(mod: MaskMod, num_rows: int, length: int, *, device: torch.device) -> BlockMask:
+    def mask(
+        mod: MaskMod, num_rows: int, queries: Parts, keys: Parts, *, window: int | None, device: torch.device
+    ) -> BlockMask:
         """Compiled, so that no mask of all pairs is in memory; Inductor cannot generate that of one block."""
-        make = compiled.block_mask if length > MASK_BLOCK else create_block_mask
-        return make(mod, num_rows, None, length, length, device=device)
+        num_queries, num_keys = count(queries), count(keys)
+        make = compiled.block_mask if num_queries > MASK_BLOCK else create_block_mask
+        if queries != keys:
+            mod = moved(mod, indices(queries, device), indices(keys, device))
+        return make(mod, num_rows, None, num_queries, num_keys, device=device)
 
     def forward(
         self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: BlockMask, enable_gqa: bool
@@ -88,3 +162,13 @@ class FlexAttention(attention.FlexAttention):
             kernel_options=self.kernel_options,
         )
         return out_BNLH.transpose(1, 2)
+
+
+def indices(parts: Parts, device: torch.device) -> Tensor:
+    """In the row, of tokens that lie one after another."""
+    return torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
+
+
+def moved(mod: MaskMod, query_Q: Tensor, key_K: Tensor) -> MaskMod:
+    """The same mask for queries and keys that are some of the row's."""
+    return lambda b, h, q, k: mod(b, h, query_Q[q], key_K[k])

@@ -72,7 +72,8 @@ block_mask = when_called(create_block_mask, dynamic=False, options=OPTIONS)
 
 
 def allow_graphs(*, num_shapes: int) -> None:
-    """Lets each block be compiled for num_shapes shapes of microbatches."""
+    """Lets each block be compiled for num_shapes shapes of microbatches, and for each of them alone."""
+    torch._dynamo.config.automatic_dynamic_shapes = False
     limit = max(GRAPHS, num_shapes * KINDS * MODES)
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.config.accumulated_recompile_limit = max(256, 4 * limit)

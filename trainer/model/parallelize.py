@@ -1,4 +1,4 @@
-"""How is the model spread over ranks? EP -> compile, activation checkpointing -> FSDP/HSDP, stated once."""
+"""How is the model spread over ranks? CP, EP -> compile, activation checkpointing -> FSDP, stated once."""
 
 import math
 from functools import partial
@@ -14,8 +14,9 @@ from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 
-from trainer.model.afmoe import Afmoe
+from trainer.model.afmoe import Afmoe, moe_layers
 from trainer.model.compiled import allow_graphs
+from trainer.model.context import Cut
 from trainer.ranks.device import use_plain_sum
 
 EXPERT_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
@@ -51,6 +52,9 @@ def build_parallel(
                 states |= dict.fromkeys(("routing_sums_S", "load_E", "label_share"), states["expert_bias_E"])
     with torch.device("meta"):
         model = config.build()
+    model.cut = Cut.among(dims, window=config.window)
+    for layer in moe_layers(model):
+        layer.total = model.cut.sum_over_row
     if dims.ep_enabled:
         model.parallelize(dims)
     allow_graphs(num_shapes=num_shapes)

@@ -76,7 +76,9 @@ def count_and_balance(layer: Module, routing: Routing, valid_BL: Tensor | None) 
         scores_BLE, logits_BLE, ids_BLK, layer.expert_bias_E, valid_BL, required=collects_required(layer)
     )
     gates_BLK = count_in_backward(gates_BLK, sums_S, layer.routing_sums_S)
-    loss = router_loss(layer.loss_weights, scores_BLE, logits_BLE, ids_BLK, layer.load_E, valid_BL)
+    loss = router_loss(
+        layer.loss_weights, scores_BLE, logits_BLE, ids_BLK, layer.load_E, valid_BL, layer.total
+    )
     return gates_BLK if loss is None else attach_loss(gates_BLK, loss, layer.label_share)
 
 

@@ -85,16 +85,22 @@ def keep_freed_memory() -> None:
 
 
 class Degrees(NamedTuple):
-    """ranks = replicate x shard; ep divides shard."""
+    """ranks = replicate x shard x cp; ep divides shard x cp."""
 
     replicate: int
     shard: int
+    cp: int
     ep: int
 
     @property
     def num_readers(self) -> int:
-        """Ranks that read other documents than the others do. Each rank is one, in the order of ranks."""
+        """Groups of cp ranks, neighbours in the order of ranks, that read other documents than the others."""
         return self.replicate * self.shard
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks of a replica, which share its weights."""
+        return self.shard * self.cp
 
 
 def degrees_of(config: ParallelConfig, *, num_ranks: int, num_experts: int | None) -> Degrees:
@@ -102,34 +108,41 @@ def degrees_of(config: ParallelConfig, *, num_ranks: int, num_experts: int | Non
 
     Raises: ConfigError naming degrees that would work on this number of ranks.
     """
-    replicate, ep = config.dp_replicate, config.ep
-    if num_ranks % replicate:
+    replicate, cp, ep = config.dp_replicate, config.cp, config.ep
+    shared, with_cp = (f" / parallel.cp={cp}", f" x parallel.cp={cp}") if cp > 1 else ("", "")
+    if num_ranks % cp:
         raise ConfigError(
-            f"parallel.dp_replicate={replicate} does not divide {num_ranks} ranks; "
-            f"use one of {divisors(num_ranks)}"
+            f"parallel.cp={cp} does not divide {num_ranks} ranks; use one of {divisors(num_ranks)}"
         )
-    shard = num_ranks // replicate if config.dp_shard is None else config.dp_shard
-    if replicate * shard != num_ranks:
-        remedy = "parallel=fsdp, or " if num_ranks > 1 and replicate == shard == 1 else ""
+    if num_ranks // cp % replicate:
         raise ConfigError(
-            f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard} = {replicate * shard} "
-            f"ranks, but there are {num_ranks}; "
-            f"use {remedy}parallel.dp_shard={num_ranks // replicate} (null: what is left over)"
+            f"parallel.dp_replicate={replicate} does not divide {num_ranks} ranks{shared}; "
+            f"use one of {divisors(num_ranks // cp)}"
+        )
+    left = num_ranks // cp // replicate
+    shard = left if config.dp_shard is None else config.dp_shard
+    if shard != left:
+        remedy = "parallel=fsdp, or " if num_ranks > 1 and replicate == shard == cp == 1 else ""
+        raise ConfigError(
+            f"parallel.dp_replicate={replicate} x parallel.dp_shard={shard}{with_cp} = "
+            f"{replicate * shard * cp} ranks, but there are {num_ranks}; "
+            f"use {remedy}parallel.dp_shard={left} (null: what is left over)"
         )
     if ep > 1 and num_experts is None:
         raise ConfigError(f"parallel.ep={ep}, but the model has no MoE layer; use parallel.ep=1")
-    fitting = [n for n in divisors(shard) if num_experts is None or num_experts % n == 0]
+    fitting = [n for n in divisors(shard * cp) if num_experts is None or num_experts % n == 0]
     if ep not in fitting:
+        what = "dp_shard x cp" if cp > 1 else "dp_shard"
         raise ConfigError(
-            f"parallel.ep={ep} must divide the {shard} ranks of a replica (dp_shard) and "
+            f"parallel.ep={ep} must divide the {shard * cp} ranks of a replica ({what}) and "
             f"model.num_experts={num_experts}; "
             f"use one of {fitting}"
         )
-    return Degrees(replicate, shard, ep)
+    return Degrees(replicate, shard, cp, ep)
 
 
 def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDims:
-    """The meshes of HSDP (dp_replicate x dp_shard) with expert parallelism inside the shards.
+    """The meshes of HSDP (dp_replicate x dp_shard) with context and expert parallelism inside the shards.
 
     Raises: ConfigError, as degrees_of.
     """
@@ -138,7 +151,7 @@ def build_mesh(config: ParallelConfig, *, num_experts: int | None) -> ParallelDi
     dims = ParallelDims(
         dp_replicate=degrees.replicate,
         dp_shard=degrees.shard,
-        cp=1,
+        cp=degrees.cp,
         tp=1,
         pp=1,
         ep=degrees.ep,

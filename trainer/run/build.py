@@ -15,15 +15,16 @@ from torch import nn
 
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
-from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
+from trainer.config import BalanceConfig, Config, ConfigError, DataConfig, divisors
 from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
+from trainer.model.context import Cut
 from trainer.model.frozen import train_only
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSS_KEYS, Program, StepSettings, check_sources, program_of
+from trainer.program import LOSS_KEYS, Program, StepSettings, check_sources, named, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.device import ParallelDims
@@ -52,7 +53,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     compare_clocks()
     dims = device.build_mesh(config.parallel, num_experts=num_experts_of(config))
     if on.type == "cuda":  # asking it starts CUDA
-        refuse_too_large(config, program, on=on, num_shards=dims.dp_shard)
+        refuse_too_large(config, program, degrees_of(config, meeting), on=on)
     groups, checkpoints = Groups.of(dims), checkpoints_of(config)
     checkpoints.connect()
     with refusing():
@@ -140,14 +141,32 @@ def num_experts_of(config: Config) -> int | None:
     return m.num_experts if m.num_dense_layers < m.num_layers else None
 
 
+def check_rows(program: Program, *, cp: int) -> None:
+    """Raises: ConfigError if the rows of a span cannot be cut into two pieces for each rank that shares them
+    (trainer/model/context.py).
+    """
+    multiple = Cut(size=cp).multiple
+    for span in program.spans:
+        if (length := span.now.seq_len) % multiple:
+            near = [n for n in (length // multiple * multiple, -(-length // multiple) * multiple) if n]
+            fitting = [n for n in divisors(length) if length % Cut(size=n).multiple == 0 and n <= cp]
+            raise ConfigError(
+                f"{named(span.name)}seq_len={length} is no multiple of 2 x parallel.cp={cp}, the pieces of a "
+                f"row; use seq_len={' or '.join(map(str, near))}, or parallel.cp from {fitting}"
+            )
+
+
+def degrees_of(config: Config, meeting: Meeting) -> device.Degrees:
+    """Raises: ConfigError."""
+    return device.degrees_of(config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config))
+
+
 def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStream:
     """Forks the data workers, once all is refused that can be told before. Collective.
 
     Raises: ConfigError, on all ranks.
     """
-    degrees = device.degrees_of(
-        config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config)
-    )
+    degrees = degrees_of(config, meeting)
     if config.profile.steps and config.profile.rank >= meeting.num_ranks:
         last = meeting.num_ranks - 1
         raise ConfigError(
@@ -156,6 +175,7 @@ def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStre
     check_sources(config, program)
     with refusing():
         program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+    check_rows(program, cp=degrees.cp)
     refuse_late_fork(config.data)
     meeting.together(partial(refuse_what_has_no_room, config, program, degrees, meeting))
     return build_stream(
@@ -165,7 +185,7 @@ def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStre
         vocab_size=config.model.vocab_size,
         directory=run_directory(config),
         meeting=meeting,
-        num_readers=degrees.num_readers,
+        degrees=degrees,
     )
 
 
@@ -175,9 +195,9 @@ def refuse_what_has_no_room(
     """On the host; a GPU is asked once it is started. Raises: ConfigError."""
     on = device.of_rank(meeting.local_rank)
     if on.type == "cpu":
-        refuse_too_large(config, program, on=on, num_shards=degrees.shard)
+        refuse_too_large(config, program, degrees, on=on)
     else:
-        refuse_too_many_rows(config, program, num_shards=degrees.shard)
+        refuse_too_many_rows(config, program, degrees)
 
 
 def refuse_late_fork(d: DataConfig) -> None:
@@ -197,11 +217,13 @@ def build_stream(
     vocab_size: int,
     directory: Path,
     meeting: Meeting,
-    num_readers: int,
+    degrees: device.Degrees,
 ) -> TokenStream:
     """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
     documents. Collective. Raises: ConfigError, on all ranks.
     """
+    reader, place_in_row = divmod(meeting.rank, degrees.cp)
+    report = BadDocumentLog(directory / f"bad_documents.{reader}.txt")
 
     def read() -> tuple[Source | dict[str, Source], Any]:
         with refusing():
@@ -241,9 +263,9 @@ def build_stream(
                 stream_config,
                 source=source,
                 tokenizer=tokenizer,
-                rank=meeting.rank,
-                num_ranks=num_readers,
-                report=BadDocumentLog(directory / f"bad_documents.{meeting.rank}.txt"),
+                rank=reader,
+                num_ranks=degrees.num_readers,
+                report=report if place_in_row == 0 else lambda bad: None,  # all ranks of a row meet it
             )
 
     return meeting.together(fork)

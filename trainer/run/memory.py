@@ -1,7 +1,7 @@
 """Does a run fit into this machine? Estimated from the configuration, before any memory is allocated.
 
 The estimate is a lower bound, so nothing that fits is refused. It contains weights, gradients and optimizer
-state in float32, the input of each layer, the masks of attention on a CPU, and the rows of a step.
+state in float32, the input of each layer, and the rows of a step.
 """
 
 import math
@@ -15,13 +15,13 @@ import torch
 
 from trainer.config import Config, ConfigError, ModelConfig
 from trainer.program import Program, StepSettings, named
+from trainer.ranks.device import Degrees
 
 GIB = 2**30
 WEIGHT, GRADIENT = 4, 4  # [bytes] of a parameter
 STATE = {"trainer.optim.adamw": 8, "trainer.optim.muon": 4}  # [bytes] at least; of a user's own, none
 NO_LIMIT = 2**60  # [bytes] what a cgroup without a limit has, and more than any machine
 PLANES = 3 * 8  # [bytes] of a token in a row: itself, its label and position
-MASKS = 2  # local and global, a byte for each pair of a row's tokens
 
 
 class Part(NamedTuple):
@@ -39,14 +39,14 @@ class Room(NamedTuple):
     num_bytes: int
 
 
-def refuse_too_large(config: Config, program: Program, *, on: torch.device, num_shards: int) -> None:
-    """num_shards: ranks that share the parameters. Raises: ConfigError that names the largest part."""
-    refuse(parts_of(config, program, num_shards=num_shards, on_cpu=on.type == "cpu"), room_on(on))
+def refuse_too_large(config: Config, program: Program, degrees: Degrees, *, on: torch.device) -> None:
+    """Raises: ConfigError that names the largest part."""
+    refuse(parts_of(config, program, degrees, on_cpu=on.type == "cpu"), room_on(on))
 
 
-def refuse_too_many_rows(config: Config, program: Program, *, num_shards: int) -> None:
+def refuse_too_many_rows(config: Config, program: Program, degrees: Degrees) -> None:
     """Of a step: they wait in the host's memory, whatever device computes. Raises: ConfigError."""
-    rows = [rows_of(config, span.now, num_shards=num_shards) for span in program.spans]
+    rows = [rows_of(config, span.now, degrees) for span in program.spans]
     refuse([max(rows, key=lambda part: part.num_bytes)], room_on(torch.device("cpu")))
 
 
@@ -62,33 +62,29 @@ def refuse(parts: list[Part], room: Room) -> None:
     )
 
 
-def parts_of(config: Config, program: Program, *, num_shards: int, on_cpu: bool) -> list[Part]:
+def parts_of(config: Config, program: Program, degrees: Degrees, *, on_cpu: bool) -> list[Part]:
     """Of one rank, at least: the parameters, and the most that a span needs beside them."""
     each = WEIGHT if config.train_only else WEIGHT + GRADIENT + STATE.get(config.optim["_target_"], 0)
     what = "weights, gradients and optimizer state"
     sizes = parameters_of(config.model).items()
-    parts = [Part(keys, what, each * size // num_shards) for keys, size in sizes]
-    of_spans = [
-        parts_of_step(config, span.now, num_shards=num_shards, on_cpu=on_cpu) for span in program.spans
-    ]
+    parts = [Part(keys, what, each * size // degrees.num_shards) for keys, size in sizes]
+    of_spans = [parts_of_step(config, span.now, degrees, on_cpu=on_cpu) for span in program.spans]
     return parts + max(of_spans, key=lambda of_span: sum(part.num_bytes for part in of_span))
 
 
-def parts_of_step(config: Config, now: StepSettings, *, num_shards: int, on_cpu: bool) -> list[Part]:
-    m, tokens = config.model, now.micro_batch * now.seq_len
+def parts_of_step(config: Config, now: StepSettings, degrees: Degrees, *, on_cpu: bool) -> list[Part]:
+    m, tokens = config.model, now.micro_batch * now.seq_len // degrees.cp
     inputs = tokens * m.dim * m.num_layers * getattr(torch, config.dtype).itemsize
     parts = [
         Part(written(config, now, "micro_batch", "seq_len"), "what layers keep for their gradients", inputs)
     ]
-    if on_cpu:  # a GPU makes no masks; rows: refuse_too_many_rows
-        masks = MASKS * tokens * now.seq_len
-        parts.append(Part(written(config, now, "seq_len", "micro_batch"), "masks of attention", masks))
-        parts.append(rows_of(config, now, num_shards=num_shards))
+    if on_cpu:  # of a GPU: refuse_too_many_rows
+        parts.append(rows_of(config, now, degrees))
     return parts
 
 
-def rows_of(config: Config, now: StepSettings, *, num_shards: int) -> Part:
-    rows = PLANES * now.tokens // (config.parallel.dp_replicate * num_shards)
+def rows_of(config: Config, now: StepSettings, degrees: Degrees) -> Part:
+    rows = PLANES * now.tokens // degrees.num_readers
     return Part(written(config, now, "global_batch", "seq_len"), "the rows of a step", rows)
 
 

@@ -160,7 +160,7 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
     flop = 0.0
     first, last = groups.reader * len(batches), (groups.reader + 1) * len(batches) - 1
     for m, batch in enumerate(batches, start=first):
-        tokens_BL, labels_BL, positions_BL, *sources = (device.onto(on, plane) for plane in batch)
+        tokens_BL, labels_BL, positions_BL, *sources = held(run, batch)
         flop += step_flops(run.config.model, batch.positions_BL)
         by_source = LossGroups(sources[0].flatten(), loss_2S) if sources else None
         loss = run.model(tokens_BL, positions_BL, labels_BL, by_source)
@@ -175,11 +175,21 @@ def backward(run: Run, batches: Sequence[Batch | SourcedBatch], *, waited_s: flo
         unread=torch.tensor(run.unread is not None),
         waited_s=torch.tensor(waited_s * once, dtype=torch.float64),
         tokens=torch.tensor(run.stream.step_tokens * once),
-        flop=torch.tensor(flop, dtype=torch.float64),
+        flop=torch.tensor(flop * once, dtype=torch.float64),
         counts=torch.tensor(run.stream.state_counts, dtype=torch.float64) * once,
         loss_2S=loss_2S,
         loss_2U=loss_2U,
     )
+
+
+def held(run: Run, batch: Sequence[Tensor]) -> list[Tensor]:
+    """The planes of a microbatch on this rank's device: the positions of whole rows, and of all else the
+    tokens that this rank holds of them.
+    """
+    own = run.model.cut.own
+    tokens_BL, labels_BL, positions_BL, *others = batch
+    planes = [own(tokens_BL), own(labels_BL), positions_BL, *map(own, others)]
+    return [device.onto(run.device, plane) for plane in planes]
 
 
 def told_to_stop(run: Run) -> Tensor:

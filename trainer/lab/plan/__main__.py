@@ -3,13 +3,15 @@ no GPU, no data, no weights.
 
     triquetra plan experiment=trinity_large device=b300
     triquetra plan experiment=trinity_mini device=h200 price=3.5 out=plan.html
+    triquetra plan experiment=trinity_large device=b300 span=extension parallel=ranks_2048_cp4
 
     device        a file of configs/device: a100 | h100 | h200 | b200 | b300
-    ranks         GPUs; without it parallel.dp_replicate x parallel.dp_shard
+    ranks         GPUs; without it parallel.dp_replicate x parallel.dp_shard x parallel.cp
     price         of a GPU hour; with it spans have a cost
     imbalance     MaxVio that is expected of the router: the fullest expert's load over an even one, less 1
     calibration   a JSON file of speeds that were measured (tests/gpu writes it); without it times are ranges
     search        false: plans this layout only
+    span          the span that is searched for and told of; without it the one with most tokens
     out           the page, one file that needs no network; without it <run_dir>/<name>/plan.html
 
 All else is as for trainer.train. docs/planning.md says what each number means.
@@ -38,7 +40,7 @@ from trainer.lab.plan.plan import Plan, plan, refuse_unfit
 from trainer.run.directory import run_directory
 from trainer.train import INTERRUPTED, OK, REFUSED
 
-OWN = ("device", "ranks", "price", "imbalance", "calibration", "search", "out")
+OWN = ("device", "ranks", "price", "imbalance", "calibration", "search", "span", "out")
 MOST_RANKS = 2**20
 NUMBERS = {"price": (0.0, 1e6), "imbalance": (0.0, 1e3)}  # at least, at most
 
@@ -89,6 +91,7 @@ def plan_of(overrides: list[str], options: dict[str, str]) -> Plan:
         calibration,
         ranks=None if ranks is None else int(ranks),
         searches=options.get("search", "true") == "true",
+        span=options.get("span"),
         **numbers,
     )
     return replace(made, overrides=tuple(overrides))

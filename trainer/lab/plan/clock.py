@@ -12,6 +12,7 @@ from typing import NamedTuple
 from trainer.config import Config
 from trainer.lab.plan.fake import attended
 from trainer.lab.plan.hardware import Hardware
+from trainer.lab.plan.keys import Keys
 from trainer.lab.plan.layout import (
     Layout,
     Memory,
@@ -100,10 +101,19 @@ class Clock:
 
     def step(self, layout: Layout, whole: Whole, now: StepSettings) -> Step:
         """now: of the span, with the layout's micro_batch or its own."""
-        tokens = layout.micro_batch * now.seq_len
-        accumulation = max(1, now.global_batch // (layout.ranks * layout.micro_batch))
-        needs = memory(layout, whole, self.optimizer, self.hardware, tokens=tokens, accumulation=accumulation)
-        sent = sent_on(layout, whole, tokens=tokens)
+        tokens = layout.micro_batch * now.seq_len // layout.cp
+        accumulation = max(1, now.global_batch // (layout.readers * layout.micro_batch))
+        keys = Keys(self.config, layout, now)
+        needs = memory(
+            layout,
+            whole,
+            self.optimizer,
+            self.hardware,
+            tokens=tokens,
+            accumulation=accumulation,
+            fetched=keys.kept,
+        )
+        sent = sent_on(layout, whole, tokens=tokens) + keys.sent
         flop = self.flop(whole, now, layout)
         phases = [self.phase(name, layout, whole, flop, sent, tokens=tokens) for name in PHASES]
         last = self.phase("backward", layout, whole, flop, sent, tokens=tokens, with_replicas=True)
@@ -123,11 +133,12 @@ class Clock:
 
     def flop(self, whole: Whole, now: StepSettings, layout: Layout) -> Counter:
         """[FLOP] of a microbatch by phase and part."""
-        by_token = layout.micro_batch * now.seq_len / whole.tokens
+        by_token = layout.micro_batch * now.seq_len / layout.cp / whole.tokens
         flop = Counter()
         for (phase, part), value in whole.flop.items():
             name, _, window = part.partition(" ")
-            per = layout.micro_batch * attended(now.seq_len, int(window)) if window else by_token
+            pairs = layout.micro_batch * attended(now.seq_len, int(window or 0)) / layout.cp
+            per = pairs if window else by_token
             flop[phase, name] += value * per
         return flop
 
@@ -166,7 +177,7 @@ class Clock:
             links = traffic(key, num_bytes, per_node=int(h.per_node.value))
             if key.operator == "all-to-all":
                 seconds = links.nic / h.speed("all_to_all_nic"), links.nvlink / h.speed("all_to_all_nvlink")
-                parts["all-to-all"] += busiest * max(seconds)
+                parts["all-to-all"] += (busiest if key.part == "tokens" else 1.0) * max(seconds)
                 nic, nvlink = nic + seconds[0], nvlink + seconds[1]
             else:
                 nic, nvlink = nic + links.nic / h.speed("nic"), nvlink + links.nvlink / h.speed("nvlink")
@@ -186,7 +197,7 @@ class Clock:
             links += traffic(key, num_bytes, per_node=int(h.per_node.value))
         parts = {
             "matmul": step.flop * self.optimizer_scale(layout) / h.speed("matmul"),
-            "memory": step.moved * step.degrees[1] / layout.dp_shard / h.speed("hbm"),
+            "memory": step.moved * step.degrees[1] / layout.shards / h.speed("hbm"),
         }
         host = step.kernels * h.launch_s.value
         return Phase("optimizer", parts, links.nvlink / h.speed("nvlink"), links.nic / h.speed("nic"), host)

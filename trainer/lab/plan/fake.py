@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # the backend "fake"
 from torch.utils import backend_registration
 
-from trainer.model import afmoe, dispatch, norm, parallelize
+from trainer.model import afmoe, dispatch, norm, recompute
 from trainer.ranks import device
 
 NAME = "fakegpu"
@@ -194,7 +194,7 @@ def balanced_splits(self, sent_E: Tensor, received_Ee: Tensor, ep_size: int, *, 
 @contextmanager
 def stand_ins(watch) -> Iterator[None]:
     """In place of what cannot run on shapes, while a model is built and run."""
-    selective = parallelize.SelectiveAC
+    selective = recompute.SelectiveAC
     saved = selective.get_save_ops
     original = afmoe.Attention.__init__
 

@@ -16,6 +16,7 @@ from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.trace import OptimizerStep
 from trainer.lab.plan.watch import CLASSES, KINDS, Sent
 from trainer.lab.plan.whole import Variant, Whole, axis_of, group_of
+from trainer.model.context import Cut
 from trainer.program import StepSettings
 from trainer.ranks import device
 
@@ -31,23 +32,35 @@ class Layout:
     policy: str  # activation_checkpoint
     reshard: bool = True  # parallel.reshard_after_forward
     reduce_dtype: str = "float32"  # parallel.reduce_dtype
+    cp: int = 1
 
     @property
-    def dp_shard(self) -> int:
+    def shards(self) -> int:
+        """Ranks of a replica, which share its weights."""
         return self.ranks // self.dp_replicate
 
     @property
+    def dp_shard(self) -> int:
+        return self.shards // self.cp
+
+    @property
+    def readers(self) -> int:
+        """Groups of ranks that share rows."""
+        return self.ranks // self.cp
+
+    @property
     def degrees(self) -> tuple[int, int, int]:
-        return self.dp_replicate, self.dp_shard, self.ep
+        return self.dp_replicate, self.shards, self.ep
 
     def variant(self, num_experts: int) -> Variant:
-        return Variant(self.policy, self.ep > 1, self.dp_shard > num_experts, self.reshard, self.reduce_dtype)
+        return Variant(self.policy, self.ep > 1, self.shards > num_experts, self.reshard, self.reduce_dtype)
 
     def overrides(self) -> list[str]:
         """Of the command line of a run."""
         return [
             f"parallel.dp_replicate={self.dp_replicate}",
             f"parallel.dp_shard={self.dp_shard}",
+            *([] if self.cp == 1 else [f"parallel.cp={self.cp}"]),
             f"parallel.ep={self.ep}",
             f"micro_batch={self.micro_batch}",
             f"activation_checkpoint={self.policy}",
@@ -59,24 +72,23 @@ class Layout:
 def layout_of(config: Config, *, ranks: int | None, micro_batch: int) -> Layout:
     """What the configuration asks for. Raises: ConfigError, as a start of training would."""
     p, m = config.parallel, config.model
-    if getattr(p, "cp", 1) != 1:
-        raise ConfigError(f"parallel.cp={p.cp}: plan knows no context parallelism yet; use parallel.cp=1")
     if ranks is None:
         if p.dp_shard is None:
             raise ConfigError(
                 "parallel.dp_shard=null: how many ranks are there? Give ranks=, or parallel.dp_shard"
             )
-        ranks = p.dp_replicate * p.dp_shard
+        ranks = p.dp_replicate * p.dp_shard * p.cp
     num_experts = m.num_experts if m.num_dense_layers < m.num_layers else None
-    replicate, _, ep = device.degrees_of(p, num_ranks=ranks, num_experts=num_experts)
+    degrees = device.degrees_of(p, num_ranks=ranks, num_experts=num_experts)
     return Layout(
         ranks,
-        replicate,
-        ep,
+        degrees.replicate,
+        degrees.ep,
         micro_batch,
         config.activation_checkpoint,
         p.reshard_after_forward,
         p.reduce_dtype,
+        p.cp,
     )
 
 
@@ -89,27 +101,31 @@ def refusal(config: Config, layout: Layout, nows: list[StepSettings]) -> Refusal
     """Why training would refuse the layout; None if it would not."""
     m = config.model
     num_experts = m.num_experts if m.num_dense_layers < m.num_layers else None
-    parallel = ParallelConfig(dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, ep=layout.ep)
+    parallel = ParallelConfig(
+        dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard, cp=layout.cp, ep=layout.ep
+    )
     try:
         device.degrees_of(parallel, num_ranks=layout.ranks, num_experts=num_experts)
     except ConfigError as error:
         return Refusal("experts or ranks do not divide", str(error))
-    parts = layout.dp_shard // layout.ep
-    if num_experts and layout.dp_shard > num_experts and math.gcd(m.dim, m.expert_dim) % parts:
+    parts = layout.shards // layout.ep
+    if num_experts and layout.shards > num_experts and math.gcd(m.dim, m.expert_dim) % parts:
         return Refusal(
             "experts or ranks do not divide",
-            f"parallel.dp_shard={layout.dp_shard}: {parts} ranks cannot share model.dim={m.dim} and "
-            f"model.expert_dim={m.expert_dim} evenly",
+            f"parallel.dp_shard x parallel.cp = {layout.shards}: {parts} ranks cannot share "
+            f"model.dim={m.dim} and model.expert_dim={m.expert_dim} evenly",
         )
     for now in nows:
-        if now.global_batch % layout.ranks or now.global_batch // layout.ranks % now.micro_batch:
+        if now.global_batch % layout.readers or now.global_batch // layout.readers % now.micro_batch:
             return Refusal("the batch does not divide", f"{now.global_batch} sequences")
+        if now.seq_len % Cut(size=layout.cp).multiple:
+            return Refusal("rows do not divide", f"{now.seq_len} tokens")
     return None
 
 
-def rows_at_once(now: StepSettings, *, ranks: int, most: int) -> int:
-    """micro_batch of a span: the most rows that divide a rank's, up to `most`."""
-    return max((n for n in divisors(max(1, now.global_batch // ranks)) if n <= most), default=1)
+def rows_at_once(now: StepSettings, *, readers: int, most: int) -> int:
+    """micro_batch of a span: the most rows that divide a reader's, up to `most`."""
+    return max((n for n in divisors(max(1, now.global_batch // readers)) if n <= most), default=1)
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -130,7 +146,7 @@ class Memory(NamedTuple):
 def class_scale(layout: Layout, whole: Whole, *, tokens: int) -> np.ndarray:
     """What each class of watch.CLASSES is of what it is on the mesh of the traces."""
     _, shard, ep = whole.degrees
-    of_shard = shard / layout.dp_shard
+    of_shard = shard / layout.shards
     scale = dict.fromkeys(("shard", "expert shard"), of_shard)
     scale |= {"whole": 1.0, "expert whole": ep / layout.ep, "tokens": tokens / whole.tokens}
     return np.array([scale[name] for name in CLASSES])
@@ -144,13 +160,16 @@ def memory(
     *,
     tokens: int,
     accumulation: int,
+    fetched: float = 0.0,
 ) -> Memory:
+    """tokens: of a microbatch on a rank; fetched: [bytes] of keys and values from other ranks."""
     scale = class_scale(layout, whole, tokens=tokens)
     gradients = whole.after["backward"][KINDS.index("gradients")] @ scale
-    state = optimizer.state * optimizer.degrees[1] / layout.dp_shard
+    state = optimizer.state * optimizer.degrees[1] / layout.shards
     places = {"in forward and backward": whole.late @ scale, "at the end of backward": whole.early @ scale}
+    places["in forward and backward"] = places["in forward and backward"].copy()
+    places["in forward and backward"][:, KINDS.index("activations")] += fetched
     if accumulation > 1:  # gradients of the microbatches before; with replicas, not yet reduced over them
-        places["in forward and backward"] = places["in forward and backward"].copy()
         places["in forward and backward"][:, KINDS.index("gradients")] += gradients
     weights = whole.after["build"][KINDS.index("weights")] @ scale
     step = np.zeros((1, len(KINDS)))
@@ -225,5 +244,5 @@ def optimizer_on(layout: Layout, step: OptimizerStep) -> Counter[Sent]:
         axis = axis_of(key, step.degrees)
         size, stride = group_of(axis, layout.degrees)
         if size > 1:
-            sent[key._replace(size=size, stride=stride)] += num_bytes * step.degrees[1] / layout.dp_shard
+            sent[key._replace(size=size, stride=stride)] += num_bytes * step.degrees[1] / layout.shards
     return sent

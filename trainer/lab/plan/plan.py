@@ -15,6 +15,7 @@ from trainer.lab.plan.trace import optimizer_step
 from trainer.lab.plan.whole import Traces
 from trainer.model.afmoe import flops_per_token
 from trainer.program import Program, program_of
+from trainer.run.build import check_rows
 
 DAY_S = 86400
 
@@ -43,11 +44,12 @@ class Plan:
     search: Search | None
     price: float | None  # of a GPU hour
     overrides: tuple[str, ...] = ()  # overrides of the command line
+    span: str | None = None  # that was asked for
 
     @property
     def main(self) -> SpanPlan:
-        """The span in which most tokens are seen."""
-        return max(self.spans, key=lambda span: span.tokens)
+        """The span that was asked for, or in which most tokens are seen."""
+        return max(self.spans, key=lambda span: (span.name == self.span, span.tokens))
 
     @cached_property
     def seconds(self) -> float:
@@ -77,12 +79,20 @@ def plan(
     imbalance: float = 0.0,
     price: float | None = None,
     searches: bool = True,
+    span: str | None = None,
 ) -> Plan:
-    """Raises: ConfigError, as a start of training would."""
+    """span: the one that is searched for and told of; None: in which most tokens are seen.
+
+    Raises: ConfigError, as a start of training would.
+    """
     program = program_of(config)
     layout = layout_of(config, ranks=ranks, micro_batch=config.micro_batch)
-    program.check_split(num_ranks=layout.ranks, num_streams=config.data.num_streams)
-    main = max(program.spans, key=lambda span: span.end - span.start)
+    program.check_split(num_ranks=layout.readers, num_streams=config.data.num_streams)
+    check_rows(program, cp=layout.cp)
+    main = max(program.spans, key=lambda each: (each.name == span, each.end - each.start))
+    if span not in (None, main.name):
+        names = ", ".join(each.name for each in program.spans)
+        raise ConfigError(f"span={span}: there is no span {span} (there are: {names}); use one of them")
     with Traces(config) as traces:
         traces.ahead([layout.variant(config.model.num_experts)])
         if searches:
@@ -92,7 +102,7 @@ def plan(
         searched = (
             search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
         )
-    return Plan(config, hardware, calibration, layout, spans, searched, price)
+    return Plan(config, hardware, calibration, layout, spans, searched, price, span=span)
 
 
 def spans_of(
@@ -133,6 +143,7 @@ CHANGES = {
     "micro_batch": lambda layout: layout.micro_batch,
     "activation_checkpoint": lambda layout: layout.policy,
     "parallel.ep": lambda layout: layout.ep,
+    "parallel.cp": lambda layout: layout.cp,
     "parallel.dp_replicate": lambda layout: layout.dp_replicate,
     "parallel.reshard_after_forward": lambda layout: layout.reshard,
     "parallel.reduce_dtype": lambda layout: layout.reduce_dtype,

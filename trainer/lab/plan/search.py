@@ -14,6 +14,7 @@ from trainer.program import Program, Span
 
 MOST_ROWS = 16  # of a microbatch
 MOST_REPLICAS = 64
+MOST_CP = 32  # ranks that share rows
 MOST_REFINED = 100  # layouts that are tried with other ways to gather and reduce
 POLICIES = ("none", "selective_experts", "selective", "full")
 
@@ -29,18 +30,21 @@ class Search:
         return len(self.steps) + sum(n for why, n in self.fallen.items() if why != "does not fit")
 
 
-def space(config: Config, ranks: int, rows: int) -> Iterator[Layout]:
-    """rows: of a rank in a step of the span that is searched for."""
+def space(config: Config, ranks: int, rows: int, cp: int = 1) -> Iterator[Layout]:
+    """rows: of the ranks that share them, in a step of the span that is searched for."""
     most_ep = config.model.num_experts if config.model.num_dense_layers < config.model.num_layers else 1
     replicas = [n for n in divisors(ranks) if n <= MOST_REPLICAS]
     eps = [2**i for i in range(most_ep.bit_length())]
     micros = [n for n in range(1, min(rows, MOST_ROWS) + 1) if n in (1, 2, 3, 4, 6, 8, 12, 16)]
     for replicate, ep, micro, policy in product(replicas, eps, micros, POLICIES):
-        yield Layout(ranks, replicate, ep, micro, policy)
+        yield Layout(ranks, replicate, ep, micro, policy, cp=cp)
 
 
 def space_of(config: Config, span: Span, *, ranks: int) -> Iterator[Layout]:
-    return space(config, ranks, max(1, span.now.global_batch // ranks))
+    """Rows are cut where each of two pieces of a rank would have a window."""
+    longest = span.now.seq_len // (2 * config.model.window)
+    for cp in (n for n in divisors(ranks) if n == 1 or n <= min(longest, MOST_CP)):
+        yield from space(config, ranks, max(1, span.now.global_batch * cp // ranks), cp)
 
 
 def variants_of(config: Config, span: Span, *, ranks: int) -> list[Variant]:
@@ -108,7 +112,7 @@ def micro_batches(program: Program, layout: Layout) -> list[str]:
     for span in program.spans:
         now = span.now
         would_hold = now.micro_batch if now.micro_batch != before else holds
-        rows = rows_at_once(now, ranks=layout.ranks, most=layout.micro_batch)
+        rows = rows_at_once(now, readers=layout.readers, most=layout.micro_batch)
         holds, before = rows if now.seq_len == longest else now.micro_batch, now.micro_batch
         if holds != would_hold and span.name:
             words.append(f"stage.{span.name}.micro_batch={holds}")

@@ -52,7 +52,7 @@ def warnings(plan: Plan) -> list[str]:
         f"{span.name or 'the run'} does not fit: {gib(span.step.memory.total)} a rank for rows of "
         f"{span.step.now.seq_len:,} tokens; use more checkpointing or fewer rows"
         + (
-            ", or wait for context parallelism, which does not exist yet"
+            f", or cut rows: parallel.cp={2 * span.step.layout.cp} or more"
             if span.step.now.micro_batch == 1
             else ""
         )

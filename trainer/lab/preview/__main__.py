@@ -87,6 +87,7 @@ def planned_speed(config: Config, device: str, *, ranks: int) -> float:
     from trainer.lab.plan.plan import plan
 
     calibration = Calibration(device)
+    ranks *= config.parallel.cp
     planned = plan(config, hardware(device), calibration, ranks=ranks, searches=False)
     return planned.tokens / planned.seconds / calibration.width
 

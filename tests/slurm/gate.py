@@ -1,0 +1,38 @@
+"""How is a run held at a step until something has been done to it? By its source of documents.
+
+Nothing is decided by time: rank 0, which has written down all steps before, stands before a document until
+its job has begun again or until it was told to stop; the others wait for it. data.source._target_ names it,
+as it names a user's own source.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.data import Document, SyntheticSource
+from trainer.ranks.stop import StopRequest
+
+GATE = "TRIQUETRA_GATE"  # a directory; without it nothing is held
+LIVES = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
+
+class Gated(SyntheticSource):
+    """hold_at: the document that the first life waits for."""
+
+    def __init__(self, *, hold_at: int, **synthetic: Any) -> None:
+        super().__init__(**synthetic)
+        self.hold_at = hold_at
+
+    def __getitem__(self, i: int) -> Document:
+        if i >= self.hold_at and os.environ["RANK"] == "0" and not passes():
+            (Path(os.environ[GATE]) / f"held.{os.environ.get('SLURM_ARRAY_TASK_ID', 'run')}").touch()
+            while not passes():
+                time.sleep(0.02)
+        return super().__getitem__(i)
+
+
+def passes() -> bool:
+    if GATE not in os.environ or any(int(os.environ.get(life) or 0) for life in LIVES):
+        return True
+    return StopRequest.current is not None and StopRequest.current.signalled is not None
