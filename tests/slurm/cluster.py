@@ -174,6 +174,9 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for pid in self._of_directory():  # slurmstepd of a job that was under way
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         until(lambda: not self._of_directory(), timeout_s=10)
         shutil.rmtree(self.directory, ignore_errors=True)
 

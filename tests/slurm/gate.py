@@ -14,7 +14,6 @@ from trainer.data import Document, SyntheticSource
 from trainer.ranks.stop import StopRequest
 
 GATE = "TRIQUETRA_GATE"  # a directory; without it nothing is held
-LIVES = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 class Gated(SyntheticSource):
@@ -23,16 +22,13 @@ class Gated(SyntheticSource):
     def __init__(self, *, hold_at: int, **synthetic: Any) -> None:
         super().__init__(**synthetic)
         self.hold_at = hold_at
+        name = f"held.{os.environ.get('SLURM_ARRAY_TASK_ID', 'run')}"
+        self.held = Path(os.environ[GATE]) / name if GATE in os.environ else None
+        self.is_first_life = self.held is not None and not self.held.exists()
 
     def __getitem__(self, i: int) -> Document:
-        if i >= self.hold_at and os.environ["RANK"] == "0" and not passes():
-            (Path(os.environ[GATE]) / f"held.{os.environ.get('SLURM_ARRAY_TASK_ID', 'run')}").touch()
-            while not passes():
+        if i >= self.hold_at and self.is_first_life and os.environ["RANK"] == "0":
+            self.held.touch()
+            while StopRequest.current is None or StopRequest.current.signalled is None:
                 time.sleep(0.02)
         return super().__getitem__(i)
-
-
-def passes() -> bool:
-    if GATE not in os.environ or any(int(os.environ.get(life) or 0) for life in LIVES):
-        return True
-    return StopRequest.current is not None and StopRequest.current.signalled is not None
