@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AfmoeConfig, AfmoeForCausalLM
 
@@ -29,6 +30,7 @@ from trainer import train
 from trainer.config import load
 from trainer.data import Batch
 from trainer.model.afmoe import flops_per_token
+from trainer.model.attention import Blocks
 from trainer.model.hf import hf_config, to_hf
 from trainer.ranks import device
 
@@ -57,6 +59,14 @@ def packed_batch(vocab_size: int, *, rows: int, seq_len: int) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), labels, torch.where(index < cut, index, index - cut))
 
 
+def of_all_pairs(mask: Blocks, length: int) -> Tensor:
+    """(B, 1, L, L): True where a token sees another."""
+    pairs = torch.zeros(mask.num_rows, 1, length, length, dtype=torch.bool)
+    for block in mask.blocks:
+        pairs[:, :, block.queries, block.keys] = mask.sees(block)
+    return pairs
+
+
 def ours(config, directory: Path) -> Callable[[], float]:
     """Also writes the weights that the others start from."""
     run = train.build(config)
@@ -68,9 +78,10 @@ def ours(config, directory: Path) -> Callable[[], float]:
     )
     AfmoeConfig(**hf_config(config.model, max_position_embeddings=config.seq_len)).save_pretrained(directory)
     batch = packed_batch(config.model.vocab_size, rows=config.global_batch, seq_len=config.seq_len)
-    rows = run.model.rows(batch.positions_BL)
+    inputs = run.model.attention_inputs(batch.positions_BL)
+    masks = {"full_attention": inputs.global_mask, "sliding_attention": inputs.local_mask}
     torch.save(
-        {"full_attention": rows.global_mask, "sliding_attention": rows.local_mask}, directory / "masks"
+        {name: of_all_pairs(mask, config.seq_len) for name, mask in masks.items()}, directory / "masks"
     )
     micro_batches = [
         Batch(*parts) for parts in zip(*(t.split(config.micro_batch) for t in batch), strict=True)

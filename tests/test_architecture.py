@@ -18,6 +18,7 @@ LAYERS = [
     "ranks.agree",
     "ranks.meeting",
     "program",
+    "split",
     "terminal",
     "records",
     "history",
@@ -91,6 +92,7 @@ ENTRY_POINTS = ["torchrun", "__main__", ""]
 ONLY = {
     "config": [],
     "program": ["config"],
+    "split": ["config", "program"],
     "terminal": [],
     "records": [],
     "history": ["records"],

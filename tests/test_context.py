@@ -25,7 +25,7 @@ from trainer import train
 from trainer.config import load
 from trainer.data import Batch
 from trainer.lab.plan.watch import OPERATORS, group_of
-from trainer.model import compiled, context
+from trainer.model import attention, compiled, context
 from trainer.model.afmoe import PADDING, afmoe_config, moe_layers
 from trainer.model.attention import QUERY_BLOCK, MaskedSDPA
 from trainer.model.context import Cut
@@ -283,10 +283,12 @@ def test_attention_of_parts_is_that_of_the_whole_row(size, window, flex, monkeyp
                 torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5)
 
 
-def test_masks_of_blocks_give_the_bits_of_torchs_attention():
+@pytest.mark.parametrize("most_kept", [0, 2**24])
+def test_masks_of_blocks_give_the_bits_of_torchs_attention(most_kept, monkeypatch):
     """Output and gradients are those of scaled_dot_product_attention under the mask of all pairs, one block
-    of queries after another.
+    of queries after another; whether blocks are kept or made again.
     """
+    monkeypatch.setattr(attention, "MOST_KEPT", most_kept)
     generator = torch.Generator().manual_seed(0)
     length, window = 300, 50
     q, k, v, grad = (torch.randn(2, length, heads, 8, generator=generator) for heads in (4, 2, 2, 4))
@@ -297,6 +299,7 @@ def test_masks_of_blocks_give_the_bits_of_torchs_attention():
     for kind, mod in mods.items():
         row = [range(length)]
         blocks = MaskedSDPA.mask(mod, 2, row, row, window=kind, device=torch.device("cpu"))
+        assert bool(blocks.kept) == bool(most_kept)
         ours, theirs = ([each.clone().requires_grad_() for each in (q, k, v)] for _ in range(2))
         out = MaskedSDPA(MaskedSDPA.Config())(*ours, attention_masks=blocks, enable_gqa=True)
         mask = create_mask(mod, 2, None, length, length, device="cpu")

@@ -148,8 +148,8 @@ def whole(mask):
     """(B, queries, keys) of the blocks of a mask; what is in none is hidden."""
     ends = [(block.queries.stop, block.keys.stop) for block in mask.blocks]
     pairs = torch.zeros(mask.num_rows, *map(max, zip(*ends, strict=True)), dtype=torch.bool)
-    for block in mask.blocks:
-        pairs[:, block.queries, block.keys] = mask.mask(block, torch.float32)[:, 0] == 0
+    for number, block in enumerate(mask.blocks):
+        pairs[:, block.queries, block.keys] = mask.mask(number, torch.float32)[:, 0] == 0
     return pairs
 
 

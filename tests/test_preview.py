@@ -312,6 +312,24 @@ def test_ranks_are_those_of_the_configuration_unless_given(call):
     assert ranks("parallel.dp_replicate=2", "parallel.dp_shard=4", "micro_batch=2") == "8"
     assert ranks("parallel=hsdp") == "2"  # dp_replicate alone: dp_shard is what the ranks leave
     assert ranks("parallel=hsdp", "ranks=4") == "4"
+    assert ranks("parallel.dp_shard=2", "parallel.cp=4") == "8"  # 2 readers of 16 rows, in microbatches of 8
+    assert "  1  " in next(
+        line
+        for line in call(*DEMO, "parallel.dp_shard=2", "parallel.cp=4")[1].splitlines()
+        if "warmup" in line
+    )
+
+
+def test_the_extension_of_trinity_large_needs_no_row_for_each_rank(call):
+    """512 rows of 256K tokens on 2,048 GPUs: each row on 4 of them (arXiv:2602.17004, section 4)."""
+    code, out, _ = call("experiment=trinity_large_extension", "tokens_per_s=4e6")
+    assert code == 0 and "ranks 2,048" in out
+    [line] = [line for line in out.splitlines() if line.strip().startswith("extension")]
+    assert re.search(r"512 x 262,144 +1 ", line)
+    code, _, error = call("experiment=trinity_large_extension", "ranks=510")
+    assert code == 2 and error.startswith(
+        "error: parallel.cp=4 does not divide ranks=510; use one of [1, 2, 3, "
+    )
 
 
 def test_help_and_configuration(call):

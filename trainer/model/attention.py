@@ -5,7 +5,8 @@ those that they may see (context.py). Letters: B sequences, L tokens each, N hea
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from trainer.model.context import Parts, count, places, visible
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
+MOST_KEPT = 2**24  # [pairs of a query and a key], a byte each, of blocks that are kept for all layers
 MASK_BLOCK = 128  # tokens of a block mask's block, torch's default
 # behind scaled_dot_product_attention on a CPU: the output and the logsumexp; the gradients
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,15 +41,23 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Blocks:
-    """A mask that is made block by block, where it is used: no mask of all pairs is in memory."""
+    """A mask that is made block by block, where it is used: no mask of all pairs is in memory.
+
+    kept: of each block, which keys its queries see, where all of it is small; else none.
+    """
 
     mod: MaskMod
     num_rows: int
     blocks: list[Block]
     device: torch.device
+    kept: tuple[Tensor, ...] = ()
 
-    def mask(self, block: Block, dtype: torch.dtype) -> Tensor:
-        """(B, 1, queries, keys): 0 where a query sees a key, -inf elsewhere."""
+    def mask(self, number: int, dtype: torch.dtype) -> Tensor:
+        """(B, 1, queries, keys) of a block: 0 where a query sees a key, -inf elsewhere."""
+        sees = self.kept[number] if self.kept else self.sees(self.blocks[number])
+        return torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill_(~sees, -torch.inf)
+
+    def sees(self, block: Block) -> Tensor:
         rows, queries, keys = (
             torch.arange(first, first + size, device=self.device)
             for first, size in (
@@ -57,8 +67,15 @@ class Blocks:
             )
         )
         sees = self.mod(rows[:, None, None], rows.new_zeros(()), queries[:, None], keys)
-        mask = torch.zeros(len(rows), 1, len(queries), len(keys), dtype=dtype, device=self.device)
-        return mask.masked_fill_(~sees.expand(len(rows), -1, -1).unsqueeze(1), -torch.inf)
+        return sees.expand(len(rows), len(queries), len(keys)).unsqueeze(1)
+
+    def if_small_kept(self) -> "Blocks":
+        """All layers make the same masks: the same ones, made once."""
+        sizes = [part.stop - part.start for block in self.blocks for part in block[:2]]
+        pairs = self.num_rows * sum(map(mul, sizes[::2], sizes[1::2]))
+        if pairs > MOST_KEPT:
+            return self
+        return replace(self, kept=tuple(self.sees(block).contiguous() for block in self.blocks))
 
     @staticmethod
     def inputs(block: Block, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +103,7 @@ class MaskedSDPA(Module):
                 [seen] = visible([block], window)
                 [held], [wanted] = places([block], queries), places([seen], keys)
                 blocks.append(Block(held, wanted, block.start, seen.start))
-        return Blocks(mod, num_rows, blocks, device)
+        return Blocks(mod, num_rows, blocks, device).if_small_kept()
 
     def forward(
         self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Blocks, enable_gqa: bool
@@ -104,8 +121,8 @@ class _Masked(torch.autograd.Function):
     def forward(ctx, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, masks: Blocks) -> Tensor:
         heads = [each.transpose(1, 2) for each in (q_BLNH, k_BLNH, v_BLNH)]
         parts = [
-            attend(*masks.inputs(block, *heads), attn_mask=masks.mask(block, heads[0].dtype))
-            for block in masks.blocks
+            attend(*masks.inputs(block, *heads), attn_mask=masks.mask(number, heads[0].dtype))
+            for number, block in enumerate(masks.blocks)
         ]
         out_BLNH = torch.cat([out_BNqH.transpose(1, 2) for out_BNqH, _ in parts], dim=1)
         ctx.masks = masks
@@ -118,11 +135,12 @@ class _Masked(torch.autograd.Function):
         q_BNLH, k_BNLH, v_BNLH, out_BNLH, *lses = ctx.saved_tensors
         grad_BNLH, masks = grad_BLNH.transpose(1, 2), ctx.masks
         grads_q, grad_k_BNLH, grad_v_BNLH = [], torch.zeros_like(k_BNLH), torch.zeros_like(v_BNLH)
-        for block, lse in zip(reversed(masks.blocks), reversed(lses), strict=True):
+        for number, block in reversed(list(enumerate(masks.blocks))):
             q, k, v = masks.inputs(block, q_BNLH, k_BNLH, v_BNLH)
             grad, out = grad_BNLH[:, :, block.queries], out_BNLH[:, :, block.queries]
-            mask = masks.mask(block, q.dtype)
-            grad_q, grad_k, grad_v = attend_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+            grad_q, grad_k, grad_v = attend_backward(
+                grad, q, k, v, out, lses[number], 0.0, False, attn_mask=masks.mask(number, q.dtype)
+            )
             grads_q.append(grad_q.transpose(1, 2))
             grad_k_BNLH[:, :, block.keys] += grad_k
             grad_v_BNLH[:, :, block.keys] += grad_v

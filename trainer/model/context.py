@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchtitan.distributed.parallel_dims import ParallelDims
 
+from trainer.split import pieces
+
 MOST_TURNS = 4  # the slowest rank then has 1.07 times the mean's work on packed rows; more widen the halo
 
 Parts = Sequence[range]  # tokens of a row, in ascending order
@@ -50,7 +52,7 @@ class Cut:
     @property
     def multiple(self) -> int:
         """[tokens] Rows have a multiple of it."""
-        return 2 * self.size if self.size > 1 else 1
+        return pieces(self.size)
 
     def turns(self, length: int) -> int:
         """The most whose pieces are no shorter than half a window: with shorter ones a rank would fetch more

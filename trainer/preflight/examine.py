@@ -17,6 +17,7 @@ from trainer.program import program_of
 from trainer.ranks import device
 from trainer.ranks.meeting import Meeting, meet
 from trainer.run.build import num_experts_of
+from trainer.split import check_rows
 
 TIMEOUT_S = 60.0
 
@@ -29,7 +30,9 @@ def examine(config: Config, *, sheet: str | None) -> int:
     degrees = device.degrees_of(
         config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config)
     )
-    program_of(config).check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+    program = program_of(config)
+    program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+    check_rows(program, cp=degrees.cp)
     names = meeting.all_gather_objects(host_name())
     findings = before_devices(config, meeting, names)
     on = device.start(timeout_s=TIMEOUT_S, meeting=meeting)

@@ -9,6 +9,7 @@ from trainer.preflight.files import GB, checkpoint_bytes, directory_problem
 from trainer.program import program_of
 from trainer.ranks import device
 from trainer.run.build import num_experts_of
+from trainer.split import check_rows
 
 OLDEST_SLURM = (22, 5)  # that launch/slurm.sbatch was tried under (make slurm)
 MOST = 2**20  # ranks of a run, as of parallel.dp_shard
@@ -26,17 +27,19 @@ def check_launch(config: Config, *, nodes: int, ranks_per_node: int) -> str:
     launch, num_ranks = f"nodes={nodes} x ranks_per_node={ranks_per_node}", nodes * ranks_per_node
     try:
         degrees = device.degrees_of(config.parallel, num_ranks=num_ranks, num_experts=num_experts_of(config))
-        program_of(config).check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+        program = program_of(config)
+        program.check_split(num_ranks=degrees.num_readers, num_streams=config.data.num_streams)
+        check_rows(program, cp=degrees.cp)
     except ConfigError as error:
         raise ConfigError(f"{launch}: {error}") from None
     if problem := directory_problem(Path(config.run_dir)):
         raise ConfigError(
             f"run_dir={config.run_dir}: {problem}; every node must see it: make it, or choose another"
         )
-    size = checkpoint_bytes(config) / GB
+    size, with_cp = checkpoint_bytes(config) / GB, f" x cp={degrees.cp}" if degrees.cp > 1 else ""
     return (
-        f"{launch} = {num_ranks} ranks: dp_replicate={degrees.replicate} x dp_shard={degrees.shard}, "
-        f"ep={degrees.ep}, data.num_streams={config.data.num_streams}; a checkpoint takes {size:,.1f} GB"
+        f"{launch} = {num_ranks} ranks: dp_replicate={degrees.replicate} x dp_shard={degrees.shard}{with_cp}"
+        f", ep={degrees.ep}, data.num_streams={config.data.num_streams}; a checkpoint takes {size:,.1f} GB"
     )
 
 

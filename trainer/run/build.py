@@ -15,16 +15,15 @@ from torch import nn
 
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
-from trainer.config import BalanceConfig, Config, ConfigError, DataConfig, divisors
+from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
-from trainer.model.context import Cut
 from trainer.model.frozen import train_only
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
-from trainer.program import LOSS_KEYS, Program, StepSettings, check_sources, named, program_of
+from trainer.program import LOSS_KEYS, Program, StepSettings, check_sources, program_of
 from trainer.ranks import device
 from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.device import ParallelDims
@@ -34,6 +33,7 @@ from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, r
 from trainer.run.health import Health
 from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
+from trainer.split import check_rows
 
 
 def build(config: Config, *, stop: StopRequest | None = None) -> Run:
@@ -139,21 +139,6 @@ def num_experts_of(config: Config) -> int | None:
     """None: the model has no MoE layer."""
     m = config.model
     return m.num_experts if m.num_dense_layers < m.num_layers else None
-
-
-def check_rows(program: Program, *, cp: int) -> None:
-    """Raises: ConfigError if the rows of a span cannot be cut into two pieces for each rank that shares them
-    (trainer/model/context.py).
-    """
-    multiple = Cut(size=cp).multiple
-    for span in program.spans:
-        if (length := span.now.seq_len) % multiple:
-            near = [n for n in (length // multiple * multiple, -(-length // multiple) * multiple) if n]
-            fitting = [n for n in divisors(length) if length % Cut(size=n).multiple == 0 and n <= cp]
-            raise ConfigError(
-                f"{named(span.name)}seq_len={length} is no multiple of 2 x parallel.cp={cp}, the pieces of a "
-                f"row; use seq_len={' or '.join(map(str, near))}, or parallel.cp from {fitting}"
-            )
 
 
 def degrees_of(config: Config, meeting: Meeting) -> device.Degrees:

@@ -15,7 +15,7 @@ from trainer.lab.plan.trace import optimizer_step
 from trainer.lab.plan.whole import Traces
 from trainer.model.afmoe import flops_per_token
 from trainer.program import Program, program_of
-from trainer.run.build import check_rows
+from trainer.split import check_rows
 
 DAY_S = 86400
 

@@ -6,7 +6,7 @@ no model.
 
     tokens_per_s  of the whole run; with it spans have days
     device        a GPU, like h200: tokens_per_s is the lower end of what triquetra plan says
-    ranks         data-parallel ranks; without it parallel.dp_replicate x parallel.dp_shard
+    ranks         GPUs; without it parallel.dp_replicate x parallel.dp_shard x parallel.cp
     out           the page, one file that needs no network; without it <run_dir>/<name>/preview.html
 
 All else is as for trainer.train. Exit codes: 0 done · 2 refused configuration.
@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 from trainer import terminal
-from trainer.config import Config, ConfigError, load, looked_up
+from trainer.config import Config, ConfigError, divisors, load, looked_up
 from trainer.lab.options import parted, refuse_misspelt, write_page_to
 from trainer.lab.preview.page import write_page
 from trainer.lab.preview.table import Preview, stretches, table, totals
 from trainer.program import program_of
 from trainer.run.directory import run_directory
+from trainer.split import check_rows
 from trainer.train import INTERRUPTED, OK, REFUSED
 
 OWN = ("tokens_per_s", "device", "ranks", "out")
@@ -56,7 +57,8 @@ def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
     """Of what trainer.train would be called with, and our own keys. Raises: ConfigError."""
     refuse_misspelt(overrides, OWN)
     config = load(overrides)
-    default = config.parallel.dp_replicate * (config.parallel.dp_shard or 1)
+    cp = config.parallel.cp
+    default = config.parallel.dp_replicate * (config.parallel.dp_shard or 1) * cp
     ranks, speed = options.get("ranks", str(default)), options.get("tokens_per_s", "inf")
     if not (ranks.isdecimal() and int(ranks) >= 1):
         raise ConfigError(
@@ -70,7 +72,12 @@ def preview_of(overrides: list[str], options: dict[str, str]) -> Preview:
         limit = f"at least {SLOWEST:g}; without it there are no days"
         raise ConfigError(f"tokens_per_s={speed}: must be a number above 0, like 6e6, {limit}")
     program = program_of(config)
-    program.check_split(num_ranks=int(ranks), num_streams=config.data.num_streams)
+    if int(ranks) % cp:
+        raise ConfigError(
+            f"parallel.cp={cp} does not divide ranks={ranks}; use one of {divisors(int(ranks))}"
+        )
+    program.check_split(num_ranks=int(ranks) // cp, num_streams=config.data.num_streams)
+    check_rows(program, cp=cp)
     if "device" in options:
         if "tokens_per_s" in options:
             raise ConfigError(
@@ -87,7 +94,6 @@ def planned_speed(config: Config, device: str, *, ranks: int) -> float:
     from trainer.lab.plan.plan import plan
 
     calibration = Calibration(device)
-    ranks *= config.parallel.cp
     planned = plan(config, hardware(device), calibration, ranks=ranks, searches=False)
     return planned.tokens / planned.seconds / calibration.width
 

@@ -96,7 +96,7 @@ def table(preview: Preview) -> tuple[list[str], list[list[str]]]:
                 f"{s.num_steps:,}",
                 f"{human(s.start)} - {human(s.end)}",
                 f"{now.global_batch:,} x {now.seq_len:,}",
-                f"{now.global_batch // (preview.ranks * now.micro_batch):,}",
+                f"{now.global_batch * preview.config.parallel.cp // (preview.ranks * now.micro_batch):,}",
                 *rates,
                 changes(s, before),
                 *[preview.days(s.end - s.start)] * with_days,
