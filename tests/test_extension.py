@@ -32,30 +32,45 @@ SHORT = [
     "evaluate.needles.samples=1",
     "evaluate.needles.keys=1",
 ]
-# With context parallelism the ranks of a row stand beside these; one row a step leaves room for no other.
-LAYOUTS = [(1, ["parallel=single"])]
 
 
 def train_worker(overrides: list[str]) -> int:
     return train.train(train.load(overrides))
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
-def test_the_demo_extends_and_asks_before_and_after(
-    tmp_path: Path, num_ranks: int, layout: list[str]
-) -> None:
-    run_ranks(train_worker, num_ranks, [*SHORT, *layout, f"run_dir={tmp_path}"])
+def evaluations(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "evaluations.jsonl").read_text().splitlines()]
+
+
+def test_the_demo_extends_and_asks_before_and_after(tmp_path: Path) -> None:
+    run_ranks(train_worker, 1, [*SHORT, f"run_dir={tmp_path}"])
     lines = metrics(tmp_path / "extension_demo")
     assert [line["tokens"] for line in lines] == [512 * n for n in range(1, 5)] + [
         2048 + 256 * n for n in range(1, 5)
     ]
-    # documents of the pretraining that are open are read to their ends first
-    assert lines[3]["data/not_drawn"] == 0 < lines[-1]["data/not_drawn"]
-    text = (tmp_path / "extension_demo" / "evaluations.jsonl").read_text()
-    results = [json.loads(line) for line in text.splitlines()]
+    # documents of the pretraining that are open are read to their ends first, and last longer than this run
+    assert lines[-1]["data/not_drawn"] == 0
+    results = evaluations(tmp_path / "extension_demo")
     assert [(result["step"], result["evaluation"]) for result in results] == [
         (step, name) for step in (4, 8) for name in ("long", "needles")
     ]
     asked = {(row["length"], row["depth"]) for row in results[1]["needles"]}
     assert asked == {(length, depth) for length in (96, 256) for depth in (0, 25, 50, 75, 100)}
     assert results[0]["targets"] == results[2]["targets"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cp", [2, 4])
+def test_ranks_that_share_its_rows_extend_as_one_does(tmp_path: Path, cp: int) -> None:
+    """Losses of training and of evaluations, 1e-5 relative."""
+    for ranks in (1, cp):
+        run_ranks(
+            train_worker, ranks, [*SHORT, f"parallel.cp={ranks}", f"run_dir={tmp_path}", f"name={ranks}"]
+        )
+    one, several = tmp_path / "1", tmp_path / str(cp)
+    losses = [[line["loss"] for line in metrics(directory)] for directory in (one, several)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[0]) == 8
+    asked = [
+        [line["loss"] for line in evaluations(d) if line["evaluation"] == "long"] for d in (one, several)
+    ]
+    assert asked[1] == pytest.approx(asked[0], rel=1e-5) and len(asked[0]) == 2
