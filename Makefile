@@ -23,7 +23,7 @@ demo: setup  ## train a small AFMoE on Python's standard library (about 4 minute
 	@$(VENV) -m trainer.train experiment=demo evaluate=unseen $(ARGS)
 	@$(if $(filter -h --help --cfg,$(ARGS)),,$(export_demo))
 
-test: setup  ## run the tests but the slow ones (10 to 12 minutes on 2 cores); those alone: ARGS="-m slow"
+test: setup  ## run the tests but the slow ones (9 minutes on 2 cores); those alone: ARGS="-m slow"
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: setup  ## run all tests

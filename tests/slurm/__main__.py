@@ -2,7 +2,7 @@
 
     python -m tests.slurm [name ...] [--short]
 
-Exit codes: 0 all held, or Slurm is not installed (then one line says so) · 1 one did not · 2 no such drill.
+Exit codes: 0 all held, or Slurm cannot run here (then one line says so) · 1 one did not · 2 no such drill.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> int:
         print(f"error: no drill {', '.join(sorted(unknown))}; there are {', '.join(DRILLS)}", file=sys.stderr)
         return 2
     if absent := missing():
-        print(f"skipped: Slurm is not installed ({', '.join(absent)}); as root: {INSTALL}")
+        print(f"skipped: this machine lacks {', '.join(absent)}; Slurm is installed by {INSTALL}")
         return 0
     names = asked.names or [drill.name for drill in DRILLS.values() if drill.in_short_set or not asked.short]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a cluster ends with its drill

@@ -68,8 +68,18 @@ HOLD = f"""mount --bind "$1" /etc/hosts && mount -t tmpfs -o size={SMALL_KIB}k t
 
 
 def missing() -> list[str]:
-    """Programs that a cluster needs and this machine lacks."""
-    return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    """Programs that a cluster needs and this machine lacks, and the leave to have mounts of its own."""
+    absent = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    mounts = [*own_mounts(), "mount", "-t", "tmpfs", "tmpfs", tempfile.gettempdir()]
+    if not absent and subprocess.run(mounts, capture_output=True, check=False).returncode:
+        absent.append("the leave to make a mount namespace")
+    return absent
+
+
+def own_mounts() -> list[str]:
+    """What starts a command in a mount namespace of its own."""
+    user = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
+    return ["unshare", *user, "--mount"]
 
 
 class Cluster:
@@ -192,8 +202,7 @@ class Cluster:
             (self.directory / name).mkdir()
         hosts = self.directory / "hosts"
         hosts.write_text(f"{Path('/etc/hosts').read_text()}\n127.0.0.1 {' '.join(self.nodes)}\n")
-        user = [] if os.geteuid() == 0 else ["--user", "--map-current-user", "--keep-caps"]
-        command = ["unshare", *user, "--mount", "bash", "-c", HOLD, "-", str(hosts), str(self.small)]
+        command = [*own_mounts(), "bash", "-c", HOLD, "-", str(hosts), str(self.small)]
         with (self.directory / "log" / "keeper").open("w") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
