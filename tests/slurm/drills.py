@@ -95,7 +95,7 @@ def nodes_with_gpus(directory: Path, short: bool) -> Facts:
     """2 nodes with 2 GPUs (any character devices; no rank computes on them) and the same script · a rank for
     each GPU, and each node's ranks see both"""
     with Cluster(gpus=2) as cluster:
-        job = Job.of(cluster, Where(directory, num_ranks=4))
+        job = Job.of(cluster, Where(directory, num_ranks=4), "data.source.hold_at=16")  # rank 0 reads less
         job.is_held()
         seen = {value for pid in cluster.living() for value in environment_of(pid) if "CUDA_VISIBLE" in value}
         assert seen == {"CUDA_VISIBLE_DEVICES=0,1"}, seen

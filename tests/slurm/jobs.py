@@ -14,7 +14,7 @@ from tests.waiting import until
 SCRIPT = "launch/slurm.sbatch"
 SOURCE = [
     "data.source._target_=tests.slurm.gate.Gated",
-    "+data.source.hold_at=24",
+    "+data.source.hold_at=24",  # rank 0 of 2 comes to it behind the first checkpoint
     "data.shuffle=false",
     "data.workers=0",
     "heartbeat_s=600",
@@ -55,7 +55,7 @@ class Job:
         cls,
         cluster: Cluster,
         where: Where,
-        *,
+        *overrides: str,
         held: bool = True,
         options: tuple[str, ...] = (),
         log: Path | None = None,
@@ -65,7 +65,7 @@ class Job:
         log = log or where.path / "job.log"
         if held:
             environment[GATE] = str(where.path)
-        number = submit(cluster, where, options=(f"--output={log}", *options), **environment)
+        number = submit(cluster, where, *overrides, options=(f"--output={log}", *options), **environment)
         return cls(cluster, where, number=number, log=log)
 
     @property
