@@ -137,8 +137,9 @@ class Clock:
         flop = Counter()
         for (phase, part), value in whole.flop.items():
             name, _, window = part.partition(" ")
-            pairs = layout.micro_batch * attended(now.seq_len, int(window or 0)) / layout.cp
-            per = pairs if window else by_token
+            per = by_token
+            if window:
+                per = layout.micro_batch * attended(now.seq_len, int(window)) / layout.cp
             flop[phase, name] += value * per
         return flop
 
