@@ -8,10 +8,11 @@ from tests.drills.table import Facts, drill
 from trainer.ranks.watchdog import HUNG
 
 HEARTBEAT_S = 4.0
+LONG_HEARTBEAT_S = 20.0  # its grace is 10 s, the most (trainer/ranks/watchdog.py)
 
 
-def stacks_of(where: Where, rank: int) -> str:
-    return (where.run / f"stacks.{rank}.txt").read_text()
+def stacks(where: Where) -> list[str]:
+    return [(where.run / f"stacks.{rank}.txt").read_text() for rank in range(where.num_ranks)]
 
 
 @drill(limit_s=200)
@@ -26,7 +27,7 @@ def a_rank_hangs(directory: Path, short: bool) -> Facts:
         launch.trained(INTERVAL + 2)
         fault_s = time.time()
         assert (code := launch.wait()) == 0, f"exit code {code}:\n{launch.output[-3000:]}"
-    waiting, hanging = (stacks_of(where, rank) for rank in range(where.num_ranks))
+    waiting, hanging = stacks(where)
     assert "sleep_for_ever" in hanging and "sleep_for_ever" not in waiting
     assert f"in step {INTERVAL + 3}" in waiting and f"in step {INTERVAL + 3}" in hanging
     assert f"ended with exit code {HUNG}; all ranks start again" in launch.output, launch.output[-3000:]
@@ -44,15 +45,15 @@ def the_data_source_hangs(directory: Path, short: bool) -> Facts:
     """a read of the data never returns on one rank · as above; the stack names the read, exit code 7"""
     where = Where(directory)
     fault = {"fault": "source", "rank": 1, "after": 12, "hangs": True}
-    with where.start(f"heartbeat_s={HEARTBEAT_S}", "data.workers=0", fault=fault) as job:
+    # the longest grace there is, for a machine so busy that the other rank comes to its limit much later
+    with where.start(f"heartbeat_s={LONG_HEARTBEAT_S}", "data.workers=0", fault=fault) as job:
         job.until(lambda: (where.path / "fired").exists(), what="the read")
         fault_s = time.time()
-        job.wait(4 * HEARTBEAT_S)
+        job.wait(4 * LONG_HEARTBEAT_S)
         ended_s = time.time() - fault_s
     assert HUNG in job.codes, job.codes
-    assert "read_of_a_dead_disk" in stacks_of(where, 1)
-    # on a busy machine the rank that waits may lose its peer before it comes to its own limit
-    assert job.codes[0] != HUNG or "read_of_a_dead_disk" not in stacks_of(where, 0)
+    waiting, hanging = stacks(where)
+    assert "read_of_a_dead_disk" in hanging and "read_of_a_dead_disk" not in waiting
     last = where.last_trained()
     where.completes("data.workers=0")
     lost = last - where.starts()[-1]["step"]
