@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,19 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-import trainer.train  # noqa: F401  # and with it torchtitan: before the fork, or every rank imports it again
+# Before the fork, or every rank imports them again.
+import trainer.model.recompute
+import trainer.train  # noqa: F401
 from tests.waiting import until
-from trainer.config import load
+from trainer.config import ConfigError, load
+from trainer.data import reader
 from trainer.ranks import device
 
-load(["experiment=synthetic"])  # the first time takes four times as long as all that follow, in a fork too
+# What takes a while the first time, in a fork too: Hydra's first composition, and the order of the synthetic
+# source's million documents.
+SYNTHETIC = load(["experiment=synthetic"])
+reader.permutation = lru_cache(maxsize=4)(reader.permutation)
+reader.permutation(SYNTHETIC.data.source["num_documents"], seed=SYNTHETIC.seed, epoch=0)
 
 MEASURE = device.peak_flops
 PEAK_FLOPS = 1e11  # [FLOP/s] that a rank's `mfu` is reckoned with; to measure it takes longer than two steps
@@ -38,6 +46,10 @@ def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s:
     note; a job that is not done after `timeout_s` is killed and raises TimeoutError (what waiting.py counts).
     A worker need not end the group; having ended it, it cannot start another.
     """
+    for overrides in args:
+        if isinstance(overrides, list) and num_ranks > 1:  # composed here, each rank finds it in its memory
+            with suppress(ConfigError):
+                load(overrides)
     with tempfile.TemporaryDirectory(prefix="triquetra-ranks-") as directory:
         job = (worker, args, num_ranks, free_port(), Path(directory))
         context = start_processes(_run_rank, job, nprocs=num_ranks, join=False, start_method="fork")

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,7 @@ def composed(root: str, overrides: list[str]) -> Any:
     """
     _check_text(overrides)
     try:
-        with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-            node = compose(root, _any_key_of_known_spans(root, _any_source(overrides)))
+        node = _node(root, *_any_key_of_known_spans(root, _any_source(overrides)))
         check_targets(node)
         if missing := sorted(OmegaConf.missing_keys(node)):
             raise ConfigError(
@@ -125,6 +125,12 @@ def composed(root: str, overrides: list[str]) -> Any:
         raise
     except REFUSALS as error:
         raise ConfigError(_explain(error, overrides, root)) from None
+
+
+@lru_cache(maxsize=64)  # a tenth of a second each; who composes twice changes nothing in it
+def _node(root: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+        return compose(root, list(overrides))
 
 
 def _check_text(overrides: list[str]) -> None:
@@ -141,7 +147,7 @@ def _any_key_of_known_spans(root: str, overrides: list[str]) -> list[str]:
     ours = [override for override in overrides if override.startswith("stage.")]
     if not ours:
         return overrides
-    known = list(compose(root, [override for override in overrides if override not in ours]).stage)
+    known = list(_node(root, *(override for override in overrides if override not in ours)).stage)
     for override in ours:
         name = override.split("=")[0].split(".")[1]
         if name not in known:
@@ -246,8 +252,7 @@ def _nearest(key: str, root: str, groups: list[str]) -> str:
 
 def _all_keys(root: str, groups: list[str]) -> Iterator[str]:
     """Every key of the schema, those of the chosen `_target_` nodes included, and the config groups."""
-    with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
-        node = compose(root, groups)
+    node = _node(root, *groups)
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
         for key in node:
