@@ -15,6 +15,8 @@ MIN_HEAD_DIM = 16  # of flex attention's kernels
 FLOAT32_ROW = 4  # [float32 numbers] in 16 bytes
 SCALED = 32  # [numbers] that share a scale in MXFP8
 MXFP8_ROWS = 128  # of one expert, a multiple for torchao's fastest quantisation on sm_100; 32 for the others
+# of one expert on a CPU in bfloat16: oneDNN makes a kernel for each number of rows (0.6 ms) and keeps 1,024
+CPU_ROWS = 32
 LIBRARY = "deep_ep"  # DeepEP and HybridEP come in one package
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,8 @@ def warn_of_float32(config: Config, on: Hardware) -> None:
         )
 
 
-def dispatch_of(config: Config, *, max_tokens: int) -> Dispatch:
+def dispatch_of(config: Config, on: Hardware, *, max_tokens: int) -> Dispatch:
     """max_tokens: of a microbatch on one rank, in the whole run."""
-    multiple = MXFP8_ROWS if config.model.expert_dtype == MXFP8 else 1
+    dtype = config.model.expert_dtype or config.dtype
+    multiple = MXFP8_ROWS if dtype == MXFP8 else CPU_ROWS if (on.type, dtype) == ("cpu", "bfloat16") else 1
     return Dispatch(name=config.parallel.dispatcher, multiple=multiple, max_tokens=max_tokens)

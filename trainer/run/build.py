@@ -113,7 +113,7 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
         config.model,
         flex=on.type == "cuda",
         clears_idle=here.capability[0] == 10,
-        dispatch=dispatch_of(config, max_tokens=max(rows * length for rows, length in shapes)),
+        dispatch=dispatch_of(config, here, max_tokens=max(rows * length for rows, length in shapes)),
         loss_weights=loss_weights(first),
         z_loss_weight=first.z_loss_weight,
     )
