@@ -250,9 +250,9 @@ def test_what_is_there_is_not_refused(overrides, on):
 
 
 def test_float32_on_a_gpu_says_so_once(caplog):
-    hardware.warn_of_float32(load(RUN), H200)
-    hardware.warn_of_float32(load(RUN), Hardware("cpu"))
-    hardware.warn_of_float32(load([*RUN, BF16]), H200)
+    hardware.warn_of_dtype(load(RUN), H200)
+    hardware.warn_of_dtype(load(RUN), Hardware("cpu"))
+    hardware.warn_of_dtype(load([*RUN, BF16]), H200)
     assert [record.message.split(":")[0] for record in caplog.records] == ["dtype=float32 on a GPU"]
 
 

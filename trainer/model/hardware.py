@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from trainer.config import MXFP8, Config, ConfigError, whole_rows
+from trainer.config import ALIGNED, MXFP8, Config, ConfigError, whole_rows
 from trainer.model.dispatch import Dispatch
 from trainer.ranks.device import Hardware
 
@@ -33,8 +33,7 @@ def check_hardware(config: Config, on: Hardware, *, has_library: Callable[[str],
             f"model.head_dim={m.head_dim}: flex attention on a GPU wants at least {MIN_HEAD_DIM}; "
             f"use model.head_dim={MIN_HEAD_DIM}"
         )
-    if (m.expert_dtype or config.dtype) == "float32":
-        whole_rows(config, num=FLOAT32_ROW)
+    whole_rows(config, num=FLOAT32_ROW if (m.expert_dtype or config.dtype) == "float32" else ALIGNED)
 
 
 def _check_mxfp8(config: Config, on: Hardware, has_library: Callable[[str], object]) -> None:
@@ -90,8 +89,10 @@ def _refused(key: str, needs: str, on: Hardware, *, instead: str = "bfloat16") -
     return ConfigError(f"{key} needs {needs} or later, and here is {here}; use {instead}")
 
 
-def warn_of_float32(config: Config, on: Hardware) -> None:
-    """On a GPU that is slow, and not what a stranger expects."""
+def warn_of_dtype(config: Config, on: Hardware) -> None:
+    """Of one that is slow here, which a stranger does not expect."""
+    if config.dtype == "bfloat16" and not on.has_bfloat16:
+        log.warning("dtype=bfloat16: this processor has no instructions for it; dtype=float32 is faster")
     if on.type == "cuda" and config.dtype == "float32":
         log.warning(
             "dtype=float32 on a GPU: no tensor cores, and the host waits for each expert; dtype=bfloat16 is "

@@ -8,6 +8,7 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torchtitan.distributed import parallel_dims
 from torchtitan.distributed import utils as titan_utils
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from trainer.config import ConfigError, ParallelConfig, divisors
+from trainer.config import AUTO, Config, ConfigError, ParallelConfig, divisors
 from trainer.ranks.meeting import Meeting, meet
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,17 +174,31 @@ def use_plain_sum(model: torch.nn.Module) -> None:
 
 class Hardware(NamedTuple):
     """What a rank runs on. capability: compute capability of a GPU; are_linked: its host's GPUs reach each
-    other's memory, None where only one is seen.
+    other's memory, None where only one is seen; has_bfloat16: instructions that multiply it.
     """
 
     type: str
     capability: tuple[int, int] = (0, 0)
     are_linked: bool | None = None
+    has_bfloat16: bool = True
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this device has instructions for it."""
+    names = ("avx512_bf16", "amx_bf16", "bf16")
+    return DEVICE_TYPE == "cuda" or any(torch.cpu.get_capabilities().get(name, False) for name in names)
+
+
+def settled(config: Config) -> Config:
+    """The same, with the fast dtype of this device in place of `auto`."""
+    if config.dtype != AUTO:
+        return config
+    return replace(config, dtype="bfloat16" if multiplies_bfloat16() else "float32")
 
 
 def hardware(on: torch.device) -> Hardware:
     if on.type != "cuda":
-        return Hardware(on.type)
+        return Hardware(on.type, has_bfloat16=multiplies_bfloat16())
     own = torch.cuda.current_device()
     others = [other for other in range(torch.cuda.device_count()) if other != own]
     are_linked = all(torch.cuda.can_device_access_peer(own, other) for other in others) if others else None
