@@ -220,6 +220,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         from torchtitan.tools.utils import get_peak_flops
 
         return float(get_peak_flops(torch.cuda.get_device_name(device)))
+    return measured_flops(dtype)
+
+
+def measured_flops(dtype: torch.dtype) -> float:
+    """[FLOP/s] of a product of matrices on this CPU, the best of 8."""
     n = 1024
     a = torch.randn(n, n, dtype=dtype)
     best_s = float("inf")
