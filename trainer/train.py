@@ -37,7 +37,7 @@ from trainer import terminal
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
-from trainer.data import BAD_KINDS, BadDocument, DataError
+from trainer.data import BAD_KINDS, BadDocument, DataError, cache_path
 from trainer.evaluate import start_evaluations
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters
@@ -202,7 +202,10 @@ def train(config: Config, *, stop: StopRequest | None = None) -> int:
     config = run.config
     directory, metrics, peak = run.directory, None, math.inf
     if dist.get_rank() == 0:
-        peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
+        keep = None
+        with suppress(OSError):  # a user without a home directory has no cache
+            keep = cache_path(config.data.cache_dir) / "peak_flops.json"
+        peak = device.peak_flops(run.device, getattr(torch, config.dtype), keep) * dist.get_world_size()
         if config.balance.trace is not None:
             trace = TraceWriter(directory / config.balance.trace, after_step=run.step)
             run.balancer.observers += (trace,)

@@ -4,13 +4,18 @@ Only this file and trainer/model/ import torchtitan (tests/test_architecture.py)
 """
 
 import ctypes
+import json
 import logging
+import os
+import platform
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -214,13 +219,34 @@ def set_matmul_precision(*, dtypes: Iterable[str | None]) -> None:
 
 
 @cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU."""
+def peak_flops(device: torch.device, dtype: torch.dtype, keep: Path | None = None) -> float:
+    """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU.
+
+    keep: the file where what was measured on this machine is kept.
+    """
     if device.type == "cuda":
         from torchtitan.tools.utils import get_peak_flops
 
         return float(get_peak_flops(torch.cuda.get_device_name(device)))
-    return measured_flops(dtype)
+    return measured_flops(dtype) if keep is None else kept_flops(dtype, keep)
+
+
+def kept_flops(dtype: torch.dtype, file: Path) -> float:
+    """As it was measured here before, with as many threads; a file that cannot be used is as good as none."""
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    threads = f"{torch.get_num_threads()} threads"
+    key = ", ".join((platform.node(), processor, threads, str(dtype), f"torch {torch.__version__}"))
+    known: dict[str, float] = {}
+    with suppress(OSError, ValueError, AttributeError):
+        known |= {str(k): float(v) for k, v in json.loads(file.read_text()).items()}
+    if not 0 < known.get(key, 0) < float("inf"):
+        known[key] = measured_flops(dtype)
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_name(f"{file.name}.{os.getpid()}")
+            draft.write_text(json.dumps(known, indent=1))
+            draft.replace(file)
+    return known[key]
 
 
 def measured_flops(dtype: torch.dtype) -> float:
