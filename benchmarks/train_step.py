@@ -1,14 +1,15 @@
 """How fast is a whole training step next to `transformers`, and which share of the matmul peak is it?
 
-    python -m benchmarks.train_step [rounds=7] [profile=true] [any setting of the trainer: model=small
-    seq_len=512 ...]
+    python -m benchmarks.train_step [rounds=7] [only=bfloat16] [clock=wall] [profile=true] [any setting
+    of the trainer: model=small seq_len=512 ...]
 
-All train the same AFMoE from the same weights on the same packed batch, in float32, with the same threads,
-fused
-AdamW and clipping: our `train_step` (balancing included, reading data excluded) and `AfmoeForCausalLM` with
-each of its expert implementations, once as it is and once with our allocator setting. Each contender has a
-process of its own, because an allocator belongs to a process; the rounds are interleaved and the figures are
-medians.
+All train the same AFMoE from the same weights on the same packed batch, with the same threads, fused AdamW
+and clipping: our `train_step` in float32 and in bfloat16 (balancing included, reading data excluded), and
+`AfmoeForCausalLM` in float32, under autocast to bfloat16 and with all of it in bfloat16, with each of its
+expert implementations and our allocator setting; in float32 without that, too. Each contender has a process
+of its own, because an allocator belongs to a process; the rounds are interleaved, each figure is a median,
+and each ratio one of a round. only: of `transformers`, those whose label has this in it. clock: wall, or
+cpu seconds of the process.
 """
 
 import statistics
@@ -16,6 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -47,6 +51,10 @@ SETTINGS = [
 ]
 # batched_mm copies the weights of an expert for each token: 24 GiB at these shapes
 EXPERTS = ("grouped_mm", "eager")
+DTYPES = ("float32", "bfloat16")
+# of a machine that is not idle, CPU seconds tell more, with OMP_NUM_THREADS=1: threads wait for each other
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+OURS = "ours, bfloat16"  # what the others are compared with
 
 
 def packed_batch(vocab_size: int, *, rows: int, seq_len: int) -> Batch:
@@ -67,9 +75,9 @@ def of_all_pairs(mask: Blocks, length: int) -> Tensor:
     return pairs
 
 
-def ours(config, directory: Path) -> Callable[[], float]:
+def ours(config, directory: Path, *, dtype: str) -> Callable[[], float]:
     """Also writes the weights that the others start from."""
-    run = train.build(config)
+    run = train.build(replace(config, dtype=dtype))
     weights = to_hf(run.model.state_dict(), config.model)
     save_file(
         {k: v.contiguous() for k, v in weights.items()},
@@ -89,14 +97,19 @@ def ours(config, directory: Path) -> Callable[[], float]:
     return lambda: train.train_step(run, micro_batches)["loss"]
 
 
-def transformers(config, directory: Path, *, experts: str, our_allocator: bool) -> Callable[[], float]:
+def transformers(
+    config, directory: Path, *, experts: str, our_allocator: bool, dtype: str
+) -> Callable[[], float]:
     """Its masks are made beforehand, outside the clock: the model does not derive document masks from
-    positions.
+    positions. dtype: float32, autocast (bfloat16, from float32 weights) or bfloat16, its optimizer's, too.
     """
     if our_allocator:
         device.keep_freed_memory()
     model = AfmoeForCausalLM.from_pretrained(
-        directory, attn_implementation="sdpa", experts_implementation=experts
+        directory,
+        attn_implementation="sdpa",
+        experts_implementation=experts,
+        dtype="bfloat16" if dtype == "bfloat16" else "float32",
     ).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -105,10 +118,11 @@ def transformers(config, directory: Path, *, experts: str, our_allocator: bool) 
     masks = torch.load(directory / "masks")
 
     def step() -> float:
-        logits = model(
-            batch.tokens_BL, position_ids=batch.positions_BL, attention_mask=masks, use_cache=False
-        ).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels_BL.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            logits = model(
+                batch.tokens_BL, position_ids=batch.positions_BL, attention_mask=masks, use_cache=False
+            ).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels_BL.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
@@ -118,16 +132,16 @@ def transformers(config, directory: Path, *, experts: str, our_allocator: bool) 
     return step
 
 
-def matmul_peak(config, directory: Path) -> Callable[[], float]:
-    return lambda: device.peak_flops(torch.device("cpu"), torch.float32)
+def matmul_peak(dtype: str) -> Callable[[], float]:
+    return lambda: device.measured_flops(getattr(torch, dtype))
 
 
-def serve(build: Callable, pipe) -> None:
+def serve(build: Callable, pipe, clock: Callable[[], float]) -> None:
     """Runs a step whenever told to. Answers with (seconds, what the step returned)."""
     step = build()
     pipe.send("ready")
     while (order := pipe.recv()) != "end":
-        start_s = time.perf_counter()
+        start_s = clock()
         if order == "profile":
             with profile(activities=[ProfilerActivity.CPU]) as recorded:
                 value = step()
@@ -138,36 +152,43 @@ def serve(build: Callable, pipe) -> None:
             )
         else:
             value = step()
-        pipe.send((time.perf_counter() - start_s, value))
+        pipe.send((clock() - start_s, value))
+
+
+def contenders(config, directory: Path, only: str) -> dict[str, Callable[[], Callable[[], float]]]:
+    """By label. The first one writes the weights that the others start from."""
+    builders = {f"ours, {dtype}": partial(ours, config, directory, dtype=dtype) for dtype in DTYPES}
+    builders |= {f"peak, {dtype}": partial(matmul_peak, dtype) for dtype in DTYPES}
+    for dtype, experts, allocator in product((*DTYPES, "autocast"), EXPERTS, (False, True)):
+        label = f"transformers, {dtype}, {experts}{'' if allocator else ', its own allocator'}"
+        if only in label and (allocator or dtype == "float32"):
+            builders[label] = partial(
+                transformers, config, directory, experts=experts, our_allocator=allocator, dtype=dtype
+            )
+    return builders
 
 
 def main() -> None:
-    own = {"rounds": "7", "profile": "false"}
+    own = {"rounds": "7", "profile": "false", "only": "", "clock": "wall"}
     own |= dict(argument.split("=", 1) for argument in sys.argv[1:] if argument.split("=")[0] in own)
     config = load([*SETTINGS, *(argument for argument in sys.argv[1:] if argument.split("=")[0] not in own)])
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        builders = {"ours": lambda: ours(config, directory), "peak": lambda: matmul_peak(config, directory)}
-        for experts in EXPERTS:
-            for allocator in (False, True):
-                label = f"transformers, {experts}{', our allocator' if allocator else ''}"
-                builders[label] = lambda e=experts, a=allocator: transformers(
-                    config, directory, experts=e, our_allocator=a
-                )
         context, pipes = get_context("fork"), {}
-        for label, build in builders.items():  # one after another: the first one writes the weights
+        for label, build in contenders(config, Path(name), own["only"]).items():
             pipes[label], child = context.Pipe()
-            context.Process(target=serve, args=(build, child), daemon=True).start()
+            context.Process(target=serve, args=(build, child, CLOCKS[own["clock"]]), daemon=True).start()
             assert pipes[label].recv() == "ready"
-        losses = {label: ask(pipe)[1] for label, pipe in pipes.items() if label != "peak"}
-        assert max(losses.values()) - min(losses.values()) < 1e-4, f"not the same model: {losses}"
+        losses = {label: ask(pipe)[1] for label, pipe in pipes.items() if not label.startswith("peak")}
+        for label, loss in losses.items():
+            near = 1e-4 if "float32" in label else 2e-2
+            assert abs(loss - losses[f"ours, {DTYPES[0]}"]) < near, f"not the same model: {losses}"
         for _ in range(2):  # warm
             for pipe in pipes.values():
                 ask(pipe)
         answers = [{label: ask(pipe) for label, pipe in pipes.items()} for _ in range(int(own["rounds"]))]
         report(config, answers)
         if own["profile"] == "true":
-            ask(pipes["ours"], "profile")
+            ask(pipes[OURS], "profile")
         for pipe in pipes.values():
             pipe.send("end")
 
@@ -180,23 +201,18 @@ def ask(pipe, order: str = "step") -> tuple[float, float]:
 def report(config, answers: list[dict]) -> None:
     tokens = config.global_batch * config.seq_len
     flop = flops_per_token(config.model, seq_len=config.seq_len) * tokens
-    peak = statistics.median(answer["peak"][1] for answer in answers)
     threads, version = torch.get_num_threads(), torch.__version__
     print(f"{tokens} tokens a step, {threads} threads, torch {version}, {len(answers)} rounds")
-    print(f"matmul peak {peak / 1e9:.0f} GFLOP/s")
-    for label in answers[0]:
-        if label == "peak":
-            continue
+    peaks = {dtype: statistics.median(answer[f"peak, {dtype}"][1] for answer in answers) for dtype in DTYPES}
+    print("matmul peak", ", ".join(f"{dtype} {peak / 1e9:.0f} GFLOP/s" for dtype, peak in peaks.items()))
+    for label in (label for label in answers[0] if not label.startswith("peak")):
         median_s = statistics.median(answer[label][0] for answer in answers)
-        ratios = sorted(answer[label][0] / answer["ours"][0] for answer in answers)
-        against = (
-            ""
-            if label == "ours"
-            else f"  ours is {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )
+        ratios = sorted(answer[label][0] / answer[OURS][0] for answer in answers)
+        spread = f"{statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        peak = peaks["float32" if "float32" in label else "bfloat16"]
         print(
-            f"{label:40s} {tokens / median_s:6.0f} tokens/s  {flop / median_s / peak:4.0%} of the "
-            f"peak{against}"
+            f"{label:58s} {tokens / median_s:6.0f} tokens/s  {flop / median_s / peak:4.0%} of the peak"
+            + ("" if label == OURS else f"  {OURS} is {spread}")
         )
 
 

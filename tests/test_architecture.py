@@ -25,6 +25,7 @@ LAYERS = [
     "balance",
     "ranks.device",
     "model.loss",
+    "model.casts",
     "model.norm",
     "model.compiled",
     "model.context",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.ranks import MEASURE, run_ranks
 from tests.runs import run_main
@@ -95,7 +96,7 @@ def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
 def test_every_step_has_every_metric_in_its_unit(tmp_path):
     def measuring() -> int:
         device.peak_flops = MEASURE
-        return run_main([*QUICK, f"run_dir={tmp_path}"])
+        return run_main([*QUICK, f"run_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"])
 
     assert run_ranks(measuring, 1)[0] in (train.OK, train.COLLAPSED)
     lines = logged(tmp_path)
@@ -213,3 +214,15 @@ def test_torchrun_is_the_same_program(tmp_path):
     run_ranks(run_main, 1, [*settings, f"run_dir={tmp_path / 'one'}"])
     two, one = ([line["loss"] for line in logged(directory)] for directory in (tmp_path, tmp_path / "one"))
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_the_matmul_peak_is_measured_once_on_a_machine(tmp_path, monkeypatch):
+    """The second start reads it; another dtype is another peak; a damaged file is as good as none."""
+    measured = iter([3e9, 5e9, 7e9])
+    monkeypatch.setattr(device, "measured_flops", lambda dtype: next(measured))
+    file = tmp_path / "cache" / "peak_flops.json"
+    assert [device.kept_flops(torch.float32, file) for _ in range(2)] == [3e9, 3e9]
+    assert device.kept_flops(torch.bfloat16, file) == 5e9 and device.kept_flops(torch.float32, file) == 3e9
+    file.write_text("[1, 2")
+    assert [device.kept_flops(torch.float32, file) for _ in range(2)] == [7e9, 7e9]
+    assert [path.name for path in file.parent.iterdir()] == [file.name]

@@ -37,7 +37,7 @@ from trainer import terminal
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
-from trainer.data import BAD_KINDS, BadDocument, DataError
+from trainer.data import BAD_KINDS, BadDocument, DataError, cache_path
 from trainer.evaluate import start_evaluations
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters
@@ -171,6 +171,7 @@ def _start(config: Config, stop: StopRequest) -> Run:
     end_if_told(stop)
     refuse_early(config)
     run = build(config, stop=stop)
+    config = run.config
     end_if_told(stop)
     opened = open_directory(
         config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
@@ -198,9 +199,13 @@ def _start(config: Config, stop: StopRequest) -> Run:
 def train(config: Config, *, stop: StopRequest | None = None) -> int:
     """The whole run on this rank. Returns the exit code. Raises: as `start`, and what ends a run early."""
     run = start(config, stop=stop)
+    config = run.config
     directory, metrics, peak = run.directory, None, math.inf
     if dist.get_rank() == 0:
-        peak = device.peak_flops(run.device, getattr(torch, config.dtype)) * dist.get_world_size()
+        keep = None
+        with suppress(OSError):  # a user without a home directory has no cache
+            keep = cache_path(config.data.cache_dir) / "peak_flops.json"
+        peak = device.peak_flops(run.device, getattr(torch, config.dtype), keep) * dist.get_world_size()
         if config.balance.trace is not None:
             trace = TraceWriter(directory / config.balance.trace, after_step=run.step)
             run.balancer.observers += (trace,)
@@ -251,7 +256,7 @@ def announce(run: Run, loaded: Path | None) -> None:
     count = count_parameters(run.config.model)
     print(
         f"Triquetra · {c.name}: {count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
-        f"on {dist.get_world_size()} x {run.device.type}, "
+        f"on {dist.get_world_size()} x {run.device.type} in {c.dtype}, "
         f"{now.global_batch} x {now.seq_len} = {now.tokens} tokens a step"
     )
     if run.step >= run.last_step:

@@ -11,10 +11,11 @@ schema, and its signature is checked (targets). Imports nothing of ours.
 from trainer.config.bounds import ConfigError, Number, check_numbers, check_values, number, path
 from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
 from trainer.config.fill import filled, nearest
-from trainer.config.limits import check_name, divisors, whole_rows
+from trainer.config.limits import ALIGNED, check_name, divisors, whole_rows
 from trainer.config.parts import ATOMS, PARTS, atoms_of
 from trainer.config.plain import read_plain
 from trainer.config.schema import (
+    AUTO,
     MXFP8,
     BalanceConfig,
     Config,
@@ -27,7 +28,9 @@ from trainer.config.schema import (
 )
 
 __all__ = [
+    "ALIGNED",
     "ATOMS",
+    "AUTO",
     "CONFIG_DIR",
     "MXFP8",
     "PARTS",

@@ -8,7 +8,7 @@ from pathlib import Path
 from trainer.config.bounds import ConfigError, check_values
 from trainer.config.fill import nearest
 from trainer.config.parts import PARTS
-from trainer.config.schema import Config, DataConfig, ModelConfig
+from trainer.config.schema import AUTO, Config, DataConfig, ModelConfig
 
 MAX_SOURCES = 256  # a checkpoint has one byte for the source of an open document
 MAX_NAME = 255  # [bytes] of a directory's name
@@ -44,9 +44,10 @@ def divisors(n: int) -> list[int]:
 def check(config: Config) -> None:
     """Limits that a type cannot express. Raises ConfigError with the value, the limit and the remedy."""
     check_values(config)
-    if config.compile and (config.model.expert_dtype or config.dtype) == "float32":
+    if config.compile and (dtype := config.model.expert_dtype or config.dtype) in ("float32", AUTO):
+        kind = "dtype=auto, which may choose float32" if dtype == AUTO else "float32 experts"
         raise ConfigError(
-            "compile=true with float32 experts: torch compiles the grouped GEMM in bfloat16 only; "
+            f"compile=true with {kind}: torch compiles the grouped GEMM in bfloat16 only; "
             "use dtype=bfloat16, model.expert_dtype=bfloat16 or compile=false"
         )
     if config.compile and config.activation_checkpoint.startswith("selective") and config.parallel.ep > 1:

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from trainer.config.bounds import choice, first_and_last, number, path, target
 
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"
 MXFP8 = "mxfp8"  # of experts alone: 8 bits, with a scale for each 32 numbers
 # Limits that several keys share.
 ROWS = {"at_least": 1, "at_most": 2**20, "why": "64 times the largest published batch"}
@@ -279,8 +280,9 @@ class Config:
     seq_len: int = number(MISSING, **ROW)  # L [tokens]
     global_batch: int = number(MISSING, **ROWS)  # [sequences] per optimizer step, over all ranks
     micro_batch: int = number(MISSING, **ROWS)  # [sequences] per forward and rank
-    # of weights in forward and backward; the optimizer keeps float32
-    dtype: str = choice("float32", *DTYPES)
+    # of weights in forward and backward; the optimizer keeps float32. auto: bfloat16 where the device has
+    # instructions for it
+    dtype: str = choice("float32", *DTYPES, AUTO)
     z_loss_weight: float = number(0.0, **WEIGHT)  # on the LM logits (arXiv:2602.17004, section 2.2)
     # inf: gradients are never clipped
     max_grad_norm: float = number(1.0, above=0.0, at_most=inf, why="inf: no clipping")

@@ -2,6 +2,7 @@
 `stream`.
 """
 
+from trainer.data.cache import cache_path
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
@@ -46,6 +47,7 @@ __all__ = [
     "SyntheticSource",
     "TextSource",
     "TokenStream",
+    "cache_path",
     "check_split",
     "content_hash",
     "end_of_text_id",

@@ -6,6 +6,7 @@ those that they may see (context.py). Letters: B sequences, L tokens each, N hea
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import mul
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from trainer.model.context import Parts, count, places, visible
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
 MOST_KEPT = 2**24  # [pairs of a query and a key], a byte each, of blocks that are kept for all layers
+MOST_SHARES = 2**24  # [pairs in each head], two bytes each, that one layer keeps for its backward pass
 MASK_BLOCK = 128  # tokens of a block mask's block, torch's default
 # behind scaled_dot_product_attention on a CPU: the output and the logsumexp; the gradients
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -54,8 +56,11 @@ class Blocks:
 
     def mask(self, number: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, queries, keys) of a block: 0 where a query sees a key, -inf elsewhere."""
-        sees = self.kept[number] if self.kept else self.sees(self.blocks[number])
+        sees = self.sees_of(number)
         return torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill_(~sees, -torch.inf)
+
+    def sees_of(self, number: int) -> Tensor:
+        return self.kept[number] if self.kept else self.sees(self.blocks[number])
 
     def sees(self, block: Block) -> Tensor:
         rows, queries, keys = (
@@ -69,11 +74,14 @@ class Blocks:
         sees = self.mod(rows[:, None, None], rows.new_zeros(()), queries[:, None], keys)
         return sees.expand(len(rows), len(queries), len(keys)).unsqueeze(1)
 
+    @cached_property
+    def num_pairs(self) -> int:
+        sizes = [part.stop - part.start for block in self.blocks for part in block[:2]]
+        return self.num_rows * sum(map(mul, sizes[::2], sizes[1::2]))
+
     def if_small_kept(self) -> "Blocks":
         """All layers make the same masks: the same ones, made once."""
-        sizes = [part.stop - part.start for block in self.blocks for part in block[:2]]
-        pairs = self.num_rows * sum(map(mul, sizes[::2], sizes[1::2]))
-        if pairs > MOST_KEPT:
+        if self.num_pairs > MOST_KEPT:
             return self
         return replace(self, kept=tuple(self.sees(block).contiguous() for block in self.blocks))
 
@@ -108,7 +116,8 @@ class MaskedSDPA(Module):
     def forward(
         self, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, *, attention_masks: Blocks, enable_gqa: bool
     ) -> Tensor:
-        return _Masked.apply(q_BLNH, k_BLNH, v_BLNH, attention_masks)
+        masked = _MaskedMatmuls if q_BLNH.dtype == torch.bfloat16 else _Masked
+        return masked.apply(q_BLNH, k_BLNH, v_BLNH, attention_masks)
 
 
 class _Masked(torch.autograd.Function):
@@ -146,6 +155,83 @@ class _Masked(torch.autograd.Function):
             grad_v_BNLH[:, :, block.keys] += grad_v
         grad_q_BLNH = torch.cat(grads_q[::-1], dim=1)
         return grad_q_BLNH, grad_k_BNLH.transpose(1, 2), grad_v_BNLH.transpose(1, 2), None
+
+
+class _MaskedMatmuls(torch.autograd.Function):
+    """The same as products of matrices, in bfloat16: the kernels above multiply it without the processor's
+    instructions for it, backward four times as slowly as float32.
+
+    A head of keys answers all its queries' heads in one product. Letters: b a row and a head of keys of it,
+    G heads of queries that share it, q a block's queries times G, K its keys.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BLNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, masks: Blocks) -> Tensor:
+        num_groups = q_BLNH.shape[2] // k_BLNH.shape[2]
+        q_bqH, k_bKH, v_bKH = _folded(q_BLNH, num_groups), _folded(k_BLNH, 1), _folded(v_BLNH, 1)
+        out_bqH = torch.empty_like(q_bqH)
+        kept = list[Tensor]()
+        keeps = masks.num_pairs * q_BLNH.shape[2] <= MOST_SHARES
+        for number, block in enumerate(masks.blocks):
+            q, out, k, v = _of_block(block, num_groups, (q_bqH, out_bqH), (k_bKH, v_bKH))
+            share_bqK = _shares(q, k, masks, number)
+            torch.bmm(share_bqK, v, out=out)
+            kept += [share_bqK] if keeps else []
+        ctx.masks, ctx.num_groups, ctx.shapes = masks, num_groups, (q_BLNH.shape, k_BLNH.shape)
+        ctx.save_for_backward(q_bqH, k_bKH, v_bKH, *kept)
+        return _unfolded(out_bqH, q_BLNH.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BLNH: Tensor):
+        q_bqH, k_bKH, v_bKH, *kept = ctx.saved_tensors
+        grad_bqH, grad_q_bqH = _folded(grad_BLNH, ctx.num_groups), torch.empty_like(q_bqH)
+        grad_k_bKH, grad_v_bKH = (torch.zeros_like(each, dtype=torch.float32) for each in (k_bKH, v_bKH))
+        scale = q_bqH.shape[-1] ** -0.5
+        for number, block in enumerate(ctx.masks.blocks):
+            q, grad, grad_q, *keys = _of_block(
+                block,
+                ctx.num_groups,
+                (q_bqH, grad_bqH, grad_q_bqH),
+                (k_bKH, v_bKH, grad_k_bKH, grad_v_bKH),
+            )
+            k, v, grad_k, grad_v = keys
+            share_bqK = kept[number] if kept else _shares(q, k, ctx.masks, number)
+            grad_v += share_bqK.mT @ grad
+            grad_bqK = torch.ops.aten._softmax_backward_data(grad @ v.mT, share_bqK, -1, share_bqK.dtype)
+            torch.baddbmm(grad_q, grad_bqK, k, beta=0, alpha=scale, out=grad_q)
+            grad_k += grad_bqK.mT @ q
+        grads = (grad_q_bqH, grad_k_bKH.mul_(scale).to(q_bqH.dtype), grad_v_bKH.to(q_bqH.dtype))
+        shapes = (ctx.shapes[0], ctx.shapes[1], ctx.shapes[1])
+        return *(_unfolded(*each) for each in zip(grads, shapes, strict=True)), None
+
+
+def _shares(q_bqH: Tensor, k_bKH: Tensor, masks: Blocks, number: int) -> Tensor:
+    """(b, q, K): how much a query attends to each key; the softmax is float32."""
+    scores_bqK = q_bqH.new_empty(len(q_bqH), q_bqH.shape[1], k_bKH.shape[1])
+    torch.baddbmm(scores_bqK, q_bqH, k_bKH.mT, beta=0, alpha=q_bqH.shape[-1] ** -0.5, out=scores_bqK)
+    scores_bqK, mask = scores_bqK.float(), masks.mask(number, torch.float32)
+    rows, _, queries, keys = mask.shape
+    scores_bqK.view(rows, -1, queries, q_bqH.shape[1] // queries, keys).add_(mask.unsqueeze(3))
+    return torch.softmax(scores_bqK, dim=-1).to(q_bqH.dtype)
+
+
+def _folded(x_BLNH: Tensor, num_groups: int) -> Tensor:
+    """(B KV, L G, H): the heads that share keys lie behind one another, token by token."""
+    num_rows, length, num_heads, dim = x_BLNH.shape
+    x = x_BLNH.view(num_rows, length, num_heads // num_groups, num_groups, dim).transpose(1, 2)
+    return x.reshape(-1, length * num_groups, dim)
+
+
+def _unfolded(x_bqH: Tensor, shape: torch.Size) -> Tensor:
+    num_rows, length, num_heads, dim = shape
+    x = x_bqH.view(num_rows, -1, length, num_heads * num_rows // len(x_bqH), dim).transpose(1, 2)
+    return x.reshape(shape)
+
+
+def _of_block(block: Block, num_groups: int, of_queries, of_keys) -> list[Tensor]:
+    queries = slice(block.queries.start * num_groups, block.queries.stop * num_groups)
+    return [each[:, queries] for each in of_queries] + [each[:, block.keys] for each in of_keys]
 
 
 class FlexAttention(attention.FlexAttention):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from trainer.config import MXFP8, Config, ConfigError, whole_rows
+from trainer.config import ALIGNED, MXFP8, Config, ConfigError, whole_rows
 from trainer.model.dispatch import Dispatch
 from trainer.ranks.device import Hardware
 
@@ -15,6 +15,8 @@ MIN_HEAD_DIM = 16  # of flex attention's kernels
 FLOAT32_ROW = 4  # [float32 numbers] in 16 bytes
 SCALED = 32  # [numbers] that share a scale in MXFP8
 MXFP8_ROWS = 128  # of one expert, a multiple for torchao's fastest quantisation on sm_100; 32 for the others
+# of one expert on a CPU in bfloat16: oneDNN makes a kernel for each number of rows (0.6 ms) and keeps 1,024
+CPU_ROWS = 32
 LIBRARY = "deep_ep"  # DeepEP and HybridEP come in one package
 log = logging.getLogger(__name__)
 
@@ -31,8 +33,7 @@ def check_hardware(config: Config, on: Hardware, *, has_library: Callable[[str],
             f"model.head_dim={m.head_dim}: flex attention on a GPU wants at least {MIN_HEAD_DIM}; "
             f"use model.head_dim={MIN_HEAD_DIM}"
         )
-    if (m.expert_dtype or config.dtype) == "float32":
-        whole_rows(config, num=FLOAT32_ROW)
+    whole_rows(config, num=FLOAT32_ROW if (m.expert_dtype or config.dtype) == "float32" else ALIGNED)
 
 
 def _check_mxfp8(config: Config, on: Hardware, has_library: Callable[[str], object]) -> None:
@@ -88,8 +89,10 @@ def _refused(key: str, needs: str, on: Hardware, *, instead: str = "bfloat16") -
     return ConfigError(f"{key} needs {needs} or later, and here is {here}; use {instead}")
 
 
-def warn_of_float32(config: Config, on: Hardware) -> None:
-    """On a GPU that is slow, and not what a stranger expects."""
+def warn_of_dtype(config: Config, on: Hardware) -> None:
+    """Of one that is slow here, which a stranger does not expect."""
+    if config.dtype == "bfloat16" and not on.has_bfloat16:
+        log.warning("dtype=bfloat16: this processor has no instructions for it; dtype=float32 is faster")
     if on.type == "cuda" and config.dtype == "float32":
         log.warning(
             "dtype=float32 on a GPU: no tensor cores, and the host waits for each expert; dtype=bfloat16 is "
@@ -97,7 +100,8 @@ def warn_of_float32(config: Config, on: Hardware) -> None:
         )
 
 
-def dispatch_of(config: Config, *, max_tokens: int) -> Dispatch:
+def dispatch_of(config: Config, on: Hardware, *, max_tokens: int) -> Dispatch:
     """max_tokens: of a microbatch on one rank, in the whole run."""
-    multiple = MXFP8_ROWS if config.model.expert_dtype == MXFP8 else 1
+    dtype = config.model.expert_dtype or config.dtype
+    multiple = MXFP8_ROWS if dtype == MXFP8 else CPU_ROWS if (on.type, dtype) == ("cpu", "bfloat16") else 1
     return Dispatch(name=config.parallel.dispatcher, multiple=multiple, max_tokens=max_tokens)

@@ -49,7 +49,7 @@ class Experts(GroupedExperts):
             for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD)
         )
         is_cpu, is_own = x_RD.device.type == "cpu", type(self)._grouped_mm is GroupedExperts._grouped_mm
-        if is_cpu and is_own and dtype == torch.float32 and not torch.compiler.is_compiling():
+        if is_cpu and is_own and not torch.compiler.is_compiling():
             return _SwigluLoop.apply(x_RD.to(dtype), w1_EFD, w2_EDF, w3_EFD, num_tokens_per_expert_E).to(
                 x_RD.dtype
             )
@@ -138,8 +138,8 @@ class _SwigluLoop(torch.autograd.Function):
 
 
 def _parts(sizes: list[int], *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    """Each tensor's rows, cut by expert."""
-    return tuple(tensor.split(sizes) for tensor in tensors)
+    """Each tensor's rows, cut by expert; what lies behind the last expert's is nobody's."""
+    return tuple(tensor[: sum(sizes)].split(sizes) for tensor in tensors)
 
 
 class MoE(Module):

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torchtitan.models.common import nn_modules
 
+FAST = (torch.float32, torch.bfloat16)  # float32 inside
+
 
 class RMSNorm(nn_modules.RMSNorm):
     @dataclass(kw_only=True, slots=True)
@@ -17,8 +19,9 @@ class RMSNorm(nn_modules.RMSNorm):
         pass
 
     def forward(self, x_D: Tensor) -> Tensor:
-        if x_D.device.type == "cpu" and x_D.dtype == self.weight.dtype == torch.float32:
-            return _RMSNorm.apply(x_D, self.weight, self.eps)
+        weight_D = self.weight
+        if x_D.device.type == "cpu" and x_D.dtype == weight_D.dtype and x_D.dtype in FAST:
+            return _RMSNorm.apply(x_D, weight_D, self.eps)
         return super().forward(x_D)
 
 
@@ -29,19 +32,21 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_D: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm_1 = torch.linalg.vector_norm(x_D, dim=-1, keepdim=True)
+        exact_D = x_D.float()
+        norm_1 = torch.linalg.vector_norm(exact_D, dim=-1, keepdim=True)
         scale_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, scale_1)
-        return (x_D * scale_1).mul_(weight_D)
+        return (exact_D * scale_1).mul_(weight_D.float()).to(x_D.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_D: Tensor):
         x_D, weight_D, scale_1 = ctx.saved_tensors
-        dim = x_D.shape[-1]
+        dtype, dim = x_D.dtype, x_D.shape[-1]
+        grad_D, x_D, weight_D = grad_D.float(), x_D.float(), weight_D.float()
         grad_x_D, grad_weight_D, _ = torch.ops.aten.native_layer_norm_backward(
             grad_D, x_D, [dim], torch.zeros_like(scale_1), scale_1, weight_D, None, [True, True, False]
         )
         # what a mean that moves with x would take
         through_mean_1 = (grad_D @ weight_D).unsqueeze(-1).mul_(scale_1).div_(dim)
-        return grad_x_D.add_(through_mean_1), grad_weight_D, None
+        return grad_x_D.add_(through_mean_1).to(dtype), grad_weight_D.to(dtype), None

@@ -15,9 +15,10 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 
 from trainer.model.afmoe import Afmoe, moe_layers
+from trainer.model.casts import cast_weights
 from trainer.model.compiled import allow_graphs
 from trainer.model.context import Cut
-from trainer.ranks.device import use_plain_sum
+from trainer.ranks.device import DEVICE_TYPE, use_plain_sum
 
 EXPERT_LAYOUT = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
 
@@ -65,8 +66,10 @@ def build_parallel(
     # A compiled block may be repeated as a whole. What is saved inside of one, its compiler must see.
     for wrap in wraps if activation_checkpoint == "full" else reversed(wraps):
         wrap()
-    if dims.world_size == 1 and dtype == torch.float32:
-        return model.train()  # nothing to cut, nothing to cast: FSDP would only copy
+    if dims.world_size == 1 and (dtype == torch.float32 or (DEVICE_TYPE == "cpu" and compile is None)):
+        if dtype != torch.float32:
+            cast_weights(model, dtype)
+        return model.train()  # nothing to cut: FSDP would only copy
     replicate = ["dp_replicate"] if dims.dp_replicate_enabled else []
     mesh = dims.get_mesh([*replicate, "fsdp"])
     apply_fsdp_to_decoder(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from trainer.model.afmoe import Head
 from trainer.model.parallelize import trained
@@ -29,6 +30,8 @@ class Optimizers:
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
+        # fused optimizers do not say that they have changed a weight, nor do those that write to `.data`
+        increment_version([p for group in self.param_groups for p in group["params"]])
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers:

@@ -55,7 +55,7 @@ def before_devices(config: Config, meeting: Meeting, names: Sequence[str]) -> li
 def of_devices(
     config: Config, meeting: Meeting, names: Sequence[str], on: torch.device, sheet: Hardware | None
 ) -> list[Finding]:
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, device.settled(config).dtype)
     called = (
         f"{on.type} {on.index or 0} (rank {meeting.rank})"
         if on.type == "cuda"

@@ -4,12 +4,18 @@ Only this file and trainer/model/ import torchtitan (tests/test_architecture.py)
 """
 
 import ctypes
+import json
 import logging
+import os
+import platform
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +25,7 @@ from torchtitan.distributed import parallel_dims
 from torchtitan.distributed import utils as titan_utils
 from torchtitan.distributed.parallel_dims import ParallelDims
 
-from trainer.config import ConfigError, ParallelConfig, divisors
+from trainer.config import AUTO, Config, ConfigError, ParallelConfig, divisors
 from trainer.ranks.meeting import Meeting, meet
 
 DEVICE_TYPE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -173,17 +179,31 @@ def use_plain_sum(model: torch.nn.Module) -> None:
 
 class Hardware(NamedTuple):
     """What a rank runs on. capability: compute capability of a GPU; are_linked: its host's GPUs reach each
-    other's memory, None where only one is seen.
+    other's memory, None where only one is seen; has_bfloat16: instructions that multiply it.
     """
 
     type: str
     capability: tuple[int, int] = (0, 0)
     are_linked: bool | None = None
+    has_bfloat16: bool = True
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this device has instructions for it."""
+    names = ("avx512_bf16", "amx_bf16", "bf16")
+    return DEVICE_TYPE == "cuda" or any(torch.cpu.get_capabilities().get(name, False) for name in names)
+
+
+def settled(config: Config) -> Config:
+    """The same, with the fast dtype of this device in place of `auto`."""
+    if config.dtype != AUTO:
+        return config
+    return replace(config, dtype="bfloat16" if multiplies_bfloat16() else "float32")
 
 
 def hardware(on: torch.device) -> Hardware:
     if on.type != "cuda":
-        return Hardware(on.type)
+        return Hardware(on.type, has_bfloat16=multiplies_bfloat16())
     own = torch.cuda.current_device()
     others = [other for other in range(torch.cuda.device_count()) if other != own]
     are_linked = all(torch.cuda.can_device_access_peer(own, other) for other in others) if others else None
@@ -199,12 +219,38 @@ def set_matmul_precision(*, dtypes: Iterable[str | None]) -> None:
 
 
 @cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU."""
+def peak_flops(device: torch.device, dtype: torch.dtype, keep: Path | None = None) -> float:
+    """[FLOP/s] that MFU is measured against: the data sheet on a GPU, a measured matmul on a CPU.
+
+    keep: the file where what was measured on this machine is kept.
+    """
     if device.type == "cuda":
         from torchtitan.tools.utils import get_peak_flops
 
         return float(get_peak_flops(torch.cuda.get_device_name(device)))
+    return measured_flops(dtype) if keep is None else kept_flops(dtype, keep)
+
+
+def kept_flops(dtype: torch.dtype, file: Path) -> float:
+    """As it was measured here before, with as many threads; a file that cannot be used is as good as none."""
+    processor = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    threads = f"{torch.get_num_threads()} threads"
+    key = ", ".join((platform.node(), processor, threads, str(dtype), f"torch {torch.__version__}"))
+    known: dict[str, float] = {}
+    with suppress(OSError, ValueError, AttributeError):
+        known |= {str(k): float(v) for k, v in json.loads(file.read_text()).items()}
+    if not 0 < known.get(key, 0) < float("inf"):
+        known[key] = measured_flops(dtype)
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = file.with_name(f"{file.name}.{os.getpid()}")
+            draft.write_text(json.dumps(known, indent=1))
+            draft.replace(file)
+    return known[key]
+
+
+def measured_flops(dtype: torch.dtype) -> float:
+    """[FLOP/s] of a product of matrices on this CPU, the best of 8."""
     n = 1024
     a = torch.randn(n, n, dtype=dtype)
     best_s = float("inf")

@@ -19,7 +19,7 @@ from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.frozen import train_only
-from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
+from trainer.model.hardware import check_hardware, dispatch_of, warn_of_dtype
 from trainer.model.init import initialize
 from trainer.model.parallelize import build_parallel
 from trainer.optim import Optimizers
@@ -40,7 +40,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     """Forks the data workers, then joins the process group and builds all else on this rank. stop: may end
     the start between its phases. Raises: ConfigError before any training; Stopped.
     """
-    stop = stop or StopRequest()
+    stop, config = stop or StopRequest(), device.settled(config)
     meeting = meet(timeout_s=config.timeout_s)
     end_if_told(stop, ask=meeting.all_gather_objects)
     facts = {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
@@ -105,7 +105,7 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
     here = device.hardware(on)
     check_hardware(config, here)
     if dist.get_rank() == 0:
-        warn_of_float32(config, here)
+        warn_of_dtype(config, here)
     device.set_matmul_precision(dtypes=(config.dtype, config.model.expert_dtype))
     first = program.spans[0].now
     shapes = {(span.now.micro_batch, span.now.seq_len) for span in program.spans}
@@ -113,7 +113,7 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
         config.model,
         flex=on.type == "cuda",
         clears_idle=here.capability[0] == 10,
-        dispatch=dispatch_of(config, max_tokens=max(rows * length for rows, length in shapes)),
+        dispatch=dispatch_of(config, here, max_tokens=max(rows * length for rows, length in shapes)),
         loss_weights=loss_weights(first),
         z_loss_weight=first.z_loss_weight,
     )

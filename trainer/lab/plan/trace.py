@@ -81,7 +81,7 @@ def build(
     watch.numels, watch.expert_numels = weight_numels(m, ep=layout.ep)
     first = program_of(config).spans[0].now
     shape = afmoe_config(m, flex=True, loss_weights=loss_weights(first), z_loss_weight=first.z_loss_weight)
-    dtype = getattr(torch, config.dtype)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     with fake.stand_ins(watch):
         net = build_parallel(shape, dims, dtype=dtype, activation_checkpoint=policy, **sharding)
     for module in net.modules():
