@@ -2,6 +2,8 @@
 `stream`.
 """
 
+from trainer.data.chat import ChatSource
+from trainer.data.epochs import steps_left
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
@@ -31,6 +33,7 @@ __all__ = [
     "ArrowSource",
     "BadDocument",
     "Batch",
+    "ChatSource",
     "DataError",
     "Document",
     "HubSource",
@@ -53,5 +56,6 @@ __all__ = [
     "load_tokenizer",
     "permutation",
     "roles",
+    "steps_left",
     "with_slots",
 ]
