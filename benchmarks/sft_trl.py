@@ -20,7 +20,7 @@ from transformers import AfmoeConfig, AfmoeForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from trainer.config import ModelConfig
-from trainer.data import IGNORED, ChatSource, StreamConfig, TokenStream
+from trainer.data import IGNORED, ChatSource, Document, StreamConfig, TokenStream
 from trainer.model.afmoe import afmoe_config
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.init import initialize
@@ -114,10 +114,11 @@ def main(num_samples: int = 32) -> int:
             train_dataset=Dataset.from_list(source.records.rows),
             processing_class=fast,
         )
-        rows = {tuple(row["input_ids"]): list(row["assistant_masks"]) for row in trainer.train_dataset}
+        rows = {tuple(row["input_ids"]): list(row["labels"]) for row in trainer.train_dataset}
         documents = [source[i] for i in range(num_samples)]
-        ours = {tuple(d.tokens.tolist()): d.mask.astype(int).tolist() for d in documents}
-        print(f"{num_samples} conversations, {sum(map(len, ours))} tokens")
+        ours = {tuple(d.tokens.tolist()): labels_of(d) for d in documents}
+        num_labels = sum(label != IGNORED for labels in ours.values() for label in labels)
+        print(f"{num_samples} conversations, {sum(map(len, ours))} tokens, {num_labels} labels")
         same_ids, same_labels = rows.keys() == ours.keys(), rows == ours
         print(f"the same ids: {same_ids}; the same labels: {same_labels}")
         batch = next(iter(trainer.get_train_dataloader()))
@@ -127,6 +128,12 @@ def main(num_samples: int = 32) -> int:
         mine = our_loss(model.eval(), source, num_samples)
         print(f"first loss: TRL {theirs:.6f}, here {mine:.6f}, difference {abs(theirs - mine):.1e}")
         return int(not (same_labels and abs(theirs - mine) <= TOLERANCE))
+
+
+def labels_of(document: Document) -> list[int]:
+    """As TRL has them: not yet shifted."""
+    pairs = zip(document.tokens.tolist(), document.mask.tolist(), strict=True)
+    return [token if learned else IGNORED for token, learned in pairs]
 
 
 class Chosen:
