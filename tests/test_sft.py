@@ -305,7 +305,7 @@ def test_new_control_tokens_get_rows_and_the_rest_is_the_run_s(tmp_path: Path) -
     ("words", "message"),
     [
         (["epochs=2", "data.at_end=repeat"], "epochs=2 with data.at_end=repeat, which reads on"),
-        (["data.tokenizer=train"], "data.source: data.tokenizer=train: a tokenizer is not trained on"),
+        (["data.tokenizer=train"], "data.tokenizer=train: a tokenizer is not trained on"),
         (["data.tokenizer=null"], "data.source: data.tokenizer=None: a conversation is text"),
         (
             ["data.control_tokens=[]", "data.tokenizer={0}/plain.json"],
@@ -314,10 +314,10 @@ def test_new_control_tokens_get_rows_and_the_rest_is_the_run_s(tmp_path: Path) -
         (["data.source.path={0}/nothing.jsonl"], "data.source: .*no file matches"),
         (["data.source.labels=some"], "data.source: labels=some: must be one of"),
         (["data.source.template={0}/no.jinja"], "data.source: template=.*no.jinja: cannot be read"),
-        (["model.vocab_size=600"], "with data.control_tokens|needs model.vocab_size=605"),
+        (["model.vocab_size=600"], "needs model.vocab_size=604, which is 600"),
         (
             ["+stage.more={{steps: 3, seq_len: 128}}"],
-            "epochs=4 with stage.more.global_batch=4 and seq_len=128",
+            "epochs=20 with stage.more.global_batch=4 and seq_len=128",
         ),
     ],
 )
