@@ -20,7 +20,7 @@ from tests.runs import metrics, tensors
 from tests.streams import equal, gathered, global_rows, load, make_stream, ranks, step_rows
 from trainer import train
 from trainer.config import ConfigError, ModelConfig
-from trainer.data import ChatSource, steps_left
+from trainer.data import ChatSource, DataError, steps_left
 from trainer.model.hf import hf_config, to_hf
 from trainer.run.step import next_batches, train_step
 
@@ -353,3 +353,56 @@ def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Pat
     source.bind(byte_level(CONTROL), None)
     assert straight[-1]["data/documents"] + straight[-1]["data/held_out"] == len(source)
     assert 0 < evaluations[-1]["targets"] < 1000  # what is held out has masks, too
+
+
+def test_bad_conversations_are_listed_or_fatal_as_configured(tmp_path: Path) -> None:
+    good = {"messages": [user("a"), assistant("b")]}
+    rows = [
+        good,
+        b'{"messages": [',
+        good,
+        {"messages": [user("a"), user("b")]},
+        {"messages": [user("a")]},
+        good,
+    ]
+    path = write_records(tmp_path / "mine.jsonl", rows)
+    words = overrides(tmp_path, f"data.source.path={path}", "epochs=1", "evaluate=none", "data.holdout=0")
+    words += ["global_batch=1", "data.max_bad=1", "optim=adamw"]
+    run_ranks(train_to_the_end, 1, words)
+    listed = (tmp_path / "sft/bad_documents.0.txt").read_text().splitlines()
+    assert sorted(line.split(": ")[:2] for line in listed) == [
+        [f"{path}:2", "broken_json"],
+        [f"{path}:4", "turns"],
+        [f"{path}:5", "no_label"],
+    ]  # once each, though the data is read twice: to count the steps, and to train
+    assert metrics(tmp_path / "sft")[-1]["data/skipped"] == 3
+    with pytest.raises(
+        DataError, match=rf"{path}:\d: (broken_json|turns|no_label): .*\ndata.on_bad=skip"
+    ) as refusal:
+        run_ranks(begun, 1, [*words, "data.on_bad=fatal", "name=fatal"])
+    assert "Traceback" not in str(refusal.value)
+
+
+def test_a_validation_set_of_conversations_has_masks(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "mine.jsonl", [{"messages": [user("a b c"), assistant("d e")]}] * 3)
+    conversations = f"{{_target_: trainer.data.ChatSource, path: {path}}}"
+    node = f"evaluate.v={{_target_: trainer.evaluate.Validation, source: {conversations}}}"
+    words = overrides(tmp_path, "evaluate=none", node, "steps=1", "epochs=1", "optim=adamw")
+    run_ranks(train_to_the_end, 1, words)
+    line = json.loads((tmp_path / "sft/evaluations.jsonl").read_text().splitlines()[-1])
+    source = ChatSource(str(path))
+    source.bind(byte_level(CONTROL), None)
+    assert line["targets"] == 3 * int(source[0].mask.sum()) and line["documents"] == 3
+
+
+def test_routing_biases_go_on_or_rest(tmp_path: Path) -> None:
+    words = overrides(tmp_path, "evaluate=none", "epochs=1", "optim=adamw", "steps=3")
+    for name, more in {"moving": [], "resting": ["stage.warmup.bias_rate=0"]}.items():
+        run_ranks(train_to_the_end, 1, [*words, f"name={name}", *more])
+    biases = {name: routing_biases(tmp_path / name) for name in ("moving", "resting")}
+    assert all(bias.any() for bias in biases["moving"]) and not any(bias.any() for bias in biases["resting"])
+    assert all("balance/max_violation" in line for name in biases for line in metrics(tmp_path / name))
+
+
+def routing_biases(directory: Path) -> list[torch.Tensor]:
+    return [t for name, t in tensors(directory, 3).items() if name.startswith("model.") and "bias" in name]
