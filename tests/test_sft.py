@@ -22,6 +22,7 @@ from trainer import train
 from trainer.config import ConfigError, ModelConfig
 from trainer.data import ChatSource, DataError, steps_left
 from trainer.model.hf import hf_config, to_hf
+from trainer.program import program_of
 from trainer.run.step import next_batches, train_step
 
 VOCAB = 608  # of the tests' tokenizer, up to a multiple of 8
@@ -156,14 +157,16 @@ def whole_weights(run) -> dict[str, torch.Tensor]:
 def trained(words: list[str]) -> dict:
     """Rows, losses and rates of each step, and the weights before and after; rows of this rank."""
     run = train.start(train.load(words))
-    before, rows, losses, rates = whole_weights(run), [], [], []
+    before, rows, losses, rates, norms = whole_weights(run), [], [], [], []
     for _ in range(STEPS):
         batches = next_batches(run)
         rows.append(torch.cat([torch.stack(list(batch)) for batch in batches], dim=1))
         values = train_step(run, batches)
         losses.append(values["loss"])
         rates.append(values["lr"])
-    result = {"before": before, "after": whole_weights(run), "rows": rows, "losses": losses, "rates": rates}
+        norms.append(values["grad_norm"])
+    result = {"before": before, "after": whole_weights(run), "rows": rows, "losses": losses}
+    result |= {"rates": rates, "norms": norms}
     run.stream.close()
     run.held and run.held.close()
     return result
@@ -177,7 +180,7 @@ def plain_loop(result: dict, rows_of_steps: list[torch.Tensor], shape: ModelConf
     optimizer = torch.optim.AdamW(
         [*groups, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
     )
-    losses = []
+    losses, norms = [], []
     for rows_3RL, rate in zip(rows_of_steps, result["rates"], strict=True):
         total, num_labels = 0.0, int((rows_3RL[1] != -100).sum())
         for tokens, labels in samples_of(rows_3RL):
@@ -186,12 +189,12 @@ def plain_loop(result: dict, rows_of_steps: list[torch.Tensor], shape: ModelConf
             (loss / num_labels).backward()
             total += loss.item()
         losses.append(total / num_labels)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    return losses, dict(model.named_parameters())
+    return losses, norms, dict(model.named_parameters())
 
 
 def their_model(weights: dict[str, torch.Tensor], shape: ModelConfig, path: Path) -> AfmoeForCausalLM:
@@ -223,8 +226,9 @@ def test_twenty_steps_are_those_of_transformers_and_adamw(tmp_path: Path, layout
     rows = [torch.cat(parts, dim=1) for parts in zip(*(result["rows"] for result in results), strict=True)]
     assert all(((row[1] == -100) & (row[2] >= 0)).any() and (row[2] < 0).any() for row in rows)
     shape = train.load(words).model
-    losses, theirs = plain_loop(results[0], rows, shape, tmp_path)
+    losses, norms, theirs = plain_loop(results[0], rows, shape, tmp_path)
     np.testing.assert_allclose(results[0]["losses"], losses, rtol=1e-5)
+    np.testing.assert_allclose(results[0]["norms"], norms, rtol=1e-4)
     assert losses[-1] < losses[0] - 1  # something was learned
     ours = dict(their_model(results[0]["after"], shape, tmp_path / "after").named_parameters())
     moved = dict(their_model(results[0]["before"], shape, tmp_path / "before").named_parameters())
@@ -333,7 +337,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, words: list[str],
 
 
 def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Path) -> None:
-    """Read once straight, and once with a stop after three steps and another number of ranks."""
+    """Read straight, with a stop after three steps, and then on another number of ranks, rows cut too."""
     words = overrides(
         tmp_path, "stage=constant", "epochs=1", "global_batch=8", "seq_len=512", "micro_batch=2"
     )
@@ -341,7 +345,10 @@ def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Pat
     run_ranks(train_to_the_end, 1, [*words, "name=straight"])
     run_ranks(train_to_the_end, 2, [*words, "name=moved", "steps=3", "parallel=fsdp"])
     run_ranks(train_to_the_end, 2, [*words, "name=moved", "parallel=fsdp", "parallel.cp=2"])
+    run_ranks(train_to_the_end, 1, [*words, "name=again", "steps=3"])
+    run_ranks(train_to_the_end, 1, [*words, "name=again"])
     straight, moved = metrics(tmp_path / "straight"), metrics(tmp_path / "moved")
+    assert metrics(tmp_path / "again") == straight  # bit for bit on the same rank
     assert len(straight) == len(moved) > 3
     np.testing.assert_allclose([m["loss"] for m in moved], [m["loss"] for m in straight], rtol=1e-5)
     exact = ("tokens", "data/documents", "data/tokens", "data/padding", "data/step_tokens")
@@ -406,3 +413,29 @@ def test_routing_biases_go_on_or_rest(tmp_path: Path) -> None:
 
 def routing_biases(directory: Path) -> list[torch.Tensor]:
     return [t for name, t in tensors(directory, 3).items() if name.startswith("model.") and "bias" in name]
+
+
+# -- Trinity ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["nano", "mini", "large"])
+def test_trinity_is_fine_tuned_at_a_tenth_of_its_peaks(size: str) -> None:
+    """By hand from the report: rows of 64K, up to a tenth, linear to 0, greedy packing."""
+    config = train.load([f"experiment=trinity_{size}_sft", "steps=1000"])
+    warmup, decay = program_of(config).spans
+    assert (warmup.lr.first, warmup.lr.last, decay.lr.last) == (0, 0.1, 0)
+    assert warmup.lr.shape == decay.lr.shape == "linear" and config.data.packing == "fit"
+    assert {span.now.seq_len for span in (warmup, decay)} == {65_536}
+    base = train.load([f"experiment=trinity_{size}"])
+    assert (config.optim, config.model, config.balance) == (base.optim, base.model, base.balance)
+    p = config.parallel
+    num_ranks, readers = p.dp_replicate * p.dp_shard * p.cp, p.dp_replicate * p.dp_shard
+    assert num_ranks == {"nano": 512, "mini": 512, "large": 2048}[size]
+    program_of(config).check_split(num_ranks=readers, num_streams=config.data.num_streams)
+
+
+def test_epochs_are_steps_for_those_who_read_no_data() -> None:
+    with pytest.raises(
+        ConfigError, match="not set: steps. How many are in epochs=2 is counted by reading; give"
+    ):
+        program_of(train.load(["experiment=trinity_mini_sft"]))
