@@ -170,7 +170,7 @@ def lasting(config: Config, meeting: Meeting) -> tuple[Config, Program, TokenStr
             raise ConfigError(
                 f"epochs={config.epochs} with stage.{span.name}.global_batch={span.now.global_batch} and "
                 f"seq_len={span.now.seq_len}: steps are counted for one kind of rows; give the span "
-                f"global_batch={first.global_batch} and seq_len={first.seq_len}, or use steps= in place of epochs="
+                f"global_batch={first.global_batch} and seq_len={first.seq_len}, or use steps= in its place"
             )
     stream = fork_stream(config, draft, meeting)
 
