@@ -258,7 +258,7 @@ def boundaries(stage: dict[str, SpanConfig], nows: Sequence[StepSettings], steps
     if steps is None and (relative := open_spans or shares):
         raise ConfigError(
             f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or "
-            "stage.<span>.tokens"
+            "stage.<span>.tokens (epochs= is counted where a run starts)"
         )
     if len(open_spans) > 1:
         raise ConfigError(

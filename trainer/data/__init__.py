@@ -3,6 +3,8 @@
 """
 
 from trainer.data.cache import cache_path
+from trainer.data.chat import ChatSource
+from trainer.data.epochs import steps_left
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
@@ -32,6 +34,7 @@ __all__ = [
     "ArrowSource",
     "BadDocument",
     "Batch",
+    "ChatSource",
     "DataError",
     "Document",
     "HubSource",
@@ -55,5 +58,6 @@ __all__ = [
     "load_tokenizer",
     "permutation",
     "roles",
+    "steps_left",
     "with_slots",
 ]
