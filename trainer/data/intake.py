@@ -215,6 +215,12 @@ class Intake:
         self.used_S[source] += length is not None
         self.tokens_S[source] += length or 0
 
+    def count_lengths(self, source: int, lengths: Sequence[int]) -> None:
+        """Of documents that were drawn."""
+        self.seen_S[source] += len(lengths)
+        self.used_S[source] += len(lengths)
+        self.tokens_S[source] += sum(lengths)
+
     # -- answers: in a worker, or here if there is none --
 
     def answer(self, request: tuple[bool, list[tuple[int, int, Any]]]) -> TokenBatch:
@@ -290,7 +296,7 @@ def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tok
 
 
 def checked_tokens(document: Document) -> Tokens:
-    ids, mask = document.tokens.astype(np.uint32, copy=False), document.mask
+    ids, mask = np.ascontiguousarray(document.tokens, np.uint32), document.mask
     if mask is None:
         return Tokens(ids)
     mask = np.asarray(mask)

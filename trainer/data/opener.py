@@ -86,6 +86,50 @@ class Opener:
         self.intake.count_length(source, len(tokens.ids))
         return tokens
 
+    def take_many(
+        self, source: int, *, num: float, num_tokens: float
+    ) -> tuple[list[int], list[Tokens], list[int]]:
+        """The next documents, until there are so many of them or so many tokens, or no more: their numbers,
+        their tokens and their lengths. The one behind is not looked at: it may be bad.
+        """
+        numbers, documents, lengths = list[int](), list[Tokens](), list[int]()
+        while len(documents) < num and num_tokens > 0:
+            length = self.next_length(source)
+            if length is None:
+                break
+            numbers.append(self.next_S[source])
+            documents.append(self.take(source))
+            lengths.append(length)
+            num_tokens -= length
+            if self.intake.repeats:
+                usable, of_usable = self.take_usable(source, num=num - len(documents), num_tokens=num_tokens)
+                first, num_usable = self.next_S[source], len(usable)
+                self.next_S[source] += num_usable * self.num_streams
+                numbers += range(first, self.next_S[source], self.num_streams)
+                documents += usable
+                lengths += of_usable
+                num_tokens -= sum(of_usable)
+        return numbers, documents, lengths
+
+    def take_usable(self, source: int, *, num: float, num_tokens: float) -> tuple[list[Tokens], list[int]]:
+        """As many of the documents that were requested, before the first that is bad."""
+        documents, lengths = list[Tokens](), list[int]()
+        queue, task, batch = self.queue_S[source], None, None
+        while queue and len(documents) < num and num_tokens > 0:
+            requested, i = queue[0]
+            if requested is not task:
+                task, batch = requested, requested.result()
+            tokens = batch[i]
+            if type(tokens) is not Tokens:
+                break
+            length = len(tokens.ids)
+            documents.append(tokens)
+            lengths.append(length)
+            num_tokens -= length
+            queue.popleft()
+        self.intake.count_lengths(source, lengths)
+        return documents, lengths
+
     def advance(self, source: int) -> None:
         self.queue_S[source].popleft()
         self.next_S[source] += self.num_streams
