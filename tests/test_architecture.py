@@ -65,6 +65,7 @@ LAYERS = [
     "lab.ablate",
     "lab.plan",
     "preflight",
+    "tokenize",
     "lab.preview",
     "lab.report",
     "lab.watch",

@@ -258,8 +258,8 @@ class Intake:
         entry = checked(document, limit_mb=limit_mb, holdout=self.holdout)
         if not is_new or reader.bias is None or isinstance(entry, BadDocument):
             return entry
-        is_text = entry is None
-        length = len(document.text.encode()) / reader.bias.bytes_per_token if is_text else len(entry.ids)
+        num_bytes = len(document.text.encode()) if entry is None else document.num_bytes
+        length = len(entry.ids) if num_bytes is None else num_bytes / reader.bias.bytes_per_token
         if reader.draws(n, length):
             return entry
         return BadDocument(
@@ -283,6 +283,8 @@ def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tok
     if is_held_out(document, share=holdout):
         return BadDocument(HELD_OUT, document.where, f"data.holdout={holdout:g}")
     if document.tokens is not None:
+        if document.num_bytes is not None and document.num_bytes / 1e6 > limit_mb:
+            return huge(document, document.num_bytes / 1e6, limit_mb)
         return checked_tokens(document) if len(document.tokens) else empty(document)
     if document.mask is not None:
         raise DataError(f"{document.where}: a mask needs tokens, and the document is text")
@@ -291,7 +293,7 @@ def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tok
     except UnicodeEncodeError as error:  # half a surrogate pair, which no encoding of text can hold
         return BadDocument("not_utf8", document.where, str(error))
     if size_mb > limit_mb:
-        return BadDocument("huge", document.where, f"{size_mb:.2f} MB, max_document_mb={limit_mb:g}")
+        return huge(document, size_mb, limit_mb)
     return None
 
 
@@ -304,6 +306,10 @@ def checked_tokens(document: Document) -> Tokens:
         message = f"{document.where}: the mask has shape {mask.shape} and dtype {mask.dtype}"
         raise DataError(f"{message}; a bool for each of the {len(ids)} tokens is needed")
     return Tokens(ids, mask)
+
+
+def huge(document: Document, size_mb: float, limit_mb: float) -> BadDocument:
+    return BadDocument("huge", document.where, f"{size_mb:.2f} MB, max_document_mb={limit_mb:g}")
 
 
 def empty(document: Document) -> BadDocument:

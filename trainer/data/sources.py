@@ -29,12 +29,16 @@ class Document(NamedTuple):
     """One text, or the tokens of one (then complete: the source itself adds the end of text).
 
     mask: of the tokens; True where the model shall learn to predict the token. None: everywhere.
+    content, num_bytes: the hash (xxh3, 64 bits) and the size in UTF-8 of the text that the tokens were made
+    of, where the source knows them.
     """
 
     where: str  # for people: "corpus/a.jsonl:17"
     text: str | None = None
     tokens: np.ndarray | None = None
     mask: np.ndarray | None = None
+    content: int | None = None
+    num_bytes: int | None = None
 
 
 class Tokens(NamedTuple):

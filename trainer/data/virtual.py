@@ -224,8 +224,8 @@ class VirtualStream:
     # -- open documents --
 
     def refill(self, source: int, now: StreamSettings, *, num_tokens: int = 0) -> None:
-        """Fills the buffer. Where there is none, one document is opened, or as many as hold `num_tokens`: then
-        all but the last are read to their ends in this step.
+        """Fills the buffer. Where there is none, one document is opened, or as many as hold `num_tokens`: all
+        but the last of them are read to their ends in this step.
         """
         buffer = self.buffer_S[source]
         room = buffer.room(now.size_S[source])
