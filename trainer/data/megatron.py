@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.cache import cache_path, draft, hash_of, keep, kept
-from trainer.data.shards import mapped, refuse_beyond
+from trainer.data.cache import cache_path, draft, hash_of, keep, kept, mapped
+from trainer.data.shards import refuse_beyond
 from trainer.data.sources import Document, find_files, hashed, hashed_files, locate
 
 HEADER = struct.Struct("<9sQBQQ")

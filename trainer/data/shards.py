@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from trainer.data.cache import cache_path, draft, hash_of, keep, kept, new_hash
+from trainer.data.cache import cache_path, draft, file_hash, hash_of, keep, kept, mapped
 from trainer.data.sources import BadDocument, Document, expanded, hashed, locate
 
 FORMAT = 1  # raise it when the files change their meaning
@@ -25,7 +24,6 @@ CORPUS, TOKENIZER = "corpus.json", "tokenizer.json"
 DTYPES = ("<u2", "<u4")
 # of a document: [tokens] its end in the shard, [bytes] its text's UTF-8, xxh3 of that text
 INDEX = np.dtype([("end", "<u8"), ("num_bytes", "<u8"), ("content", "<u8")])
-CHUNK_BYTES = 1 << 24  # that are hashed at once
 AGAIN = "fetch it again, or tokenise the corpus anew"
 
 
@@ -45,24 +43,6 @@ def dtype_for(num_ids: int) -> str:
 
 def shard_file(directory: Path, k: int, suffix: str) -> Path:
     return directory / f"{k:05d}.{suffix}"
-
-
-def file_hash(path: Path) -> str:
-    digest = new_hash()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def mapped(path: Path, dtype: np.dtype, *, num: int) -> np.ndarray:
-    """Read-only, and without a file descriptor that stays open: a large corpus has thousands of files."""
-    if not num:
-        return np.empty(0, dtype)
-    num_bytes = num * dtype.itemsize
-    array = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy().view(dtype)
-    array.flags.writeable = False
-    return array
 
 
 class TokensSource:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence, Sized
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +21,11 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-from trainer.data.cache import new_hash
+from trainer.data.cache import file_hash, new_hash
 from trainer.data.encoder import Encoder
 from trainer.data.intake import checked
 from trainer.data.reader import DataError, Reader
-from trainer.data.shards import CORPUS, FORMAT, INDEX, TOKENIZER, Shard, dtype_for, file_hash, shard_file
+from trainer.data.shards import CORPUS, FORMAT, INDEX, TOKENIZER, Shard, dtype_for, shard_file
 from trainer.data.sources import BadDocument, Document, Source
 from trainer.data.tokenizer import end_of_text_id, tokenizer_digest
 from trainer.data.workers import Workers
@@ -116,7 +116,7 @@ class Tokenizing:
         missing = [k for k in range(self.plan.num_shards) if k not in shards]
         workers = Workers(min(processes, len(missing)), self.write_shard)
         try:
-            running = {workers.submit(k): k for k in missing}
+            running: dict[Future, int] = {workers.submit(k): k for k in missing}
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     k = running.pop(future)
@@ -230,12 +230,10 @@ def finish(tokenizing: Tokenizing, shards: list[Shard], out: Path) -> None:
     write_durably(draft / TOKENIZER, tokenizing.tokenizer.to_str(pretty=True).encode())
     about = {**asdict(plan), "shards": [shard._asdict() for shard in shards]}
     write_durably(draft / CORPUS, json.dumps(about).encode())
-    for k in range(len(shards)):
-        shard_file(draft, k, RECORD).unlink()
-    (draft / PLAN).unlink()
-    (draft / "lock").unlink(missing_ok=True)
     os.rename(draft, out)
     sync_directory(out.parent)
+    for name in (PLAN, "lock", *(shard_file(out, k, RECORD).name for k in range(len(shards)))):
+        (out / name).unlink(missing_ok=True)  # corpus.json has all that they say
 
 
 @contextmanager
