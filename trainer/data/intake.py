@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -36,6 +37,11 @@ class TokenBatch(list[Tokens | BadDocument | None]):
     A batch goes through a pipe as one array of each plane: one by one, documents cost more than tokenising
     them.
     """
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """[tokens] Of each document; 0: it is none."""
+        return [len(entry.ids) if type(entry) is Tokens else 0 for entry in self]
 
     def __reduce__(self) -> tuple:
         documents = [document for document in self if isinstance(document, Tokens)]
@@ -245,6 +251,7 @@ class Intake:
                 batch[i] = (
                     empty(documents[i]) if is_empty else Tokens(np.concatenate([ids, self.end_of_text]))
                 )
+        batch.lengths  # noqa: B018  # found now, while the documents are in the processor's cache
         return batch
 
     def checked(

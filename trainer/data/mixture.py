@@ -37,7 +37,7 @@ class Credits:
         return min(wanted, key=lambda s: (next_length(s) / 2 - self.credit_S[s]) / weights_S[s])
 
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
-        self.credit_S = [
-            credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)
-        ]
-        self.credit_S[source] -= length
+        credit_S = self.credit_S
+        for s, weight in enumerate(weights_S):
+            credit_S[s] += weight * length
+        credit_S[source] -= length

@@ -113,20 +113,25 @@ class Opener:
 
     def take_usable(self, source: int, *, num: float, num_tokens: float) -> tuple[list[Tokens], list[int]]:
         """As many of the documents that were requested, before the first that is bad."""
-        documents, lengths = list[Tokens](), list[int]()
-        queue, task, batch = self.queue_S[source], None, None
+        documents, lengths, queue = list[Tokens](), list[int](), self.queue_S[source]
         while queue and len(documents) < num and num_tokens > 0:
-            requested, i = queue[0]
-            if requested is not task:
-                task, batch = requested, requested.result()
-            tokens = batch[i]
-            if type(tokens) is not Tokens:
+            task, first = queue[0]
+            batch, stop, at_most = task.result(), first, num - len(documents)
+            # tickets of one task stand for documents that follow each other in it
+            for ticket in queue:
+                if ticket[0] is not task or stop - first >= at_most:
+                    break
+                length = batch.lengths[stop]
+                if not length or num_tokens <= 0:
+                    break
+                num_tokens -= length
+                stop += 1
+            if stop == first:
                 break
-            length = len(tokens.ids)
-            documents.append(tokens)
-            lengths.append(length)
-            num_tokens -= length
-            queue.popleft()
+            documents += batch[first:stop]
+            lengths += batch.lengths[first:stop]
+            for _ in range(first, stop):
+                queue.popleft()
         self.intake.count_lengths(source, lengths)
         return documents, lengths
 

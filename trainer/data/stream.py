@@ -269,7 +269,9 @@ class TokenStream:
         """
         until = {stream: self.now.steps_until(stream.number) for stream in self.virtual}
         streams = sorted((stream for stream in self.virtual if until[stream] < steps), key=until.__getitem__)
-        goals = [self.goal(-((until[stream] - steps) // self.now.num_turns)) for stream in streams]
+        own_steps = [-((until[stream] - steps) // self.now.num_turns) for stream in streams]
+        goal_of = {num: self.goal(num) for num in set(own_steps)}
+        goals = [goal_of[num] for num in own_steps]
         shortfalls = [stream.opener.shortfall(goal_S) for stream, goal_S in zip(streams, goals, strict=True)]
         tickets = iter(self.intake.request(chain.from_iterable(shortfalls)))
         for stream, wanted in zip(streams, shortfalls, strict=True):

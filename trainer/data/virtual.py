@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.intake import Ticket, Wanted
@@ -40,6 +41,15 @@ class StreamSettings:
     def num_tokens(self) -> int:
         return self.rows_per_stream * self.seq_len
 
+    @cached_property
+    def has_buffer(self) -> bool:
+        return any(self.size_S)
+
+    @cached_property
+    def wanted(self) -> tuple[int, ...]:
+        """The sources of the mixture."""
+        return tuple(s for s, weight in enumerate(self.weights_S) if weight > 0)
+
     def steps_until(self, stream: int) -> int:
         """Until this stream serves; 0: it does in this step."""
         return (stream - self.turn) % self.num_turns
@@ -62,8 +72,10 @@ class VirtualStream:
         self.buffer_S = [
             DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)
         ]
-        # where the next piece of a source would come from, in this step: see DocumentBuffer.look
-        self.looked: dict[int, tuple[int, int]] = {}
+        # in this step: where the next piece of each source would come from, and which sources were read since
+        # their buffers were looked after
+        self.looked: list[tuple[int, int, int] | None] = [None] * num_sources
+        self.unfilled: tuple[int, ...] = ()
 
     # -- rows --
 
@@ -72,7 +84,8 @@ class VirtualStream:
         start, num_pieces, num_cuts = pieces.filled, len(pieces.lengths), len(pieces.cuts)
         end = start + now.num_tokens
         read_on = self.read_only if len(self.buffer_S) == 1 else self.read_mixed
-        self.looked.clear()
+        self.looked = [None] * len(self.buffer_S)
+        self.unfilled = tuple(range(len(self.buffer_S)))
         has_more, until = True, start
         while has_more and until < end:
             until += now.seq_len
@@ -103,11 +116,11 @@ class VirtualStream:
         if source is None:
             return False
         buffer = self.buffer_S[source]
-        slot, buffer.draws = self.looked.pop(source, None) or buffer.look(now.size_S[source])
-        if buffer.tokens[slot] is None:
-            self.reread(source, slot)
+        slot, buffer.draws, _ = self.look(source, now)
+        self.looked[source] = None
         buffer.read_on(slot, pieces, until=until)
         pieces.sources.append(source)
+        self.unfilled = (*self.unfilled, source)
         self.charge(source, pieces.filled - start, now)
         return True
 
@@ -160,38 +173,54 @@ class VirtualStream:
             if self.buffer_S[0].num_open <= now.size_S[0]:
                 self.refill(0, now, num_tokens=step_rest)
             return 0 if self.buffer_S[0].num_open else None
-        if any(now.size_S):
-            for source, size in enumerate(now.size_S):
-                if size and self.buffer_S[source].num_open <= size:
-                    self.refill(source, now)
+        if now.has_buffer:
+            for s in self.unfilled:
+                if now.size_S[s] and self.buffer_S[s].num_open <= now.size_S[s]:
+                    self.refill(s, now)
+            self.unfilled = ()
         elif not any(buffer.num_open for buffer in self.buffer_S):
             source = self.next_source(now.weights_S)
             if source is not None:
                 self.refill(source, now)
             return source
-        open_S = [
-            weight if buffer.num_open else 0.0
-            for weight, buffer in zip(now.weights_S, self.buffer_S, strict=True)
-        ]
-        if any(open_S):
-            return self.credits.next_source(
-                open_S, next_length=lambda s: min(self.length_left(s, now), row_rest)
-            )
+        source = self.source_due(now, row_rest)
+        if source is not None:
+            return source
         # of sources that the mixture names no longer
         return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)
 
-    def look(self, source: int, now: StreamSettings) -> tuple[int, int]:
-        if source not in self.looked:
-            self.looked[source] = self.buffer_S[source].look(now.size_S[source])
-        return self.looked[source]
+    def source_due(self, now: StreamSettings, row_rest: int) -> int | None:
+        """As Credits.next_source says it, of the sources with an open document; quicker once all of them have
+        begun.
+        """
+        due, first_due, credit_S, weights_S = None, math.inf, self.credits.credit_S, now.weights_S
+        for s in now.wanted:
+            if self.buffer_S[s].num_open:
+                if credit_S[s] == math.inf:
+                    return self.first_due(now, row_rest)
+                looked = self.looked[s]
+                rest = self.look(s, now)[2] if looked is None else looked[2]
+                then = ((rest if rest < row_rest else row_rest) / 2 - credit_S[s]) / weights_S[s]
+                if then < first_due:
+                    due, first_due = s, then
+        return due
 
-    def length_left(self, source: int, now: StreamSettings) -> int:
-        """[tokens] Unread of the open document of `source` that would be read on."""
-        slot, _ = self.look(source, now)
-        buffer = self.buffer_S[source]
-        if buffer.tokens[slot] is None:
-            self.reread(source, slot)
-        return buffer.rest[slot]
+    def first_due(self, now: StreamSettings, row_rest: int) -> int:
+        """Where a source is due for the first time."""
+        both = zip(now.weights_S, self.buffer_S, strict=True)
+        open_S = [weight if buffer.num_open else 0.0 for weight, buffer in both]
+        return self.credits.next_source(open_S, next_length=lambda s: min(self.look(s, now)[2], row_rest))
+
+    def look(self, source: int, now: StreamSettings) -> tuple[int, int, int]:
+        """Of the document of `source` that would be read on: slot, draws after it, and tokens unread."""
+        looked = self.looked[source]
+        if looked is None:
+            buffer = self.buffer_S[source]
+            slot, draws = buffer.look(now.size_S[source])
+            if buffer.tokens[slot] is None:
+                self.reread(source, slot)
+            looked = self.looked[source] = slot, draws, buffer.rest[slot]
+        return looked
 
     def next_source(self, weights_S: list[float], *, at_most: float = math.inf) -> int | None:
         """The source of the next document; None: all are at their ends. One at its end leaves its share to
@@ -232,14 +261,15 @@ class VirtualStream:
         if room > 1:
             self.opener.request(source, self.intake.to_request(source, room))
         buffer.close_up()
-        in_order = num_tokens > 0 and not now.size_S[source]
-        goal = (
-            {"num": math.inf, "num_tokens": num_tokens} if in_order else {"num": room, "num_tokens": math.inf}
-        )
-        numbers, documents, lengths = self.opener.take_many(source, **goal)
-        buffer.extend(numbers, documents, lengths)
-        buffer.in_order = in_order
-        self.totals["open"] += sum(lengths)
+        buffer.in_order = num_tokens > 0 and not now.size_S[source]
+        before = len(buffer.numbers)
+        if buffer.in_order:
+            buffer.extend(*self.opener.take_many(source, num=math.inf, num_tokens=num_tokens))
+        elif room > 1:
+            buffer.extend(*self.opener.take_many(source, num=room, num_tokens=math.inf))
+        elif self.opener.next_length(source) is not None:
+            buffer.add(self.opener.next_S[source], self.opener.take(source))
+        self.totals["open"] += sum(buffer.rest[before:])
 
     def reread(self, source: int, slot: int) -> None:
         """Fetches the tokens of a document that was open before a resume."""
