@@ -102,7 +102,7 @@ class JsonlSource:
         text = decoded(data, where=where)
         if is_damaged and i + 1 == self.starts[part + 1]:
             raise BadDocument("corrupt", where, f"the file is cut after line {line}: {text}")
-        if not text.strip():
+        if not text or text.isspace():
             raise BadDocument("empty", where, "the line is blank")
         try:
             record = json.loads(text)

@@ -21,7 +21,7 @@ import numpy as np
 from trainer.data.holdout import HELD_OUT, is_held_out
 from trainer.data.lengths import NOT_DRAWN
 from trainer.data.reader import DataError, Reader
-from trainer.data.sources import BadDocument, Document, Tokens
+from trainer.data.sources import BadDocument, Document, Tokens, utf8_size
 from trainer.data.workers import CLOSED, LazyResult, Workers
 
 TASK_TOKENS, TASK_DOCUMENTS = 32_768, 256
@@ -265,7 +265,7 @@ class Intake:
         entry = checked(document, limit_mb=limit_mb, holdout=self.holdout)
         if not is_new or reader.bias is None or isinstance(entry, BadDocument):
             return entry
-        num_bytes = len(document.text.encode()) if entry is None else document.num_bytes
+        num_bytes = utf8_size(document.text) if entry is None else document.num_bytes
         length = len(entry.ids) if num_bytes is None else num_bytes / reader.bias.bytes_per_token
         if reader.draws(n, length):
             return entry
@@ -296,7 +296,7 @@ def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tok
     if document.mask is not None:
         raise DataError(f"{document.where}: a mask needs tokens, and the document is text")
     try:
-        size_mb = len(document.text.encode()) / 1e6
+        size_mb = utf8_size(document.text) / 1e6
     except UnicodeEncodeError as error:  # half a surrogate pair, which no encoding of text can hold
         return BadDocument("not_utf8", document.where, str(error))
     if size_mb > limit_mb:

@@ -175,6 +175,11 @@ def decoded(data: bytes, *, where: str) -> str:
         raise BadDocument("not_utf8", where, str(error)) from None
 
 
+def utf8_size(text: str) -> int:
+    """[bytes] Python knows of each text whether it is ASCII. Raises: UnicodeEncodeError."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def from_field(value: object, *, field: str, where: str) -> Document:
     """A document from one field of a record; None where the record has no such field. Bytes must be UTF-8."""
     if isinstance(value, bytes):
@@ -182,7 +187,7 @@ def from_field(value: object, *, field: str, where: str) -> Document:
     if not isinstance(value, str):
         raise BadDocument("missing_field", where, f"field {field!r} is {type(value).__name__}, not a string")
     try:
-        value.encode()  # JSON can spell half a surrogate pair, which no encoding of text can hold
+        utf8_size(value)  # JSON can spell half a surrogate pair, which no encoding of text can hold
     except UnicodeEncodeError as error:
         raise BadDocument("not_utf8", where, str(error)) from None
     return Document(where, text=value)
