@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.streams import ArraySource, arrays, make_stream, place, settings
+from tests.streams import ArraySource, arrays, make_stream, open_documents, place, settings
 from trainer.data import SourcedBatch
 from trainer.data.buffer import DocumentBuffer
 from trainer.data.mixture import Credits
@@ -118,20 +118,26 @@ def test_rows_are_those_of_a_slow_loop(sources: list[ArraySource], buffers: tupl
         assert np.array_equal(torch.stack(list(batch)).numpy(), expected)
         draws_V = [slow.draws_S for slow in slow_V]
         assert stream.state_dict()["draws_VS"].tolist() == draws_V
+        open_V = [
+            (s, *slot) for slow in slow_V for s in range(len(names)) for slot in slow.slots_S[s] if slot
+        ]
+        assert sorted(open_documents(stream)) == sorted(open_V)
     stream.close()
 
 
 @pytest.mark.parametrize("length", [1, 3, 900])
-def test_positions_count_from_the_start_of_each_piece(length: int) -> None:
+@pytest.mark.parametrize("padding", [0, 2])
+def test_positions_count_from_the_start_of_each_piece(length: int, padding: int) -> None:
     """By hand, for pieces that are counted and for such that are copied."""
     pieces = Pieces()
     for n in (length, 2 * length):
         pieces.ids.append(np.arange(n, dtype=np.uint32))
         pieces.lengths.append(n)
         pieces.filled += n
-    pieces.pad(2)
-    rows_NT = np.empty((3, 3 * length + 2), np.int64)
-    assert write(pieces, rows_NT, document_mask=True, seq_len=3 * length + 2) == 0
+    pieces.pad(padding)
+    num_tokens = 3 * length + padding
+    rows_NT = np.full((3, num_tokens), 7)  # what lay there before
+    assert write(pieces, rows_NT, document_mask=True, seq_len=num_tokens) == 0
     one, two = list(range(length)), list(range(2 * length))
-    labels = [*one[1:], -100, *two[1:], -100, -100, -100]
-    assert rows_NT.tolist() == [[*one, *two, 0, 0], labels, [*one, *two, -1, -1]]
+    labels = [*one[1:], -100, *two[1:], -100, *[-100] * padding]
+    assert rows_NT.tolist() == [[*one, *two, *[0] * padding], labels, [*one, *two, *[-1] * padding]]
