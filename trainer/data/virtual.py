@@ -232,6 +232,8 @@ class VirtualStream:
         weights_S = self.weights_left(weights_S)
         if not any(weights_S):
             return None
+        if at_most == math.inf:
+            return self.credits.next_source(weights_S, next_length=lambda s: next_length(s) or 0)
         return self.credits.next_source(weights_S, next_length=lambda s: min(next_length(s) or 0, at_most))
 
     def weights_left(self, weights_S: list[float]) -> list[float]:
