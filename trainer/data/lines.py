@@ -65,8 +65,8 @@ def offsets_in(cache: Path, path: Path) -> np.ndarray:
             if file_hash(index) == hash_in_name(index):
                 return mapped(index, np.dtype(np.int64), num=index.stat().st_size // 8)
         log.warning("%s is not what was written there; the lines of %s are found again", index, path)
-    offsets = line_offsets(path)
-    with draft(cache, name) as target:
+    with draft(cache, name) as target:  # opened first: a scan takes long
+        offsets = line_offsets(path)
         try:
             target.write_bytes(offsets.tobytes())
             keep(target, name, hash_of(offsets.tobytes()), suffix=SUFFIX)
