@@ -66,6 +66,7 @@ LAYERS = [
     "lab.ablate",
     "lab.plan",
     "preflight",
+    "tokenize",
     "lab.preview",
     "lab.report",
     "lab.watch",

@@ -14,10 +14,11 @@ from typing import NoReturn
 import pytest
 from tokenizers import Tokenizer
 
-from tests.corpora import TEXTS, forked, outcomes, write
+from tests.corpora import TEXTS, forked, lines, outcomes, write
 from trainer import data, train
 from trainer.config import ConfigError, DataConfig
 from trainer.data import files
+from trainer.data import lines as line_index
 from trainer.data.cache import CacheError, cache_path, kept
 from trainer.data.reader import Reader
 from trainer.run.build import sources_of
@@ -275,3 +276,33 @@ def test_a_run_says_which_key_and_which_remedy(tmp_path: Path, capsys, override:
     run += ["name=run", "seq_len=16", "global_batch=2", "micro_batch=1", "model.vocab_size=262"]
     assert train.main([*run, override]) == train.REFUSED
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+# ---- Indexes of lines ------------------------------------------------------------------------------------
+
+
+def test_an_index_of_lines_is_kept_until_size_or_time_or_the_index_has_changed(tmp_path, monkeypatch, caplog):
+    """The index is also that of a file whose index is not kept."""
+    path, scanned, scan = tmp_path / "a.jsonl", [], line_index.line_offsets
+    path.write_bytes(lines(TEXTS))
+    monkeypatch.setattr(line_index, "line_offsets", lambda path: scanned.append(path) or scan(path))
+    monkeypatch.setattr(line_index, "KEPT_FROM_BYTES", 1)
+
+    def start() -> list[str]:
+        return outcomes(data.JsonlSource(str(path), cache_dir=str(tmp_path / "cache")))
+
+    assert start() == start() == TEXTS and len(scanned) == 1
+    os.utime(path, ns=(1, 1))
+    assert start() == TEXTS and len(scanned) == 2
+    path.write_bytes(lines(["another", *TEXTS]))
+    assert start() == ["another", *TEXTS] and len(scanned) == 3
+    for index in (tmp_path / "cache").glob("lines-*"):
+        index.write_bytes(bytes(len(index.read_bytes())))
+    assert start() == ["another", *TEXTS] and len(scanned) == 4
+    assert "is not what was written there; the lines of" in caplog.text
+    (tmp_path / "none").touch()
+    source = data.JsonlSource(
+        str(path), cache_dir=str(tmp_path / "none")
+    )  # a file, so nothing can be kept there
+    assert outcomes(source) == ["another", *TEXTS] and len(scanned) == 5
+    assert f"the lines of {path} are found at every start" in caplog.text

@@ -463,7 +463,7 @@ def test_jsonl_index_holds_across_chunks(tmp_path: Path, monkeypatch: pytest.Mon
     content = b"".join(b"x" * (i % 5) + b"\n" for i in range(100)) + b"tail"
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
-    monkeypatch.setattr(data.files, "SCAN_BYTES", 3)
+    monkeypatch.setattr(data.lines, "SCAN_BYTES", 3)
     offsets = data.files.line_offsets(path).tolist()
     assert [content[a:b] for a, b in pairwise(offsets)] == content.splitlines(keepends=True)
 

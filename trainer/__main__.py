@@ -1,6 +1,7 @@
 """Triquetra: pretrain mixture-of-experts models, and know that no expert dies.
 
     triquetra train       train a model                       triquetra train experiment=demo
+    triquetra tokenize    a corpus, written once as tokens    triquetra tokenize out data=jsonl ...
     triquetra simulate    router balance without a model      triquetra simulate compare=all seeds=5
     triquetra preview     what a run will do, before it runs  triquetra preview experiment=trinity_large
     triquetra plan        memory, time, best layout           triquetra plan device=h200 model=mini ...
@@ -26,6 +27,7 @@ from trainer.terminal import outlive_terminal
 
 COMMANDS = {
     "train": "trainer.train",
+    "tokenize": "trainer.tokenize",
     "simulate": "trainer.lab.simulate.__main__",
     "preview": "trainer.lab.preview.__main__",
     "plan": "trainer.lab.plan.__main__",

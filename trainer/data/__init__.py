@@ -9,9 +9,11 @@ from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
 from trainer.data.lengths import LengthBias
-from trainer.data.reader import DataError
+from trainer.data.megatron import MegatronSource
+from trainer.data.reader import DataError, Reader
 from trainer.data.rows import IGNORED
 from trainer.data.rows import PADDING as PADDING_POSITION
+from trainer.data.shards import TokensSource
 from trainer.data.sources import (
     BAD_KINDS,
     BadDocument,
@@ -24,6 +26,7 @@ from trainer.data.sources import (
 )
 from trainer.data.state import Snapshot, StreamState, with_slots
 from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamConfig, TokenStream, check_split
+from trainer.data.tokenize import Plan, Tokenizing, finish, plan_of
 from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
 
 __all__ = [
@@ -40,8 +43,11 @@ __all__ = [
     "HubSource",
     "JsonlSource",
     "LengthBias",
+    "MegatronSource",
     "ParquetSource",
+    "Plan",
     "PythonSource",
+    "Reader",
     "Snapshot",
     "Source",
     "SourcedBatch",
@@ -50,13 +56,17 @@ __all__ = [
     "SyntheticSource",
     "TextSource",
     "TokenStream",
+    "Tokenizing",
+    "TokensSource",
     "cache_path",
     "check_split",
     "content_hash",
     "end_of_text_id",
+    "finish",
     "is_held_out",
     "load_tokenizer",
     "permutation",
+    "plan_of",
     "roles",
     "steps_left",
     "with_slots",

@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import torch
 import xxhash
 
+CHUNK_BYTES = 1 << 24  # that are hashed at once
 REMEDY = "data.cache_dir= names another place"
 
 
@@ -56,6 +59,24 @@ def new_hash() -> xxhash.xxh3_128:
 
 def hash_of(content: bytes) -> str:
     return xxhash.xxh3_128(content).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    digest = new_hash()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def mapped(path: Path, dtype: np.dtype, *, num: int) -> np.ndarray:
+    """Read-only, and without a file descriptor that stays open: a large corpus has thousands of files."""
+    if not num:
+        return np.empty(0, dtype)
+    num_bytes = num * dtype.itemsize
+    array = torch.from_file(str(path), shared=False, size=num_bytes, dtype=torch.uint8).numpy().view(dtype)
+    array.flags.writeable = False
+    return array
 
 
 def unwritable(cache: Path, error: OSError) -> CacheError:

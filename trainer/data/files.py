@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trainer.data.cache import REMEDY, cache_path, draft, hash_in_name, keep, kept, new_hash, reading
+from trainer.data.lines import kept_offsets, line_offsets
 from trainer.data.sources import (
     BadDocument,
     Document,
@@ -33,7 +34,6 @@ from trainer.data.sources import (
     locate,
 )
 
-SCAN_BYTES = 1 << 26  # of a file at once, when its lines are indexed
 PIECE_BYTES = 1 << 16  # that are unpacked at once
 WHOLE, DAMAGED = ".lines", ".damaged"  # of unpacked copies: no *.jsonl, wherever the cache lies
 CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
@@ -64,8 +64,9 @@ class JsonlSource:
     *.manifest.
 
     Compressed files are unpacked once into `cache_dir` (default: ~/.cache/triquetra), which takes their
-    whole size. A copy there is hashed while its lines are indexed, and made anew if it has changed. Where a
-    compressed file is damaged, the lines before are documents, and one more says so: BadDocument("corrupt").
+    whole size; the index of a large file is kept there, too. A copy is hashed while its lines are indexed,
+    and made anew if it has changed. Where a compressed file is damaged, the lines before are documents, and
+    one more says so: BadDocument("corrupt").
     """
 
     def __init__(self, path: str, field: str = "text", cache_dir: str | None = None) -> None:
@@ -76,7 +77,9 @@ class JsonlSource:
         # the time.
         random.Random(os.getpid()).shuffle(packed)
         copies = {file: unpacked(file, cache_path(cache_dir)) for file in packed}
-        self.plain = [copies.get(file) or Plain(file, line_offsets(file), False) for file in self.files]
+        self.plain = [
+            copies.get(file) or Plain(file, kept_offsets(file, cache_dir), False) for file in self.files
+        ]
         self.offsets = [plain.offsets for plain in self.plain]
         self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
         self.opened = lru_cache(maxsize=64)(lambda path: path.open("rb", buffering=0))
@@ -105,7 +108,7 @@ class JsonlSource:
         text = decoded(data, where=where)
         if is_damaged and i + 1 == self.starts[part + 1]:
             raise BadDocument("corrupt", where, f"the file is cut after line {line}: {text}")
-        if not text.strip():
+        if not text or text.isspace():
             raise BadDocument("empty", where, "the line is blank")
         try:
             return where, json.loads(text)
@@ -129,22 +132,6 @@ class Plain(NamedTuple):
     path: Path
     offsets: np.ndarray  # see line_offsets
     is_damaged: bool
-
-
-def line_offsets(path: Path, digest: Any = None) -> np.ndarray:
-    """Byte at which each line starts, then the file's size: line k is [k] to [k + 1]. 8 bytes a line.
-
-    digest: a hash that takes the content along: the file is read once.
-    """
-    starts, size = [np.zeros(1, np.int64)], 0
-    with path.open("rb") as file:
-        while chunk := file.read(SCAN_BYTES):
-            starts.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size + 1)
-            size += len(chunk)
-            if digest is not None:
-                digest.update(chunk)
-    offsets = np.concatenate(starts)
-    return offsets if offsets[-1] == size else np.append(offsets, size)
 
 
 def unpacked(path: Path, cache: Path) -> Plain:

@@ -13,7 +13,9 @@ HELD_OUT = "held_out"  # what a document that is held out counts as
 
 
 def content_hash(document: Document) -> int:
-    """Of its text or tokens."""
+    """Of its text, also where it was tokenised before, or of its tokens."""
+    if document.content is not None:
+        return document.content
     if document.text is not None:
         content = document.text.encode(errors="surrogatepass")
     else:

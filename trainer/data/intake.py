@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from trainer.data.holdout import HELD_OUT, is_held_out
 from trainer.data.lengths import NOT_DRAWN
 from trainer.data.reader import DataError, Reader
-from trainer.data.sources import BadDocument, Document, Tokens
+from trainer.data.sources import BadDocument, Document, Tokens, utf8_size
 from trainer.data.workers import CLOSED, LazyResult, Workers
 
 TASK_TOKENS, TASK_DOCUMENTS = 32_768, 256
@@ -36,6 +37,11 @@ class TokenBatch(list[Tokens | BadDocument | None]):
     A batch goes through a pipe as one array of each plane: one by one, documents cost more than tokenising
     them.
     """
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """[tokens] Of each document; 0: it is none."""
+        return [len(entry.ids) if type(entry) is Tokens else 0 for entry in self]
 
     def __reduce__(self) -> tuple:
         documents = [document for document in self if isinstance(document, Tokens)]
@@ -215,6 +221,12 @@ class Intake:
         self.used_S[source] += length is not None
         self.tokens_S[source] += length or 0
 
+    def count_lengths(self, source: int, lengths: Sequence[int]) -> None:
+        """Of documents that were drawn."""
+        self.seen_S[source] += len(lengths)
+        self.used_S[source] += len(lengths)
+        self.tokens_S[source] += sum(lengths)
+
     # -- answers: in a worker, or here if there is none --
 
     def answer(self, request: tuple[bool, list[tuple[int, int, Any]]]) -> TokenBatch:
@@ -239,6 +251,7 @@ class Intake:
                 batch[i] = (
                     empty(documents[i]) if is_empty else Tokens(np.concatenate([ids, self.end_of_text]))
                 )
+        batch.lengths  # noqa: B018  # found now, while the documents are in the processor's cache
         return batch
 
     def checked(
@@ -252,8 +265,8 @@ class Intake:
         entry = checked(document, limit_mb=limit_mb, holdout=self.holdout)
         if not is_new or reader.bias is None or isinstance(entry, BadDocument):
             return entry
-        is_text = entry is None
-        length = len(document.text.encode()) / reader.bias.bytes_per_token if is_text else len(entry.ids)
+        num_bytes = utf8_size(document.text) if entry is None else document.num_bytes
+        length = len(entry.ids) if num_bytes is None else num_bytes / reader.bias.bytes_per_token
         if reader.draws(n, length):
             return entry
         return BadDocument(
@@ -277,20 +290,22 @@ def checked(document: Document, *, limit_mb: float, holdout: float = 0.0) -> Tok
     if is_held_out(document, share=holdout):
         return BadDocument(HELD_OUT, document.where, f"data.holdout={holdout:g}")
     if document.tokens is not None:
+        if document.num_bytes is not None and document.num_bytes / 1e6 > limit_mb:
+            return huge(document, document.num_bytes / 1e6, limit_mb)
         return checked_tokens(document) if len(document.tokens) else empty(document)
     if document.mask is not None:
         raise DataError(f"{document.where}: a mask needs tokens, and the document is text")
     try:
-        size_mb = len(document.text.encode()) / 1e6
+        size_mb = utf8_size(document.text) / 1e6
     except UnicodeEncodeError as error:  # half a surrogate pair, which no encoding of text can hold
         return BadDocument("not_utf8", document.where, str(error))
     if size_mb > limit_mb:
-        return BadDocument("huge", document.where, f"{size_mb:.2f} MB, max_document_mb={limit_mb:g}")
+        return huge(document, size_mb, limit_mb)
     return None
 
 
 def checked_tokens(document: Document) -> Tokens:
-    ids, mask = document.tokens.astype(np.uint32, copy=False), document.mask
+    ids, mask = np.ascontiguousarray(document.tokens, np.uint32), document.mask
     if mask is None:
         return Tokens(ids)
     mask = np.asarray(mask)
@@ -298,6 +313,10 @@ def checked_tokens(document: Document) -> Tokens:
         message = f"{document.where}: the mask has shape {mask.shape} and dtype {mask.dtype}"
         raise DataError(f"{message}; a bool for each of the {len(ids)} tokens is needed")
     return Tokens(ids, mask)
+
+
+def huge(document: Document, size_mb: float, limit_mb: float) -> BadDocument:
+    return BadDocument("huge", document.where, f"{size_mb:.2f} MB, max_document_mb={limit_mb:g}")
 
 
 def empty(document: Document) -> BadDocument:

@@ -28,16 +28,23 @@ class Credits:
         self.credit_S = [math.inf] * num_sources
 
     def next_source(self, weights_S: Sequence[float], *, next_length: Callable[[int], int]) -> int:
-        wanted = [s for s, weight in enumerate(weights_S) if weight > 0]
-        begun = [s for s in wanted if self.credit_S[s] == math.inf]
-        for s in begun:
-            self.credit_S[s] = 0.0
-        for s in begun:
-            self.charge(s, self.start_S[s] * next_length(s), weights_S)
-        return min(wanted, key=lambda s: (next_length(s) / 2 - self.credit_S[s]) / weights_S[s])
+        credit_S = self.credit_S
+        if math.inf in credit_S:
+            begun = [s for s, weight in enumerate(weights_S) if weight > 0 and credit_S[s] == math.inf]
+            for s in begun:
+                credit_S[s] = 0.0
+            for s in begun:
+                self.charge(s, self.start_S[s] * next_length(s), weights_S)
+        first, first_due = -1, math.inf
+        for s, weight in enumerate(weights_S):
+            if weight > 0:
+                due = (next_length(s) / 2 - credit_S[s]) / weight
+                if first < 0 or due < first_due:
+                    first, first_due = s, due
+        return first
 
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
-        self.credit_S = [
-            credit + weight * length for credit, weight in zip(self.credit_S, weights_S, strict=True)
-        ]
-        self.credit_S[source] -= length
+        credit_S = self.credit_S
+        for s, weight in enumerate(weights_S):
+            credit_S[s] += weight * length
+        credit_S[source] -= length

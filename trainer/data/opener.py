@@ -97,6 +97,55 @@ class Opener:
         self.intake.count_length(source, len(tokens.ids))
         return tokens
 
+    def take_many(
+        self, source: int, *, num: float, num_tokens: float
+    ) -> tuple[list[int], list[Tokens], list[int]]:
+        """The next documents, until there are so many of them or so many tokens, or no more: their numbers,
+        their tokens and their lengths. The one behind is not looked at: it may be bad.
+        """
+        numbers, documents, lengths = list[int](), list[Tokens](), list[int]()
+        while len(documents) < num and num_tokens > 0:
+            length = self.next_length(source)
+            if length is None:
+                break
+            numbers.append(self.next_S[source])
+            documents.append(self.take(source))
+            lengths.append(length)
+            num_tokens -= length
+            if self.intake.repeats and not self.intake.readers[source].needs_labels:
+                usable, of_usable = self.take_usable(source, num=num - len(documents), num_tokens=num_tokens)
+                first, num_usable = self.next_S[source], len(usable)
+                self.next_S[source] += num_usable * self.num_streams
+                numbers += range(first, self.next_S[source], self.num_streams)
+                documents += usable
+                lengths += of_usable
+                num_tokens -= sum(of_usable)
+        return numbers, documents, lengths
+
+    def take_usable(self, source: int, *, num: float, num_tokens: float) -> tuple[list[Tokens], list[int]]:
+        """As many of the documents that were requested, before the first that is bad."""
+        documents, lengths, queue = list[Tokens](), list[int](), self.queue_S[source]
+        while queue and len(documents) < num and num_tokens > 0:
+            task, first = queue[0]
+            batch, stop, at_most = task.result(), first, num - len(documents)
+            # tickets of one task stand for documents that follow each other in it
+            for ticket in queue:
+                if ticket[0] is not task or stop - first >= at_most:
+                    break
+                length = batch.lengths[stop]
+                if not length or num_tokens <= 0:
+                    break
+                num_tokens -= length
+                stop += 1
+            if stop == first:
+                break
+            documents += batch[first:stop]
+            lengths += batch.lengths[first:stop]
+            for _ in range(first, stop):
+                queue.popleft()
+        self.intake.count_lengths(source, lengths)
+        return documents, lengths
+
     def advance(self, source: int) -> None:
         self.queue_S[source].popleft()
         self.next_S[source] += self.num_streams

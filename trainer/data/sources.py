@@ -38,12 +38,16 @@ class Document(NamedTuple):
     """One text, or the tokens of one (then complete: the source itself adds the end of text).
 
     mask: of the tokens; True where the model shall learn to predict the token. None: everywhere.
+    content, num_bytes: the hash (xxh3, 64 bits) and the size in UTF-8 of the text that the tokens were made
+    of, where the source knows them.
     """
 
     where: str  # for people: "corpus/a.jsonl:17"
     text: str | None = None
     tokens: np.ndarray | None = None
     mask: np.ndarray | None = None
+    content: int | None = None
+    num_bytes: int | None = None
 
 
 class Tokens(NamedTuple):
@@ -185,6 +189,11 @@ def decoded(data: bytes, *, where: str) -> str:
         raise BadDocument("not_utf8", where, str(error)) from None
 
 
+def utf8_size(text: str) -> int:
+    """[bytes] Python knows of each text whether it is ASCII. Raises: UnicodeEncodeError."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def from_field(value: object, *, field: str, where: str) -> Document:
     """A document from one field of a record; None where the record has no such field. Bytes must be UTF-8."""
     if isinstance(value, bytes):
@@ -192,7 +201,7 @@ def from_field(value: object, *, field: str, where: str) -> Document:
     if not isinstance(value, str):
         raise BadDocument("missing_field", where, f"field {field!r} is {type(value).__name__}, not a string")
     try:
-        value.encode()  # JSON can spell half a surrogate pair, which no encoding of text can hold
+        utf8_size(value)  # JSON can spell half a surrogate pair, which no encoding of text can hold
     except UnicodeEncodeError as error:
         raise BadDocument("not_utf8", where, str(error)) from None
     return Document(where, text=value)

@@ -42,7 +42,7 @@ from trainer.data.intake import RESUMED, Intake
 from trainer.data.lengths import NOT_DRAWN, LengthBias
 from trainer.data.opener import Opener
 from trainer.data.reader import DataError, Reader
-from trainer.data.rows import IGNORED
+from trainer.data.rows import IGNORED, Pieces, write
 from trainer.data.sources import BAD_KINDS, BadDocument, Source
 from trainer.data.state import Snapshot, StreamState, positions, refuse_foreign
 from trainer.data.tokenizer import end_of_text_id
@@ -174,7 +174,6 @@ class TokenStream:
             opener=opener,
             seed=self.config.seed,
             totals=self.totals,
-            document_mask=self.config.document_mask,
         )
 
     def set(
@@ -243,18 +242,19 @@ class TokenStream:
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{message}; use one of {divisors(num_rows)}")
-        self.step_tokens = self.step_withheld = 0
-        before, withheld_before = self.totals["tokens"], self.totals["withheld"]
+        self.step_tokens, before = 0, self.totals["tokens"]
         self.read_ahead(prefetch if has_workers else 1)
-        rows_NVT = np.empty((len(self.batch._fields), len(serving), now.num_tokens), np.int64)
-        pack = PACKINGS[self.config.packing]
-        for v, stream in enumerate(serving):
-            pack(stream, rows_NVT[:, v], now)
+        rows_NT = np.empty((len(self.batch._fields), num_rows * now.seq_len), np.int64)
+        pieces, pack = Pieces(), PACKINGS[self.config.packing]
+        for stream in serving:
+            pack(stream, pieces, now)
+        self.step_withheld = write(
+            pieces, rows_NT, document_mask=self.config.document_mask, seq_len=now.seq_len
+        )
         if has_workers:
             self.read_ahead(prefetch)
         self.step_tokens = self.totals["tokens"] - before
-        self.step_withheld = self.totals["withheld"] - withheld_before
-        rows_NBL = torch.from_numpy(rows_NVT.reshape(-1, num_rows, now.seq_len))
+        rows_NBL = torch.from_numpy(rows_NT.reshape(-1, num_rows, now.seq_len))
         return list(map(self.batch, *(rows_BL.split(micro_batch) for rows_BL in rows_NBL)))
 
     def blank_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
@@ -274,7 +274,9 @@ class TokenStream:
         """
         until = {stream: self.now.steps_until(stream.number) for stream in self.virtual}
         streams = sorted((stream for stream in self.virtual if until[stream] < steps), key=until.__getitem__)
-        goals = [self.goal(-((until[stream] - steps) // self.now.num_turns)) for stream in streams]
+        own_steps = [-((until[stream] - steps) // self.now.num_turns) for stream in streams]
+        goal_of = {num: self.goal(num) for num in set(own_steps)}
+        goals = [goal_of[num] for num in own_steps]
         shortfalls = [stream.opener.shortfall(goal_S) for stream, goal_S in zip(streams, goals, strict=True)]
         tickets = iter(self.intake.request(chain.from_iterable(shortfalls)))
         for stream, wanted in zip(streams, shortfalls, strict=True):

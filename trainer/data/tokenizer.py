@@ -1,5 +1,6 @@
 """How does text become token ids?"""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence, Sized
 from itertools import chain, count, takewhile
@@ -48,7 +49,25 @@ def load_tokenizer(
     tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    refuse_other_tokenizer(tokenizer, source, spec=spec)
     return tokenizer
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of its whole content."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def refuse_other_tokenizer(tokenizer: Tokenizer, source: Source | dict[str, Source], *, spec: str) -> None:
+    """Raises: ValueError where a corpus was tokenised with another one."""
+    here = tokenizer_digest(tokenizer)
+    for part in source.values() if isinstance(source, dict) else [source]:
+        theirs = getattr(part, "tokenizer_digest", here)
+        if theirs != here:
+            remedy = f"use data.tokenizer={part.directory / 'tokenizer.json'}, or tokenise the corpus anew"
+            raise ValueError(
+                f"data.tokenizer={spec}: is {here}, {part.directory} has ids of {theirs}; {remedy}"
+            )
 
 
 def ready_tokenizer(spec: str) -> Tokenizer:
@@ -148,7 +167,12 @@ def sample(source: Source, *, size_mb: float) -> Iterator[str]:
         except BadDocument:
             continue
         if text is None:
-            raise ValueError("data.tokenizer=train needs text, the source gives tokens; use null")
+            remedy = (
+                f"use {source.directory / 'tokenizer.json'}"
+                if hasattr(source, "tokenizer_digest")
+                else "use null"
+            )
+            raise ValueError(f"data.tokenizer=train needs text, the source gives tokens; {remedy}")
         yield text[:remaining]
         remaining -= len(text)
         if remaining <= 0:

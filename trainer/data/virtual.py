@@ -5,7 +5,7 @@
 What virtual stream v of V delivers is a function of the corpus, the tokenizer, the seed, the program and its
 position: it knows of no ranks, of no other stream, and not of who reads ahead.
 
-Letters: T tokens of the stream in one step, L of a row, R rows, N planes, S sources.
+Letters: T tokens of the stream in one step, L of a row, R rows, S sources.
 """
 
 import math
@@ -13,14 +13,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-import numpy as np
+from functools import cached_property
 
 from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.intake import Ticket, Wanted
 from trainer.data.mixture import Credits
 from trainer.data.opener import Opener
-from trainer.data.rows import IGNORED, Pieces, up_to, write
+from trainer.data.rows import Pieces
 from trainer.data.sources import Tokens
 from trainer.data.state import Position
 
@@ -44,6 +43,15 @@ class StreamSettings:
     def num_tokens(self) -> int:
         return self.rows_per_stream * self.seq_len
 
+    @cached_property
+    def has_buffer(self) -> bool:
+        return any(self.size_S)
+
+    @cached_property
+    def wanted(self) -> tuple[int, ...]:
+        """The sources of the mixture."""
+        return tuple(s for s, weight in enumerate(self.weights_S) if weight > 0)
+
     def steps_until(self, stream: int) -> int:
         """Until this stream serves; 0: it does in this step."""
         return (stream - self.turn) % self.num_turns
@@ -54,7 +62,6 @@ class VirtualStream:
     opener: Opener
     seed: int
     totals: Counter[str]  # of all streams of the rank
-    document_mask: bool = True
     phase: int = 0  # in which documents were opened last
     # requests of documents that were open before a resume
     resumed: dict[Wanted, Ticket] = field(default_factory=dict)
@@ -62,93 +69,90 @@ class VirtualStream:
     def __post_init__(self) -> None:
         self.number, self.intake = self.opener.number, self.opener.intake
         num_sources = len(self.intake.readers)
+        self.masks = any(reader.masks for reader in self.intake.readers)
         self.credits = Credits(num_sources, seed=self.seed, stream=self.number)
         self.buffer_S = [
             DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)
         ]
-        # where the next piece of a source would come from, in this step: see DocumentBuffer.look
-        self.looked: dict[int, tuple[int, int]] = {}
+        # in this step: where the next piece of each source would come from, and which sources were read since
+        # their buffers were looked after
+        self.looked: list[tuple[int, int, int] | None] = [None] * num_sources
+        self.unfilled: tuple[int, ...] = ()
 
     # -- rows --
 
-    def concatenate(self, rows_NT: np.ndarray, now: StreamSettings) -> None:
-        """The rows of one step, in place: documents one after another, cut where a row ends."""
-        pieces = Pieces([], [], [], [], [], [])
-        all_ids, positions, ends, targets, sources, masks = pieces
-        filled, num_tokens, seq_len = 0, now.num_tokens, now.seq_len
-        index_L, is_mixed = up_to(seq_len), len(now.weights_S) > 1
-        self.looked.clear()
-        while filled < num_tokens:
-            row_rest = seq_len - filled % seq_len
-            source = self.source_to_read(now, row_rest)
-            if source is None:  # the end of the corpus
-                break
-            buffer = self.buffer_S[source]
-            slot, buffer.draws = self.look(source, now)
-            del self.looked[source]
-            ids, mask = buffer.tokens[slot] or self.reread(source, slot)
-            read = buffer.read[slot]
-            length = min(len(ids) - read, row_rest)
-            after = read + length
-            all_ids.append(ids[read:after])
-            positions.append(index_L[:length])
-            sources.append(source)
-            if mask is not None:
-                masks.append((filled, mask[read + 1 : after + 1]))
-            if after < len(ids):  # cut at the end of the row
-                targets.append(int(ids[after]))
-                buffer.read[slot] = after
-            else:
-                targets.append(IGNORED)
-                buffer.finish(slot)
-            if is_mixed:
-                self.charge(source, length, now)
-            filled += length
-            ends.append(filled)
-        self.totals["open"] -= filled
-        self.totals["documents"] += targets.count(IGNORED)
-        self.write(pieces, rows_NT, seq_len)
+    def concatenate(self, pieces: Pieces, now: StreamSettings) -> None:
+        """The rows of one step: documents one after another, cut where a row ends."""
+        start, num_pieces, num_cuts = pieces.filled, len(pieces.lengths), len(pieces.cuts)
+        end = start + now.num_tokens
+        read_on = self.read_only if len(self.buffer_S) == 1 else self.read_mixed
+        self.looked = [None] * len(self.buffer_S)
+        self.unfilled = tuple(range(len(self.buffer_S)))
+        has_more, until = True, start
+        while has_more and until < end:
+            until += now.seq_len
+            while has_more and pieces.filled < until:
+                has_more = read_on(pieces, now, until=until, end=end)
+        self.totals["open"] -= pieces.filled - start
+        self.totals["documents"] += len(pieces.lengths) - num_pieces - (len(pieces.cuts) - num_cuts)
+        self.totals["tokens"] += pieces.filled - start
+        self.totals["padding"] += end - pieces.filled
+        pieces.pad(end - pieces.filled)
 
-    def best_fit(self, rows_NT: np.ndarray, now: StreamSettings) -> None:
-        """The rows of one step, in place: whole documents, cut at the length of a row, each in the fullest
-        row that has room for it; the rest is padding. The step ends with the first document that finds no
-        room.
+    def read_only(self, pieces: Pieces, now: StreamSettings, *, until: int, end: int) -> bool:
+        """A piece of the only source or many, none beyond the row; False: all is read."""
+        if self.source_to_read(now, row_rest=0, step_rest=end - pieces.filled) is None:
+            return False
+        buffer, size = self.buffer_S[0], now.size_S[0]
+        if self.masks or not buffer.read_whole(pieces, size, until=until):
+            slot, buffer.draws = buffer.look(size)
+            if buffer.tokens[slot] is None:
+                self.reread(0, slot)
+            buffer.read_on(slot, pieces, until=until)
+        return True
+
+    def read_mixed(self, pieces: Pieces, now: StreamSettings, *, until: int, end: int) -> bool:
+        """A piece of the source that is due; False: all is read."""
+        start = pieces.filled
+        source = self.source_to_read(now, row_rest=until - start)
+        if source is None:
+            return False
+        buffer = self.buffer_S[source]
+        slot, buffer.draws, _ = self.look(source, now)
+        self.looked[source] = None
+        buffer.read_on(slot, pieces, until=until)
+        pieces.sources.append(source)
+        self.unfilled = (*self.unfilled, source)
+        self.charge(source, pieces.filled - start, now)
+        return True
+
+    def best_fit(self, pieces: Pieces, now: StreamSettings) -> None:
+        """The rows of one step: whole documents, cut at the length of a row, each in the fullest row that has
+        room for it; the rest is padding. The step ends with the first document that finds no room.
         """
-        rows = [Pieces([], [], [], [], [], []) for _ in range(now.rows_per_stream)]
-        room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
+        rows = [list[tuple[int, Tokens]]() for _ in range(now.rows_per_stream)]
+        room_R = [now.seq_len] * now.rows_per_stream
         self.opener.cut_at(now.cut)
         source = self.next_source(now.weights_S, at_most=now.seq_len)
         while source is not None:
-            ids, mask = self.opener.peeked(source)
-            length = min(len(ids), now.seq_len)
+            length = min(len(self.opener.peeked(source).ids), now.seq_len)
             with_room = [r for r, room in enumerate(room_R) if room >= length]
             if not with_room:
                 break
             if len(now.weights_S) > 1:
                 self.credits.charge(source, length, self.weights_left(now.weights_S))
-            self.opener.take(source)
             fullest = min(with_room, key=room_R.__getitem__)
-            row = rows[fullest]
-            start = now.seq_len - room_R[fullest]
-            row.ids.append(ids[:length])
-            row.positions.append(index_L[:length])
-            row.sources.append(source)
-            row.targets.append(int(ids[length]) if length < len(ids) else IGNORED)
-            row.ends.append(start + length)
-            if mask is not None:
-                row.masks.append((start, mask[1 : length + 1]))
+            rows[fullest].append((source, self.opener.take(source)))
             room_R[fullest] -= length
-            self.totals["documents"] += 1
-            self.totals["truncated"] += len(ids) - length
             source = self.next_source(now.weights_S, at_most=now.seq_len)
-        for r, row in enumerate(rows):
-            self.write(row, rows_NT[:, r * now.seq_len : (r + 1) * now.seq_len], now.seq_len)
-
-    def write(self, pieces: Pieces, rows_NT: np.ndarray, seq_len: int) -> None:
-        written = write(pieces, rows_NT, document_mask=self.document_mask, seq_len=seq_len)
-        self.totals["tokens"] += written.tokens
-        self.totals["withheld"] += written.withheld
-        self.totals["padding"] += rows_NT.shape[1] - written.tokens
+        for row, room in zip(rows, room_R, strict=True):
+            for source, tokens in row:
+                pieces.add_cut(tokens, source, at_most=now.seq_len)
+                self.totals["truncated"] += max(0, len(tokens.ids) - now.seq_len)
+            pieces.pad(room)
+        self.totals["documents"] += sum(map(len, rows))
+        self.totals["tokens"] += now.num_tokens - sum(room_R)
+        self.totals["padding"] += sum(room_R)
 
     def has_more(self, now: StreamSettings) -> bool:
         """Peeks at the document that the next step would take first; calling it has no side effect."""
@@ -160,9 +164,9 @@ class VirtualStream:
 
     # -- which source --
 
-    def source_to_read(self, now: StreamSettings, row_rest: int) -> int | None:
+    def source_to_read(self, now: StreamSettings, *, row_rest: int, step_rest: int = 0) -> int | None:
         """The source of the next piece: the one that is due, of those with an open document. None: all is
-        read.
+        read. step_rest: [tokens] that are sure to be read of an only source in this step.
         """
         if self.phase != now.phase:
             fullest = max(range(len(self.buffer_S)), key=lambda s: self.buffer_S[s].num_open)
@@ -171,39 +175,56 @@ class VirtualStream:
             self.phase = now.phase
         if len(self.buffer_S) == 1:
             if self.buffer_S[0].num_open <= now.size_S[0]:
-                self.refill(0, now)
+                self.refill(0, now, num_tokens=step_rest)
             return 0 if self.buffer_S[0].num_open else None
-        if any(now.size_S):
-            for source, size in enumerate(now.size_S):
-                if size and self.buffer_S[source].num_open <= size:
-                    self.refill(source, now)
+        if now.has_buffer:
+            for s in self.unfilled:
+                if now.size_S[s] and self.buffer_S[s].num_open <= now.size_S[s]:
+                    self.refill(s, now)
+            self.unfilled = ()
         elif not any(buffer.num_open for buffer in self.buffer_S):
             source = self.next_source(now.weights_S)
             if source is not None:
                 self.refill(source, now)
             return source
-        open_S = [
-            weight if buffer.num_open else 0.0
-            for weight, buffer in zip(now.weights_S, self.buffer_S, strict=True)
-        ]
-        if any(open_S):
-            return self.credits.next_source(
-                open_S, next_length=lambda s: min(self.length_left(s, now), row_rest)
-            )
+        source = self.source_due(now, row_rest)
+        if source is not None:
+            return source
         # of sources that the mixture names no longer
         return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)
 
-    def look(self, source: int, now: StreamSettings) -> tuple[int, int]:
-        if source not in self.looked:
-            self.looked[source] = self.buffer_S[source].look(now.size_S[source])
-        return self.looked[source]
+    def source_due(self, now: StreamSettings, row_rest: int) -> int | None:
+        """As Credits.next_source says it, of the sources with an open document; quicker once all of them have
+        begun.
+        """
+        due, first_due, credit_S, weights_S = None, math.inf, self.credits.credit_S, now.weights_S
+        for s in now.wanted:
+            if self.buffer_S[s].num_open:
+                if credit_S[s] == math.inf:
+                    return self.first_due(now, row_rest)
+                looked = self.looked[s]
+                rest = self.look(s, now)[2] if looked is None else looked[2]
+                then = ((rest if rest < row_rest else row_rest) / 2 - credit_S[s]) / weights_S[s]
+                if then < first_due:
+                    due, first_due = s, then
+        return due
 
-    def length_left(self, source: int, now: StreamSettings) -> int:
-        """[tokens] Unread of the open document of `source` that would be read on."""
-        slot, _ = self.look(source, now)
-        buffer = self.buffer_S[source]
-        tokens = buffer.tokens[slot] or self.reread(source, slot)
-        return len(tokens.ids) - buffer.read[slot]
+    def first_due(self, now: StreamSettings, row_rest: int) -> int:
+        """Where a source is due for the first time."""
+        both = zip(now.weights_S, self.buffer_S, strict=True)
+        open_S = [weight if buffer.num_open else 0.0 for weight, buffer in both]
+        return self.credits.next_source(open_S, next_length=lambda s: min(self.look(s, now)[2], row_rest))
+
+    def look(self, source: int, now: StreamSettings) -> tuple[int, int, int]:
+        """Of the document of `source` that would be read on: slot, draws after it, and tokens unread."""
+        looked = self.looked[source]
+        if looked is None:
+            buffer = self.buffer_S[source]
+            slot, draws = buffer.look(now.size_S[source])
+            if buffer.tokens[slot] is None:
+                self.reread(source, slot)
+            looked = self.looked[source] = slot, draws, buffer.rest[slot]
+        return looked
 
     def next_source(self, weights_S: list[float], *, at_most: float = math.inf) -> int | None:
         """The source of the next document; None: all are at their ends. One at its end leaves its share to
@@ -215,6 +236,8 @@ class VirtualStream:
         weights_S = self.weights_left(weights_S)
         if not any(weights_S):
             return None
+        if at_most == math.inf:
+            return self.credits.next_source(weights_S, next_length=lambda s: next_length(s) or 0)
         return self.credits.next_source(weights_S, next_length=lambda s: min(next_length(s) or 0, at_most))
 
     def weights_left(self, weights_S: list[float]) -> list[float]:
@@ -235,23 +258,27 @@ class VirtualStream:
 
     # -- open documents --
 
-    def refill(self, source: int, now: StreamSettings) -> None:
+    def refill(self, source: int, now: StreamSettings, *, num_tokens: int = 0) -> None:
+        """Fills the buffer. Where there is none, one document is opened, or as many as hold `num_tokens`: all
+        but the last of them are read to their ends in this step.
+        """
         buffer = self.buffer_S[source]
         room = buffer.room(now.size_S[source])
         if room > 1:
             self.opener.request(source, self.intake.to_request(source, room))
         buffer.close_up()
-        opener = self.opener
-        for _ in range(room):
-            length = opener.next_length(source)
-            if length is None:
-                return
-            number = opener.next_S[source]
-            buffer.add(number, opener.take(source))
-            self.totals["open"] += length
+        buffer.in_order = num_tokens > 0 and not now.size_S[source]
+        before = len(buffer.numbers)
+        if buffer.in_order:
+            buffer.extend(*self.opener.take_many(source, num=math.inf, num_tokens=num_tokens))
+        elif room > 1:
+            buffer.extend(*self.opener.take_many(source, num=room, num_tokens=math.inf))
+        elif self.opener.next_length(source) is not None:
+            buffer.add(self.opener.next_S[source], self.opener.take(source))
+        self.totals["open"] += sum(buffer.rest[before:])
 
-    def reread(self, source: int, slot: int) -> Tokens:
-        """The tokens of a document that was open before a resume."""
+    def reread(self, source: int, slot: int) -> None:
+        """Fetches the tokens of a document that was open before a resume."""
         buffer = self.buffer_S[source]
         n, read = buffer.numbers[slot], buffer.read[slot]
         ticket = self.resumed.pop((source, n), None)
@@ -259,8 +286,7 @@ class VirtualStream:
         if read >= len(tokens.ids):
             reader = self.intake.readers[source]
             raise reader.foreign(f"{reader.where(n)}: no token {read}, the document has {len(tokens.ids)}")
-        buffer.tokens[slot] = tokens
-        return tokens
+        buffer.tokens[slot], buffer.rest[slot] = tokens, len(tokens.ids) - read
 
     def open(self) -> Iterator[tuple[int, int, int, Tokens | None]]:
         """source, number in the source, tokens read, tokens."""
