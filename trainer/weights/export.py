@@ -5,9 +5,9 @@
     triquetra export runs/demo/checkpoints/step-00000200 out --dtype bfloat16
     triquetra export runs/demo out --verify --prompt "def main():"
 
-OUT gets safetensors, config.json, generation_config.json and the tokenizer. It must not be there yet; until
-all is written and checked it is called OUT.draft. --verify and --prompt need transformers (pip install
-'triquetra[test]').
+OUT gets safetensors, config.json, generation_config.json, the tokenizer and its chat template. It must not be
+there yet; until all is written and checked it is called OUT.draft. --verify and --prompt need transformers
+(pip install 'triquetra[test]').
 
 Exit codes: 0 done · 1 the checkpoint is damaged, or --verify found a difference · 2 refused, or OUT cannot be
 written.
@@ -32,7 +32,7 @@ from trainer.weights.texts import tokenizer_of, write_texts
 from trainer.weights.verify import VerifyError, compare, continuation, need_transformers
 
 OK, DAMAGED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-OWN_FILES = ("*.safetensors", "*.json")  # all that a draft can hold
+OWN_FILES = ("*.safetensors", "*.json", "*.jinja")  # all that a draft can hold
 
 
 def main(arguments: list[str] | None = None) -> int:
