@@ -20,6 +20,7 @@ OF_A_RUN = (  # what a run writes into its directory itself
     "alarms.jsonl",
     "verdict.json",
     "checkpoints",
+    "exports",
     "tokenizer.json",
     "data.json",
     "starts.jsonl",

@@ -21,7 +21,7 @@ from trainer.data.sources import (
 )
 from trainer.data.state import Snapshot, StreamState, with_slots
 from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamConfig, TokenStream, check_split
-from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
+from trainer.data.tokenizer import end_of_text_id, load_tokenizer, ready_tokenizer, roles
 
 __all__ = [
     "BAD_KINDS",
@@ -52,6 +52,7 @@ __all__ = [
     "is_held_out",
     "load_tokenizer",
     "permutation",
+    "ready_tokenizer",
     "roles",
     "with_slots",
 ]

@@ -136,8 +136,12 @@ def export_problems(model: ModelConfig) -> list[Problem]:
 
 
 def rows_are_aligned(model: ModelConfig) -> bool:
+    return are_aligned(model.dim, model.expert_dim)
+
+
+def are_aligned(dim: int, expert_dim: int) -> bool:
     """Whether grouped GEMMs in bfloat16 take the experts' rows: multiples of 16 bytes."""
-    return model.dim % 8 == 0 == model.expert_dim % 8
+    return dim % 8 == 0 == expert_dim % 8
 
 
 def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
