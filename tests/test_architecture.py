@@ -132,6 +132,7 @@ WALLS = {
     "gigatoken": ["data."],
     "plotly": ["lab.page"],
     "transformers": ["weights.verify", "data.conversation"],
+    "jinja2": ["data.conversation"],
     "lm_eval": ["evaluate.harness"],
     "huggingface_hub": ["weights.pretrained"],
     "safetensors": ["checkpoint."],

@@ -63,7 +63,7 @@ from trainer.run.recover import leave_unread, resume, roll_back
 from trainer.run.saving import finish_saving, save
 from trainer.run.state import Run
 from trainer.run.step import next_batches, train_step
-from trainer.weights.pretrained import refuse_early, start_from
+from trainer.weights.pretrained import refuse_early, start_from, weights_of_run
 
 log = logging.getLogger(__name__)
 
@@ -171,12 +171,17 @@ def _start(config: Config, stop: StopRequest) -> Run:
     end_if_told(stop)
     refuse_early(config)
     run = build(config, stop=stop)
+    config = run.config  # steps are counted by now
     end_if_told(stop)
     opened = open_directory(
         config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
     )
     run.about, run.texts, run.held = opened.about, opened.texts, opened.held
-    if opened.origin is not None:
+    if opened.origin is not None and config.anew and run.checkpoints.last_saved is None:
+        with refusing():
+            weights = run.state_dict(["model"])
+            run.load_state_dict(weights_of_run(config, weights, opened.origin.path, run.stream.tokenizer))
+    elif opened.origin is not None:
         with refusing():
             resume(run, opened.origin)
     elif config.init_from is not None:
@@ -258,7 +263,8 @@ def announce(run: Run, loaded: Path | None) -> None:
         longer = "steps= trains on" if c.steps is not None else "a longer stage= trains on"
         print(f"{run.directory} is complete at step {run.step}; {longer}, name= starts a new run")
     elif loaded is not None:
-        beginning = "continuing" if run.directory in loaded.parents else f"branching from {loaded}"
+        is_own = run.directory in loaded.parents
+        beginning = "continuing" if is_own else f"{'anew' if c.anew else 'branching'} from {loaded}"
         print(f"{beginning} at step {run.step} of {run.last_step}, {run.tokens} tokens seen")
     elif c.init_from is not None:
         print(f"starting from the weights of {c.init_from}")

@@ -66,6 +66,11 @@ def check(config: Config) -> None:
             f"init_from={config.init_from} and branch={config.branch} are both set: a run starts from "
             "one of them"
         )
+    if config.epochs is not None and config.data.at_end != "stop":
+        raise ConfigError(
+            f"epochs={config.epochs} with data.at_end={config.data.at_end}, which reads on; use "
+            "data.at_end=stop"
+        )
     check_name("name", config.name)
     _check_parts(config.train_only)
     if config.balance.trace is not None:

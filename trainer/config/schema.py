@@ -105,6 +105,8 @@ class DataConfig:
     at_end: str = choice("repeat", "repeat", "stop")
     # "train" | directory | tokenizer.json | hub name; null: the source has tokens
     tokenizer: str | None = path("train")
+    # that the tokenizer gets if it lacks them, like <|im_start|>; their rows in the model start as all do
+    control_tokens: list[str] = field(default_factory=list)
     # virtual streams; null: one for each sequence of the global batch, the common divisor of several batches
     num_streams: int | None = number(None, **ROWS)
     shuffle: bool = True
@@ -276,6 +278,10 @@ class Config:
     seed: int = number(0, at_least=0, at_most=2**63 - 1, why="generators take 63 bits")
     # the run ends here; null: at the end of the program, if all its spans have a length
     steps: int | None = number(None, **STEPS)
+    # in place of steps: how often the data is read; the steps are counted at the start (data.at_end=stop)
+    epochs: int | None = number(
+        None, at_least=1, at_most=10_000, why="the data is read as often to count the steps"
+    )
     seq_len: int = number(MISSING, **ROW)  # L [tokens]
     global_batch: int = number(MISSING, **ROWS)  # [sequences] per optimizer step, over all ranks
     micro_batch: int = number(MISSING, **ROWS)  # [sequences] per forward and rank
@@ -301,6 +307,8 @@ class Config:
     stage: dict[str, Any] = field(default_factory=dict)  # the program: a SpanConfig by name, in their order
     # a run's directory, or one of its checkpoints, that a new run starts from
     branch: str | None = path(None)
+    # true: of that run only weights and routing biases; data, program and optimizer begin anew
+    anew: bool = False
     # parts of the model (trainer/config/parts.py) that are trained, the others stay as they are; null: all
     train_only: list[str] | None = None
     # directory or hub name of AfmoeForCausalLM weights that a new run starts from

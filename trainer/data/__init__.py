@@ -2,6 +2,8 @@
 `stream`.
 """
 
+from trainer.data.chat import ChatSource
+from trainer.data.epochs import steps_left
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
 from trainer.data.hub import HubSource
@@ -31,6 +33,7 @@ __all__ = [
     "ArrowSource",
     "BadDocument",
     "Batch",
+    "ChatSource",
     "DataError",
     "Document",
     "HubSource",
@@ -54,5 +57,6 @@ __all__ = [
     "permutation",
     "ready_tokenizer",
     "roles",
+    "steps_left",
     "with_slots",
 ]

@@ -86,6 +86,12 @@ class JsonlSource:
         return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> Document:
+        where, record = self.record(i)
+        value = record.get(self.field) if isinstance(record, dict) else None
+        return from_field(value, field=self.field, where=where)
+
+    def record(self, i: int) -> tuple[str, Any]:
+        """Where line i is, and what it says. Raises: BadDocument."""
         part, line = locate(self.starts, i)
         where = f"{self.files[part]}:{line + 1}"
         start, end = self.offsets[part][line : line + 2]
@@ -102,11 +108,9 @@ class JsonlSource:
         if not text.strip():
             raise BadDocument("empty", where, "the line is blank")
         try:
-            record = json.loads(text)
+            return where, json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadDocument("broken_json", where, str(error)) from None
-        value = record.get(self.field) if isinstance(record, dict) else None
-        return from_field(value, field=self.field, where=where)
 
 
 def refuse_twins(files: list[Path]) -> None:
@@ -273,11 +277,16 @@ class ColumnSource:
         return int(self.starts[-1])
 
     def __getitem__(self, i: int) -> Document:
+        where, value = self.record(i)
+        return from_field(value, field=self.field, where=where)
+
+    def record(self, i: int) -> tuple[str, Any]:
+        """Where row i is, and what it holds. Raises: BadDocument."""
         part, row = locate(self.starts, i)
         file, _, rows_before = self.places[part]
         where = f"{file}:{rows_before + row + 1}"
         try:
-            return from_field(self.value(part, row), field=self.field, where=where)
+            return where, self.value(part, row)
         except UnicodeDecodeError as error:
             raise BadDocument("not_utf8", where, str(error)) from None
         except Damage as damage:

@@ -6,6 +6,7 @@ Virtual stream v of V opens the documents v, v + V, v + 2V, ... of each source. 
 ahead of their use; bad ones are passed over where the stream comes to them, not where a worker does.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Opener:
         self.peeked_S: list[Tokens | None] = [None] * len(next_S)
         self.num_refused_S = [0] * len(next_S)  # bad documents in a row
 
+    cut = sys.maxsize  # [tokens] of a document that are delivered, where its length has such a limit
+
+    def cut_at(self, length: int) -> None:
+        """From now on documents are cut at so many tokens: what was looked at is looked at again."""
+        if length != self.cut:
+            self.cut, self.peeked_S = length, [None] * len(self.peeked_S)
+
     # -- the next document --
 
     def next_length(self, source: int) -> int | None:
@@ -55,6 +63,9 @@ class Opener:
             document = queue[0].get()
             if document is None:
                 return None
+            if isinstance(document, Tokens) and reader.needs_labels and not document.has_label(self.cut):
+                where = reader.where(self.next_S[source])
+                document = BadDocument("no_label", where, f"none in its first {self.cut} tokens")
             if isinstance(document, Tokens):
                 self.num_refused_S[source] = 0
                 return document

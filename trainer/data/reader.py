@@ -28,6 +28,7 @@ class Reader:
     """The documents of one source. `key`: what the source is called in the configuration.
 
     bias: which documents are drawn by their length; None: all.
+    epochs: after how many it is at its end, unless it repeats.
     retries: how often a read that the operating system or the network refuses is tried again, after 1, 2, 4,
     ... times wait_s.
     """
@@ -41,6 +42,7 @@ class Reader:
         shuffle: bool,
         num_streams: int,
         repeat: bool = True,
+        epochs: int = 1,
         bias: LengthBias | None = None,
         retries: int = 4,
         wait_s: float = 1.0,
@@ -49,8 +51,10 @@ class Reader:
         if self.num_documents == 0:
             raise ValueError(f"the corpus holds no document; check {key}")
         self.source, self.key, self.shuffle, self.repeat = source, key, shuffle, repeat
+        self.epochs = epochs
         self.seed, self.bias = seed, bias
         self.masks = bool(getattr(source, "masks", False))
+        self.needs_labels = bool(getattr(source, "needs_labels", False))
         self.num_streams, self.retries, self.wait_s = num_streams, retries, wait_s
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
         self.due: dict[int, int] = {}  # of a forward source: the document that each stream reads next
@@ -71,7 +75,7 @@ class Reader:
 
     def is_over(self, n: int) -> bool:
         """Is document n behind the end?"""
-        return not self.repeat and self.size is not None and n >= self.size
+        return not self.repeat and self.size is not None and n >= self.size * self.epochs
 
     @property
     def size(self) -> int | None:

@@ -22,7 +22,16 @@ import numpy as np
 
 from trainer.config import Number, check_numbers
 
-BAD_KINDS = ("empty", "not_utf8", "huge", "missing_field", "broken_json", "corrupt")
+BAD_KINDS = (
+    "empty",
+    "not_utf8",
+    "huge",
+    "missing_field",
+    "broken_json",
+    "corrupt",
+    "turns",  # of a conversation: out of order
+    "no_label",  # nothing in it is to be learned
+)
 
 
 class Document(NamedTuple):
@@ -43,6 +52,10 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # uint32
     mask: np.ndarray | None = None  # bool, as in Document
 
+    def has_label(self, length: int) -> bool:
+        """Do its first tokens predict any?"""
+        return self.mask is None or bool(self.mask[1 : length + 1].any())
+
 
 class BadDocument(Exception):
     """A document that cannot be used; `kind` is one of BAD_KINDS."""
@@ -57,7 +70,8 @@ class BadDocument(Exception):
 
 class Source(Protocol):
     """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`. One
-    whose documents have masks says so: `masks = True`.
+    whose documents have masks says so: `masks = True`; and `needs_labels = True` if those without a label are
+    to be passed over. One that makes tokens of text itself is handed the tokenizer: `bind(tokenizer, spec)`.
     """
 
     fingerprint: str  # which corpus this is: equal on every machine that holds the same one

@@ -23,6 +23,7 @@ Units: offsets and lengths in tokens, `_mb` in 10^6 bytes of UTF-8, lines and ro
 """
 
 import math
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -51,7 +52,8 @@ FEW_BAD = 10  # documents that say nothing about a corpus
 # Since the start of the run. documents: read to their ends; tokens: delivered, without padding; open:
 # tokens of opened documents that are still to be delivered; held_out: documents passed over for evaluations,
 # not_drawn: for their lengths. A state from before the last ones were counted lacks them.
-COUNTED = ("documents", "tokens", "open", "padding", "truncated", *BAD_KINDS, HELD_OUT, NOT_DRAWN)
+READ = ("documents", "tokens", "open", "padding", "truncated")
+COUNTED = (*READ, *BAD_KINDS[:6], HELD_OUT, NOT_DRAWN, *BAD_KINDS[6:])
 PACKINGS = {"stream": VirtualStream.concatenate, "fit": VirtualStream.best_fit}
 
 
@@ -83,6 +85,7 @@ class StreamConfig:
     packing: "stream" cuts documents at the ends of rows and reads on in a later row; "fit" never does, and
     pads.
     at_end: "repeat" begins another epoch; "stop" pads when all is read, and `has_more` says so.
+    epochs: how often "stop" reads all.
     holdout: the share of the documents that is passed over (holdout.py).
     length_bias: which documents are drawn by their length, by the names of sources, "source" where there is
     one (lengths.py).
@@ -97,6 +100,7 @@ class StreamConfig:
     buffer: int = 0
     packing: Literal["stream", "fit"] = "stream"
     at_end: Literal["repeat", "stop"] = "repeat"
+    epochs: int = 1
     shuffle: bool = True
     document_mask: bool = True
     on_bad: Literal["skip", "fatal"] = "skip"
@@ -205,6 +209,7 @@ class TokenStream:
             drain=drain,
             num_turns=num_turns,
             turn=turn % num_turns,
+            cut=seq_len if self.config.packing == "fit" else sys.maxsize,
         )
 
     def begin(self) -> None:
@@ -371,6 +376,7 @@ def reader_of(config: StreamConfig, key: str, source: Source) -> Reader:
         shuffle=config.shuffle,
         num_streams=config.num_streams,
         repeat=config.at_end == "repeat",
+        epochs=config.epochs,
         bias=config.length_bias.get(key.removeprefix("data.sources.").removeprefix("data.")),
         retries=config.retries,
         wait_s=config.retry_s,

@@ -1,7 +1,7 @@
 """How does text become token ids?"""
 
 import logging
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from itertools import chain, count, takewhile
 from pathlib import Path
 
@@ -27,17 +27,23 @@ def load_tokenizer(
     source: Source | dict[str, Source],
     vocab_size: int,
     cache_dir: str | Path | None = None,
+    control_tokens: Sequence[str] = (),
 ) -> Tokenizer | None:
     """`spec`: "train" (on the source; of several, equally), a tokenizer.json, its directory, a hub name;
-    None: no text.
+    None: no text. control_tokens: which it has besides its own.
     """
     if spec is None:
         return None
-    is_trained = spec == "train"
-    tokenizer = cached_tokenizer(source, vocab_size, cache_dir) if is_trained else ready_tokenizer(spec)
+    is_trained, room = spec == "train", vocab_size - len(control_tokens)
+    tokenizer = cached_tokenizer(source, room, cache_dir) if is_trained else ready_tokenizer(spec)
+    new = [token for token in control_tokens if tokenizer.token_to_id(token) is None]
+    tokenizer.add_special_tokens(new)
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:
-        raise ValueError(f"data.tokenizer={spec} needs model.vocab_size={needed}, which is {vocab_size}")
+        more = f" with data.control_tokens={new}" if new else ""
+        raise ValueError(
+            f"data.tokenizer={spec}{more} needs model.vocab_size={needed}, which is {vocab_size}"
+        )
     end_of_text_id(tokenizer)
     tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
     tokenizer.no_truncation()

@@ -9,6 +9,7 @@ Letters: T tokens of the stream in one step, L of a row, R rows, N planes, S sou
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class StreamSettings:
     drain: bool = False
     num_turns: int = 1  # a stream serves every so many steps
     turn: int = 0  # of this step, below num_turns
+    cut: int = sys.maxsize  # [tokens] of a document that are delivered
 
     @property
     def num_tokens(self) -> int:
@@ -114,6 +116,7 @@ class VirtualStream:
         """
         rows = [Pieces([], [], [], [], [], []) for _ in range(now.rows_per_stream)]
         room_R, index_L = [now.seq_len] * now.rows_per_stream, up_to(now.seq_len)
+        self.opener.cut_at(now.cut)
         source = self.next_source(now.weights_S, at_most=now.seq_len)
         while source is not None:
             ids, mask = self.opener.peeked(source)
@@ -149,6 +152,7 @@ class VirtualStream:
 
     def has_more(self, now: StreamSettings) -> bool:
         """Peeks at the document that the next step would take first; calling it has no side effect."""
+        self.opener.cut_at(now.cut)
         is_open = any(buffer.num_open for buffer in self.buffer_S)
         return is_open or any(
             weight and self.opener.next_length(s) is not None for s, weight in enumerate(now.weights_S)

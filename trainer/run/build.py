@@ -2,7 +2,7 @@
 
 import inspect
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from torch import nn
 from trainer.balance import Balancer, Guard, LossWeights
 from trainer.checkpoint import DamagedError, code_version
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
-from trainer.data import LengthBias, Source, StreamConfig, TokenStream, load_tokenizer
+from trainer.data import (
+    BadDocument,
+    DataError,
+    LengthBias,
+    Source,
+    StreamConfig,
+    TokenStream,
+    load_tokenizer,
+    steps_left,
+)
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.frozen import train_only
 from trainer.model.hardware import check_hardware, dispatch_of, warn_of_float32
@@ -35,6 +44,8 @@ from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
 from trainer.split import check_rows
 
+MOST_STEPS = 10**9  # the limit of `steps`
+
 
 def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     """Forks the data workers, then joins the process group and builds all else on this rank. stop: may end
@@ -45,9 +56,8 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     end_if_told(stop, ask=meeting.all_gather_objects)
     facts = {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
     refuse_disagreement(facts, broadcast=meeting.broadcast_object, gather=meeting.all_gather_objects)
-    program = program_of(config)
     device.keep_freed_memory()
-    stream = fork_stream(config, program, meeting)
+    config, program, stream = lasting(config, meeting)
     on = device.start(timeout_s=config.timeout_s, meeting=meeting)
     end_if_told(stop)
     compare_clocks()
@@ -146,6 +156,37 @@ def degrees_of(config: Config, meeting: Meeting) -> device.Degrees:
     return device.degrees_of(config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config))
 
 
+def lasting(config: Config, meeting: Meeting) -> tuple[Config, Program, TokenStream]:
+    """The configuration with its number of steps, counted where it has epochs; the program and the stream.
+    Collective. Raises: ConfigError, DataError, on all ranks.
+    """
+    if config.epochs is None or config.steps is not None:
+        program = program_of(config)
+        return config, program, fork_stream(config, program, meeting)
+    draft = program_of(replace(config, steps=MOST_STEPS))
+    first = draft.spans[0].now
+    for span in draft.spans:
+        if (span.now.global_batch, span.now.seq_len) != (first.global_batch, first.seq_len):
+            raise ConfigError(
+                f"epochs={config.epochs} with stage.{span.name}.global_batch={span.now.global_batch} and "
+                f"seq_len={span.now.seq_len}: steps are counted for one kind of rows; use steps="
+            )
+    stream = fork_stream(config, draft, meeting)
+    num_steps, problem = 0, None
+    try:
+        num_steps = steps_left(stream, micro_batch=first.micro_batch)
+    except (BadDocument, DataError) as error:
+        problem = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    answers = meeting.all_gather_objects([num_steps, problem])
+    if problems := [said for _, said in answers if said]:
+        raise DataError(problems[0])
+    steps = max(counted for counted, _ in answers)
+    if not steps:
+        raise ConfigError(f"epochs={config.epochs}: there is nothing to train on; check data.source")
+    config = replace(config, steps=steps)
+    return config, program_of(config), stream
+
+
 def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStream:
     """Forks the data workers, once all is refused that can be told before. Collective.
 
@@ -171,6 +212,7 @@ def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStre
         directory=run_directory(config),
         meeting=meeting,
         degrees=degrees,
+        epochs=config.epochs or 1,
     )
 
 
@@ -203,6 +245,7 @@ def build_stream(
     directory: Path,
     meeting: Meeting,
     degrees: device.Degrees,
+    epochs: int = 1,
 ) -> TokenStream:
     """This rank's share of the token stream. `first`: the first span; `directory`: for the lists of bad
     documents. Collective. Raises: ConfigError, on all ranks.
@@ -213,8 +256,16 @@ def build_stream(
     def read() -> tuple[Source | dict[str, Source], Any]:
         with refusing():
             source = sources_of(d, vocab_size=vocab_size)
-            cached = {"vocab_size": vocab_size, "cache_dir": d.cache_dir}
-            return source, load_tokenizer(d.tokenizer, source=source, **cached)
+            tokenizer = load_tokenizer(
+                d.tokenizer,
+                source=source,
+                vocab_size=vocab_size,
+                cache_dir=d.cache_dir,
+                control_tokens=d.control_tokens,
+            )
+            for name, one in source.items() if isinstance(source, dict) else [("", source)]:
+                bind(one, tokenizer, d, key=f"data.sources.{name}" if name else "data.source")
+            return source, tokenizer
 
     # the first rank of a host unpacks files and trains the tokenizer, the others use them
     source, tokenizer = meeting.first_of_host(read)
@@ -227,6 +278,7 @@ def build_stream(
         buffer=first.buffer,
         packing=d.packing,
         at_end=d.at_end,
+        epochs=epochs,
         shuffle=d.shuffle,
         document_mask=d.document_mask,
         on_bad=d.on_bad,
@@ -272,6 +324,16 @@ def sources_of(d: DataConfig, *, vocab_size: int) -> Source | dict[str, Source]:
         if getattr(sources[key.removeprefix("data.sources.")], "vocab_size", 0) > vocab_size:
             raise ConfigError(f"{key}.vocab_size exceeds model.vocab_size={vocab_size}; use at most that")
     return sources if d.sources else sources["data.source"]
+
+
+def bind(source: Source, tokenizer: Any, d: DataConfig, *, key: str) -> None:
+    """Hands the tokenizer to a source that makes tokens itself. Raises: ConfigError."""
+    if not hasattr(source, "bind"):
+        return
+    try:
+        source.bind(tokenizer, d.tokenizer)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def source_of(node: Any, *, cache_dir: str | None) -> Source:

@@ -214,6 +214,9 @@ def changes(
     changed = {
         key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)
     }
+    if config.anew and not is_own:
+        refuse_other_shape(checkpoint, changed)
+        return changed
     fixed = [key for key in changed if any(f"{key}.".startswith(f"{name}.") for name in FIXED)]
     if "train_only" in fixed and not is_own:
         refuse_parts_without_state(checkpoint, *changed["train_only"])
@@ -221,8 +224,23 @@ def changes(
     if fixed := fixed or [key for key in fingerprints(data) if key in changed]:
         old, new = (", ".join(f"{key}={changed[key][i]}" for key in fixed) for i in (0, 1))
         remedy = "set it back to continue, or choose another name= for a new run"
+        if not is_own:
+            remedy += "; anew=true takes its weights alone"
         raise ConfigError(f"{checkpoint} is of a run with {old}, now it is {new}; {remedy}")
     return changed
+
+
+def refuse_other_shape(checkpoint: Path, changed: Mapping[str, Sequence[Any]]) -> None:
+    """Of a run whose weights are taken: it may have fewer rows in embedding and head. Raises: ConfigError."""
+    wrong = {key: values for key, values in changed.items() if key.startswith("model.")}
+    for key in ("model.expert_dtype", "model.router_dtype"):
+        wrong.pop(key, None)
+    before, now = wrong.pop("model.vocab_size", (0, 0))
+    if before > now:
+        wrong["model.vocab_size"] = (before, now)
+    if wrong:
+        text = ", ".join(f"{key}={values[0]}, now {values[1]}" for key, values in wrong.items())
+        raise ConfigError(f"{checkpoint} is of another model: {text}; use the first of them")
 
 
 def fingerprints(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ each rank its part. Nothing that could run code is read: no pickle, no Python fi
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trainer.checkpoint import (
     load_into,
     plain_name,
     read_header,
+    read_index,
     read_json,
     reading,
     refuse_uncovered,
@@ -40,6 +42,7 @@ from trainer.ranks.agree import (
 
 SINGLE, SEVERAL = "model.safetensors", "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+VOCABULARY = ("model.tok_embeddings.weight", "model.lm_head.weight")  # a row for each token
 FETCHED = ["*.safetensors", "*.json", "*.jinja"]
 
 
@@ -68,15 +71,45 @@ def start_from(config: Config, state: dict[str, Any], tokenizer: Any) -> dict[st
 
     def checked_index() -> dict[str, StoredTensor]:
         try:
-            refuse_other_model(directory, config.model)
-            refuse_other_tokenizer(directory, tokenizer, vocab_size=config.model.vocab_size)
-            return index_of(directory, config.model)
+            model = refuse_other_model(directory, config.model)
+            refuse_other_tokenizer(directory, tokenizer, config)
+            return with_new_rows(index_of(directory, model), config.model)
         except refusals as error:
             raise ConfigError(f"{key}: {error}") from error
 
     index = broadcast_object(refusing_on_all(checked_index))
     refuse_disagreement(sizes(directory, index))
     return load_into(state, directory=directory, index=index)
+
+
+def weights_of_run(config: Config, state: dict[str, Any], checkpoint: Path, tokenizer: Any) -> dict[str, Any]:
+    """Fills the model's part of a run's state with the weights of another run's checkpoint. Collective.
+
+    Raises: ConfigError, on all ranks; before anything is loaded.
+    """
+
+    def checked_index() -> dict[str, StoredTensor]:
+        try:
+            refuse_other_tokenizer(checkpoint, tokenizer, config)
+            index = {name: one for name, one in read_index(checkpoint).items() if name.startswith("model.")}
+            return with_new_rows(index, config.model)
+        except (DamagedError, OSError, ValueError) as error:
+            raise ConfigError(f"branch={config.branch}: {error}") from error
+
+    index = broadcast_object(refusing_on_all(checked_index))
+    refuse_disagreement(sizes(checkpoint, index))
+    return load_into(state, directory=checkpoint, index=index)
+
+
+def with_new_rows(index: Mapping[str, StoredTensor], model: ModelConfig) -> dict[str, StoredTensor]:
+    """Embedding and head may have rows that the files lack, of new control tokens: these stay as they were
+    initialised, the same on every layout, as nothing is read for them.
+    """
+    grown = dict(index)
+    for name in (name for name in VOCABULARY if name in index):
+        num_rows, dim = index[name].shape
+        grown[name] = replace(index[name], shape=(max(num_rows, model.vocab_size), dim))
+    return grown
 
 
 def fetched(spec: str) -> Path:
@@ -112,8 +145,10 @@ def directory_of(spec: str, *, key: str = "init_from=") -> Path:
         ) from error
 
 
-def refuse_other_model(directory: Path, model: ModelConfig) -> None:
-    """Raises: ConfigError, ValueError if config.json is not of this model."""
+def refuse_other_model(directory: Path, model: ModelConfig) -> ModelConfig:
+    """The model of config.json: this one, perhaps with fewer rows in embedding and head. Raises: ConfigError,
+    ValueError.
+    """
     if (directory / "checkpoints").is_dir() or (directory / "manifest.json").is_file():
         raise ConfigError(f"{directory} is a run's; use branch={directory}, or export it: triquetra export")
     path = directory / "config.json"
@@ -122,6 +157,9 @@ def refuse_other_model(directory: Path, model: ModelConfig) -> None:
     theirs = read_json(path)
     if theirs.get("model_type") != "afmoe":
         raise ConfigError(f"{path}: model_type={theirs.get('model_type')}, must be afmoe")
+    num_rows = theirs.get("vocab_size")
+    if type(num_rows) is int and 0 < num_rows < model.vocab_size:
+        model = replace(model, vocab_size=num_rows)
     with reading(path):
         wrong = config_misfits(theirs, model)
     if wrong:
@@ -132,14 +170,18 @@ def refuse_other_model(directory: Path, model: ModelConfig) -> None:
         raise ConfigError(
             "\n".join([f"{path} is of another model:", *wrong, *([f"use {fits}"] if fits else [])])
         )
+    return model
 
 
-def refuse_other_tokenizer(directory: Path, tokenizer: Any, *, vocab_size: int) -> None:
-    """Raises: ConfigError, ValueError if the directory has a tokenizer and it is not the run's."""
+def refuse_other_tokenizer(directory: Path, tokenizer: Any, config: Config) -> None:
+    """Raises: ConfigError, ValueError if the directory has a tokenizer and it is not the run's, which may
+    have more control tokens.
+    """
     path = directory / "tokenizer.json"
     if tokenizer is None or not path.is_file():
         return
-    if load_tokenizer(str(path), source={}, vocab_size=vocab_size).to_str() != tokenizer.to_str():
+    more = {"vocab_size": config.model.vocab_size, "control_tokens": config.data.control_tokens}
+    if load_tokenizer(str(path), source={}, **more).to_str() != tokenizer.to_str():
         raise ConfigError(f"the run's tokenizer is not that of the weights; use data.tokenizer={path}")
 
 
