@@ -21,12 +21,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ranks import run_ranks
+from trainer import train
 from trainer.chat import __main__ as chat
 from trainer.chat import generate
 from trainer.chat.speaker import Draw, Speaker, Spoken, Stopped
 from trainer.chat.turns import PLAIN_STOP, Turns
 from trainer.checkpoint import Checkpoints
 from trainer.config import load, resolved_yaml
+from trainer.data import ChatSource
 from trainer.data.conversation import TEMPLATE
 from trainer.model.afmoe import afmoe_config
 from trainer.model.init import initialize
@@ -408,3 +410,34 @@ def test_a_reader_that_leaves_does_no_harm(runs, capsys):
         timeout=300,
     )
     assert (done.returncode, len(done.stdout), done.stderr) == (0, 1, b"")
+
+
+# -- after fine-tuning --------------------------------------------------------------------------------------
+
+
+def test_a_fine_tuned_run_is_talked_to_with_its_own_template(tmp_path, tokenizer, capsys, monkeypatch):
+    """The template of data= is in the run, in its checkpoint and in its export, and the chat renders with it;
+    what is saved is read by data=chat."""
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    template = tmp_path / "own.jinja"
+    template.write_text(TEMPLATE.read_text().replace("assistant\n", "assistant \n"))
+    overrides = [
+        *[*SMALL, "data=chat", f"data.tokenizer={tmp_path}/tokenizer.json", "data.workers=0"],
+        *["seq_len=256", f"data.source.template={template}", "name=tuned", f"run_dir={tmp_path}"],
+        "data.control_tokens=[" + ",".join(f"'{mark}'" for mark in MARKS) + "]",
+    ]
+    [code] = run_ranks(lambda: train.train(load(overrides)), 1)
+    assert code == 0
+    run, text = tmp_path / "tuned", template.read_text()
+    assert (run / "chat_template.jinja").read_text() == text
+    directory = prepared(tmp_path, "tuned", capsys)
+    assert AutoTokenizer.from_pretrained(directory).chat_template == text
+    file = tmp_path / "saved.jsonl"
+    piped(monkeypatch, f"hi\n/save {file}\n")
+    assert chat.main([str(run), "--max-tokens=3"]) == 0
+    assert "note" not in capsys.readouterr().err.replace("trained on", "")
+    source = ChatSource(str(file), template=str(template))
+    source.bind(Tokenizer.from_file(str(directory / "tokenizer.json")), None)
+    [messages] = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages).input_ids
+    assert source[0].tokens.tolist() == expected

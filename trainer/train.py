@@ -173,9 +173,8 @@ def _start(config: Config, stop: StopRequest) -> Run:
     run = build(config, stop=stop)
     config = run.config  # steps are counted by now
     end_if_told(stop)
-    opened = open_directory(
-        config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
-    )
+    of_data = {"tokenizer": run.stream.tokenizer, "chat_template": run.stream.chat_template}
+    opened = open_directory(config, run.checkpoints, corpus=run.stream.fingerprint, **of_data)
     run.about, run.texts, run.held = opened.about, opened.texts, opened.held
     if opened.origin is not None and config.anew and run.checkpoints.last_saved is None:
         with refusing():

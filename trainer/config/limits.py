@@ -22,6 +22,7 @@ OF_A_RUN = (  # what a run writes into its directory itself
     "checkpoints",
     "exports",
     "tokenizer.json",
+    "chat_template.jinja",
     "data.json",
     "starts.jsonl",
     "rolled_back.json",

@@ -100,6 +100,11 @@ class ChatSource:
             )
         return self.conversations
 
+    @property
+    def chat_template(self) -> str | None:
+        """What a conversation was rendered by."""
+        return self.conversations.template if self.conversations is not None else None
+
     def __len__(self) -> int:
         return len(self.records)
 
