@@ -1,5 +1,6 @@
 """What can the model do, while it trains and afterwards? `rows` -> `kernel` -> numbers -> `schedule`."""
 
+from trainer.evaluate.answers import Answers
 from trainer.evaluate.kernel import Measured, measure
 from trainer.evaluate.needles import Needles
 from trainer.evaluate.rows import Example, Part, packed
@@ -9,6 +10,7 @@ from trainer.evaluate.start import start_evaluations
 from trainer.evaluate.tasks import Task
 
 __all__ = [
+    "Answers",
     "Evaluation",
     "Evaluations",
     "Example",

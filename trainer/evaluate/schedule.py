@@ -17,7 +17,8 @@ from trainer.run.state import Run
 
 class Evaluation(Protocol):
     """interval: [steps]; at_start: also before the first step. best: the number by which two checkpoints are
-    compared, less is better (`checkpoint.keep_best`).
+    compared, less is better (`checkpoint.keep_best`). One that asks something else of the model than what
+    `measure` asks has a method `ask` of the same arguments and meaning.
     """
 
     interval: int
@@ -78,9 +79,10 @@ class Evaluations:
         interrupted has no result.
         """
         for name in names:
-            start_s, measured = time.perf_counter(), list[Measured]()
+            start_s, measured = time.perf_counter(), list[Any]()
+            ask = getattr(self.named[name], "ask", measure)
             for part in self.parts[name]:
-                sums = measure(run, part, heartbeat=lambda name=name: heartbeat(f"evaluating {name}"))
+                sums = ask(run, part, heartbeat=lambda name=name: heartbeat(f"evaluating {name}"))
                 if sums is None:
                     return False
                 measured.append(sums)

@@ -2,7 +2,7 @@
 
 A float is a curve; `by_...` is a table, and its loss a curve for each entry; `experts` is the use of experts
 of each domain; `needles`, a list of {length, depth, exact, total}, is a heat map: depth in %, `exact` the
-share of `total` samples.
+share of `total` samples; `answers`, a list of {prompt, answer}, is a table of all evaluations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ UNITS = {
 COUNTS = ("documents", "targets", "questions")
 MAX_ROWS = 60  # of a table
 MAX_LINES = 12  # of a figure
+MAX_ASKED = 12  # evaluations whose answers are shown, the last ones
 MAX_DOMAINS = 6  # drawn as heat maps
 
 Result = dict[str, Any]
@@ -65,6 +66,7 @@ def draw_evaluation(d: Drawing, name: str, of_run: Sequence[tuple[Group, Records
             draw_use(d, experts, which, with_maps=len(of_run) == 1)
         if isinstance(needles := results[-1].get("needles"), list):
             draw_needles(d, needles, which)
+        draw_answers(d, results)
 
 
 def curve(d: Drawing, group: Group, key: str, results: Sequence[Result], name: str) -> Named:
@@ -289,3 +291,27 @@ def draw_needles(d: Drawing, needles: Sequence[Any], which: str) -> None:
         text="How often a needle at a depth of the context was given back exactly.",
         height=320,
     )
+
+
+# -- answers --
+
+
+def draw_answers(d: Drawing, results: Sequence[Result]) -> None:
+    """What was answered to each prompt, evaluation by evaluation."""
+    rows = [
+        (str(row["prompt"]), e["step"], str(row["answer"]))
+        for e in results[-MAX_ASKED:]
+        if isinstance(e.get("answers"), list)
+        for row in e["answers"]
+        if isinstance(row, Mapping) and {"prompt", "answer"} <= set(row)
+    ]
+    if not rows:
+        return
+    prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
+    rows = sorted(rows, key=lambda row: prompts.index(row[0]))[:MAX_ROWS]
+    columns = [
+        Column("prompt", explanation="What the user says.", text=True),
+        Column("step", explanation="After which the model was asked."),
+        Column("answer", explanation="The likeliest token, again and again.", text=True),
+    ]
+    d.page.table(columns, [[Cell(p), Cell(number(step), value=step), Cell(a)] for p, step, a in rows])
