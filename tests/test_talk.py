@@ -101,6 +101,8 @@ def test_plain_output_is_the_text_and_stdin_a_prompt(runs, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert generate.main([str(runs / "plain"), "-", "--max-tokens=9"]) == 0
     assert capsys.readouterr().out == line["text"] + "\n"
+    assert generate.main([str(runs / "plain"), PROMPT, PROMPT, "--max-tokens=9"]) == 0
+    assert capsys.readouterr().out == f"> {PROMPT}\n{line['text']}\n" * 2
 
 
 def test_draws_have_a_seed_and_the_narrowest_is_the_likeliest(runs, capsys):

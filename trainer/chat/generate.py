@@ -5,6 +5,7 @@
     triquetra generate runs/demo "import" "def " --json   one line of JSON for each prompt
     triquetra generate runs/sft "What is this?" --chat    the prompt is a message, what follows an answer
 
+Of several prompts each stands before its text, behind "> ", unless there is --json.
 The likeliest tokens are taken unless --temperature is above 0; then --seed makes the draw the same each time.
 A line of JSON has prompt, text, end ("stop": the model ended it, "length": --max-tokens did), prompt_tokens,
 tokens, model and step.
@@ -74,6 +75,8 @@ def turns_of(model: Ready, options: argparse.Namespace) -> Turns:
 def answer(model: Ready, turns: Turns | None, prompt: str, options: argparse.Namespace) -> None:
     """Says what follows a prompt."""
     say = (lambda text: None) if options.json else partial(print, end="", flush=True)
+    if options.prompts[1:] and not options.json:
+        print(f"> {prompt}")
     if turns is None:
         ids, spoken = model.speaker.prompt_ids(prompt), model.speaker.spoken(say)
     else:
