@@ -82,10 +82,14 @@ def write_texts(
         write_durably(directory / TEMPLATE, text)
 
 
-def model_ids(of_role: Mapping[str, list[tuple[str, int]]]) -> dict[str, int]:
+def model_ids(of_role: Mapping[str, list[tuple[str, int]]]) -> dict[str, int | None]:
     """Of config.json. A pad token there has no gradient in transformers, so what is not padding alone must
-    not be called so: who trains on would never move the row of the end of the text.
+    not be called so: who trains on would never move the row of the end of the text. It is null then, as some
+    readers ask for it.
     """
     first = {role: tokens[0][1] for role, tokens in sorted(of_role.items())}
     shared = [i for role, tokens in of_role.items() if role != "pad" for _, i in tokens]
-    return {f"{role}_token_id": i for role, i in first.items() if role != "pad" or i not in shared}
+    pad = first.pop("pad", None)
+    return {f"{role}_token_id": i for role, i in first.items()} | {
+        "pad_token_id": None if pad in shared else pad
+    }
