@@ -2,7 +2,7 @@
 `stream`.
 """
 
-from trainer.data.chat import ChatSource
+from trainer.data.chat import ChatSource, chat_template_of
 from trainer.data.epochs import steps_left
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
@@ -49,6 +49,7 @@ __all__ = [
     "SyntheticSource",
     "TextSource",
     "TokenStream",
+    "chat_template_of",
     "check_split",
     "content_hash",
     "end_of_text_id",

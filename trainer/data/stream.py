@@ -316,12 +316,6 @@ class TokenStream:
         return dict(zip(self.names, prints, strict=True)) if self.names else prints[0]
 
     @property
-    def chat_template(self) -> str | None:
-        """By which conversations are rendered: that of the first source of them."""
-        templates = (getattr(reader.source, "chat_template", None) for reader in self.readers)
-        return next(filter(None, templates), None)
-
-    @property
     def counts(self) -> dict[str, int]:
         """What this rank has read since the start of the run, and the epoch its slowest stream is in, of the
         source most read.
