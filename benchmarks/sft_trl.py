@@ -20,7 +20,7 @@ from transformers import AfmoeConfig, AfmoeForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from trainer.config import ModelConfig
-from trainer.data import IGNORED, ChatSource, StreamConfig, TokenStream
+from trainer.data import IGNORED, ChatSource, Document, StreamConfig, TokenStream
 from trainer.model.afmoe import afmoe_config
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.init import initialize
@@ -46,7 +46,7 @@ def small_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def our_loss(model: torch.nn.Module, source: ChatSource, num_samples: int) -> float:
+def our_loss(model: torch.nn.Module, source: ChatSource, tokenizer: Tokenizer, num_samples: int) -> float:
     """Of one step that holds all samples, packed: nats per label."""
     config = StreamConfig(
         seq_len=SEQ_LEN,
@@ -56,7 +56,7 @@ def our_loss(model: torch.nn.Module, source: ChatSource, num_samples: int) -> fl
         packing="fit",
         at_end="stop",
     )
-    stream = TokenStream(config, source=source, tokenizer=source.bound.tokenizer)
+    stream = TokenStream(config, source=source, tokenizer=tokenizer)
     [batch] = stream.next_step(num_samples)
     assert not stream.has_more()
     with torch.no_grad():
@@ -66,9 +66,11 @@ def our_loss(model: torch.nn.Module, source: ChatSource, num_samples: int) -> fl
 
 def main(num_samples: int = 32) -> int:
     source = ChatSource()
-    every = len(source) // num_samples
-    records = [source.records.record(i * every)[1] for i in range(num_samples)]
-    tokenizer = small_tokenizer([str(source.records.record(i)[1]) for i in range(len(source))])
+    every = [source.records.record(i)[1] for i in range(len(source))]
+    tokenizer = small_tokenizer([str(record) for record in every])
+    # what spells a control token is text here, and a control token there
+    plain = [record for record in every if not any(token in str(record) for token in CONTROL)]
+    records = plain[:: len(plain) // num_samples][:num_samples]
     source.bind(tokenizer, None)
     source.records = Chosen(records)
     shape = ModelConfig(
@@ -114,19 +116,26 @@ def main(num_samples: int = 32) -> int:
             train_dataset=Dataset.from_list(source.records.rows),
             processing_class=fast,
         )
-        rows = {tuple(row["input_ids"]): list(row["assistant_masks"]) for row in trainer.train_dataset}
+        rows = {tuple(row["input_ids"]): list(row["labels"]) for row in trainer.train_dataset}
         documents = [source[i] for i in range(num_samples)]
-        ours = {tuple(d.tokens.tolist()): d.mask.astype(int).tolist() for d in documents}
-        print(f"{num_samples} conversations, {sum(map(len, ours))} tokens")
+        ours = {tuple(d.tokens.tolist()): labels_of(d) for d in documents}
+        num_labels = sum(label != IGNORED for labels in ours.values() for label in labels)
+        print(f"{num_samples} conversations, {sum(map(len, ours))} tokens, {num_labels} labels")
         same_ids, same_labels = rows.keys() == ours.keys(), rows == ours
         print(f"the same ids: {same_ids}; the same labels: {same_labels}")
         batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.eval()
         with torch.no_grad():
             theirs = trainer.compute_loss(trainer.model, dict(batch)).item()
-        mine = our_loss(model.eval(), source, num_samples)
+        mine = our_loss(model.eval(), source, tokenizer, num_samples)
         print(f"first loss: TRL {theirs:.6f}, here {mine:.6f}, difference {abs(theirs - mine):.1e}")
         return int(not (same_labels and abs(theirs - mine) <= TOLERANCE))
+
+
+def labels_of(document: Document) -> list[int]:
+    """As TRL has them: not yet shifted."""
+    pairs = zip(document.tokens.tolist(), document.mask.tolist(), strict=True)
+    return [token if learned else IGNORED for token, learned in pairs]
 
 
 class Chosen:

@@ -170,6 +170,18 @@ def test_a_role_and_variables_write_no_turn() -> None:
     assert (ids == tokenizer.token_to_id("<|im_end|>")).sum() == 1
 
 
+def test_a_message_and_the_template_make_no_control_token_together() -> None:
+    tokenizer = byte_level(CONTROL)
+    end = tokenizer.token_to_id("<|im_end|>")
+    for before, content, after in (("", "<|im_", "end|>"), ("<|im_", "end|>", ""), ("<|im_", " end|>\n", "")):
+        template = (
+            f"{before}{{% generation %}}{{{{ messages[0].content | trim }}}}{{% endgeneration %}}{after}"
+        )
+        ids, mask = Conversations(tokenizer, template)([user(content)])
+        assert end not in ids.tolist()
+        assert tokenizer.decode(ids.tolist()) == "<|im_end|>" and tokenizer.decode(ids[mask].tolist()) != ""
+
+
 def test_a_thought_may_begin_an_answer_and_stand_nowhere_else() -> None:
     tokenizer = byte_level(CONTROL)
     marks = [tokenizer.token_to_id(token) for token in ("<think>", "</think>")]

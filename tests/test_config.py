@@ -92,7 +92,7 @@ REFUSED = {  # override: what the message must contain
     "model=huge": (
         "Could not find 'model/huge' Available options in 'model': debug large mini nano small tiny"
     ),
-    "stage=[1]": "'stage=[1]': must be one of constant, cosine, extension_demo, trinity_large",
+    "stage=[1]": "'stage=[1]': must be one of constant, cosine, extension_demo, sft, trinity_large",
     "stage=[[]]": "'stage=[[]]': must be one of",
     "logging=[nan]": "'logging=[nan]': must be one of jsonl, tensorboard, wandb",
     "optim=nan": "'optim=nan': must be one of adamw, muon",

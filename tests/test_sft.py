@@ -20,8 +20,9 @@ from tests.runs import metrics, tensors
 from tests.streams import equal, gathered, global_rows, load, make_stream, ranks, step_rows
 from trainer import train
 from trainer.config import ConfigError, ModelConfig
-from trainer.data import ChatSource, steps_left
+from trainer.data import ChatSource, DataError, steps_left
 from trainer.model.hf import hf_config, to_hf
+from trainer.program import program_of
 from trainer.run.step import next_batches, train_step
 
 VOCAB = 608  # of the tests' tokenizer, up to a multiple of 8
@@ -82,7 +83,6 @@ def test_each_sample_is_packed_whole_and_once_in_every_epoch(tmp_path: Path, glo
     assert sum(expected.values()) == 32 and any(len(tokens) == 96 for tokens, _ in expected)
     stream = make_stream(source, **{**FIT, "global_batch": global_batch}, epochs=3)
     counted = steps_left(stream, micro_batch=1)
-    seen, num_steps = list[tuple]()
     seen, num_steps = [], 0
     while stream.has_more():
         seen += samples_of(step_rows(stream))
@@ -157,14 +157,16 @@ def whole_weights(run) -> dict[str, torch.Tensor]:
 def trained(words: list[str]) -> dict:
     """Rows, losses and rates of each step, and the weights before and after; rows of this rank."""
     run = train.start(train.load(words))
-    before, rows, losses, rates = whole_weights(run), [], [], []
+    before, rows, losses, rates, norms = whole_weights(run), [], [], [], []
     for _ in range(STEPS):
         batches = next_batches(run)
         rows.append(torch.cat([torch.stack(list(batch)) for batch in batches], dim=1))
         values = train_step(run, batches)
         losses.append(values["loss"])
         rates.append(values["lr"])
-    result = {"before": before, "after": whole_weights(run), "rows": rows, "losses": losses, "rates": rates}
+        norms.append(values["grad_norm"])
+    result = {"before": before, "after": whole_weights(run), "rows": rows, "losses": losses}
+    result |= {"rates": rates, "norms": norms}
     run.stream.close()
     run.held and run.held.close()
     return result
@@ -178,7 +180,7 @@ def plain_loop(result: dict, rows_of_steps: list[torch.Tensor], shape: ModelConf
     optimizer = torch.optim.AdamW(
         [*groups, {"params": gains, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
     )
-    losses = []
+    losses, norms = [], []
     for rows_3RL, rate in zip(rows_of_steps, result["rates"], strict=True):
         total, num_labels = 0.0, int((rows_3RL[1] != -100).sum())
         for tokens, labels in samples_of(rows_3RL):
@@ -187,12 +189,12 @@ def plain_loop(result: dict, rows_of_steps: list[torch.Tensor], shape: ModelConf
             (loss / num_labels).backward()
             total += loss.item()
         losses.append(total / num_labels)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    return losses, dict(model.named_parameters())
+    return losses, norms, dict(model.named_parameters())
 
 
 def their_model(weights: dict[str, torch.Tensor], shape: ModelConfig, path: Path) -> AfmoeForCausalLM:
@@ -210,15 +212,23 @@ def test_twenty_steps_are_those_of_transformers_and_adamw(tmp_path: Path, layout
     router losses, which `transformers` does not have in training."""
     num_ranks, words = layout
     words = overrides(
-        tmp_path, "optim=adamw", "optim.lr=0.02", "balance=none", "data.holdout=0", "epochs=2", *words
+        tmp_path,
+        "optim=adamw",
+        "optim.lr=0.02",
+        "balance=none",
+        "data.holdout=0",
+        "evaluate=none",
+        "epochs=2",
+        *words,
     )
     results = run_ranks(trained, num_ranks, words)
     assert all(result["losses"] == results[0]["losses"] for result in results)
     rows = [torch.cat(parts, dim=1) for parts in zip(*(result["rows"] for result in results), strict=True)]
     assert all(((row[1] == -100) & (row[2] >= 0)).any() and (row[2] < 0).any() for row in rows)
     shape = train.load(words).model
-    losses, theirs = plain_loop(results[0], rows, shape, tmp_path)
+    losses, norms, theirs = plain_loop(results[0], rows, shape, tmp_path)
     np.testing.assert_allclose(results[0]["losses"], losses, rtol=1e-5)
+    np.testing.assert_allclose(results[0]["norms"], norms, rtol=1e-4)
     assert losses[-1] < losses[0] - 1  # something was learned
     ours = dict(their_model(results[0]["after"], shape, tmp_path / "after").named_parameters())
     moved = dict(their_model(results[0]["before"], shape, tmp_path / "before").named_parameters())
@@ -299,7 +309,7 @@ def test_new_control_tokens_get_rows_and_the_rest_is_the_run_s(tmp_path: Path) -
     ("words", "message"),
     [
         (["epochs=2", "data.at_end=repeat"], "epochs=2 with data.at_end=repeat, which reads on"),
-        (["data.tokenizer=train"], "data.source: data.tokenizer=train: a tokenizer is not trained on"),
+        (["data.tokenizer=train"], "data.tokenizer=train: a tokenizer is not trained on"),
         (["data.tokenizer=null"], "data.source: data.tokenizer=None: a conversation is text"),
         (
             ["data.control_tokens=[]", "data.tokenizer={0}/plain.json"],
@@ -308,10 +318,10 @@ def test_new_control_tokens_get_rows_and_the_rest_is_the_run_s(tmp_path: Path) -
         (["data.source.path={0}/nothing.jsonl"], "data.source: .*no file matches"),
         (["data.source.labels=some"], "data.source: labels=some: must be one of"),
         (["data.source.template={0}/no.jinja"], "data.source: template=.*no.jinja: cannot be read"),
-        (["model.vocab_size=600"], "with data.control_tokens|needs model.vocab_size=605"),
+        (["model.vocab_size=600"], "needs model.vocab_size=604, which is 600"),
         (
             ["+stage.more={{steps: 3, seq_len: 128}}"],
-            "epochs=4 with stage.more.global_batch=4 and seq_len=128",
+            "epochs=20 with stage.more.global_batch=4 and seq_len=128",
         ),
     ],
 )
@@ -327,7 +337,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, words: list[str],
 
 
 def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Path) -> None:
-    """Read once straight, and once with a stop after three steps and another number of ranks."""
+    """Read straight, with a stop after three steps, and then on another number of ranks, rows cut too."""
     words = overrides(
         tmp_path, "stage=constant", "epochs=1", "global_batch=8", "seq_len=512", "micro_batch=2"
     )
@@ -335,7 +345,10 @@ def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Pat
     run_ranks(train_to_the_end, 1, [*words, "name=straight"])
     run_ranks(train_to_the_end, 2, [*words, "name=moved", "steps=3", "parallel=fsdp"])
     run_ranks(train_to_the_end, 2, [*words, "name=moved", "parallel=fsdp", "parallel.cp=2"])
+    run_ranks(train_to_the_end, 1, [*words, "name=again", "steps=3"])
+    run_ranks(train_to_the_end, 1, [*words, "name=again"])
     straight, moved = metrics(tmp_path / "straight"), metrics(tmp_path / "moved")
+    assert metrics(tmp_path / "again") == straight  # bit for bit on the same rank
     assert len(straight) == len(moved) > 3
     np.testing.assert_allclose([m["loss"] for m in moved], [m["loss"] for m in straight], rtol=1e-5)
     exact = ("tokens", "data/documents", "data/tokens", "data/padding", "data/step_tokens")
@@ -347,3 +360,82 @@ def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Pat
     source.bind(byte_level(CONTROL), None)
     assert straight[-1]["data/documents"] + straight[-1]["data/held_out"] == len(source)
     assert 0 < evaluations[-1]["targets"] < 1000  # what is held out has masks, too
+
+
+def test_bad_conversations_are_listed_or_fatal_as_configured(tmp_path: Path) -> None:
+    good = {"messages": [user("a"), assistant("b")]}
+    rows = [
+        good,
+        b'{"messages": [',
+        good,
+        {"messages": [user("a"), user("b")]},
+        {"messages": [user("a")]},
+        good,
+    ]
+    path = write_records(tmp_path / "mine.jsonl", rows)
+    words = overrides(tmp_path, f"data.source.path={path}", "epochs=1", "evaluate=none", "data.holdout=0")
+    words += ["global_batch=1", "data.max_bad=1", "optim=adamw"]
+    run_ranks(train_to_the_end, 1, words)
+    listed = (tmp_path / "sft/bad_documents.0.txt").read_text().splitlines()
+    assert sorted(line.split(": ")[:2] for line in listed) == [
+        [f"{path}:2", "broken_json"],
+        [f"{path}:4", "turns"],
+        [f"{path}:5", "no_label"],
+    ]  # once each, though the data is read twice: to count the steps, and to train
+    assert metrics(tmp_path / "sft")[-1]["data/skipped"] == 3
+    with pytest.raises(
+        DataError, match=rf"{path}:\d: (broken_json|turns|no_label): .*\ndata.on_bad=skip"
+    ) as refusal:
+        run_ranks(begun, 1, [*words, "data.on_bad=fatal", "name=fatal"])
+    assert "Traceback" not in str(refusal.value)
+
+
+def test_a_validation_set_of_conversations_has_masks(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "mine.jsonl", [{"messages": [user("a b c"), assistant("d e")]}] * 3)
+    conversations = f"{{_target_: trainer.data.ChatSource, path: {path}}}"
+    node = f"evaluate.v={{_target_: trainer.evaluate.Validation, source: {conversations}}}"
+    words = overrides(tmp_path, "evaluate=none", node, "steps=1", "epochs=1", "optim=adamw")
+    run_ranks(train_to_the_end, 1, words)
+    line = json.loads((tmp_path / "sft/evaluations.jsonl").read_text().splitlines()[-1])
+    source = ChatSource(str(path))
+    source.bind(byte_level(CONTROL), None)
+    assert line["targets"] == 3 * int(source[0].mask.sum()) and line["documents"] == 3
+
+
+def test_routing_biases_go_on_or_rest(tmp_path: Path) -> None:
+    words = overrides(tmp_path, "evaluate=none", "epochs=1", "optim=adamw", "steps=3")
+    for name, more in {"moving": [], "resting": ["stage.warmup.bias_rate=0"]}.items():
+        run_ranks(train_to_the_end, 1, [*words, f"name={name}", *more])
+    biases = {name: routing_biases(tmp_path / name) for name in ("moving", "resting")}
+    assert all(bias.any() for bias in biases["moving"]) and not any(bias.any() for bias in biases["resting"])
+    assert all("balance/max_violation" in line for name in biases for line in metrics(tmp_path / name))
+
+
+def routing_biases(directory: Path) -> list[torch.Tensor]:
+    return [t for name, t in tensors(directory, 3).items() if name.startswith("model.") and "bias" in name]
+
+
+# -- Trinity ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["nano", "mini", "large"])
+def test_trinity_is_fine_tuned_at_a_tenth_of_its_peaks(size: str) -> None:
+    """By hand from the report: rows of 64K, up to a tenth, linear to 0, greedy packing."""
+    config = train.load([f"experiment=trinity_{size}_sft", "steps=1000"])
+    warmup, decay = program_of(config).spans
+    assert (warmup.lr.first, warmup.lr.last, decay.lr.last) == (0, 0.1, 0)
+    assert warmup.lr.shape == decay.lr.shape == "linear" and config.data.packing == "fit"
+    assert {span.now.seq_len for span in (warmup, decay)} == {65_536}
+    base = train.load([f"experiment=trinity_{size}"])
+    assert (config.optim, config.model, config.balance) == (base.optim, base.model, base.balance)
+    p = config.parallel
+    num_ranks, readers = p.dp_replicate * p.dp_shard * p.cp, p.dp_replicate * p.dp_shard
+    assert num_ranks == {"nano": 512, "mini": 512, "large": 2048}[size]
+    program_of(config).check_split(num_ranks=readers, num_streams=config.data.num_streams)
+
+
+def test_epochs_are_steps_for_those_who_read_no_data() -> None:
+    with pytest.raises(
+        ConfigError, match="not set: steps. How many are in epochs=2 is counted by reading; give"
+    ):
+        program_of(train.load(["experiment=trinity_mini_sft"]))

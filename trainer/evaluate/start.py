@@ -21,7 +21,7 @@ from trainer.evaluate.schedule import Evaluation, Evaluations
 from trainer.evaluate.sets import Material
 from trainer.metrics import EVALUATIONS
 from trainer.ranks.agree import broadcast_object, refusing_on_all
-from trainer.run.build import source_of
+from trainer.run.build import bind, source_of
 from trainer.run.state import Run
 
 
@@ -62,7 +62,12 @@ def parts_of(run: Run, name: str, evaluation: Evaluation) -> list[Part]:
 def material(run: Run, name: str) -> Material:
     config = run.config
     nodes = config.data.sources or {"": config.data.source}
-    make_source = partial(source_of, cache_dir=config.data.cache_dir)
+
+    def make_source(node: Any) -> Source:
+        source = source_of(node, cache_dir=config.data.cache_dir)
+        bind(source, run.stream.tokenizer, config.data, key=f"evaluate.{name}")
+        return source
+
     readers = zip(run.stream.names or [""], run.stream.readers, strict=True)
     return Material(
         name=name,
