@@ -274,6 +274,28 @@ def test_a_missing_template_is_said_and_replaced(runs, capsys, name, note, text)
     assert turns.stop_text == (PLAIN_STOP if name == "plain" else None)
 
 
+def test_an_export_and_a_name_of_the_hub_are_spoken_from(runs, capsys, tmp_path, monkeypatch):
+    """A cache as the hub's client makes it, with the chat template; without network it is all there is."""
+    import huggingface_hub
+
+    directory = prepared(runs, "tuned", capsys)
+    snapshot = tmp_path / "models--someone--weights" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123abcd")
+    for path in directory.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    run, export, hub = (
+        answers(capsys, name, PROMPT, "--chat", "--max-tokens=9")[0]
+        for name in (str(runs / "tuned"), str(directory), "someone/weights")
+    )
+    assert run["text"] == export["text"] == hub["text"] and run["prompt_tokens"] == hub["prompt_tokens"]
+    assert (run["step"], export["step"], hub["model"]) == (1, None, "someone/weights")
+    assert generate.main(["someone/weights", "a", "--step=1"]) == 2
+    assert "--step=1: someone/weights is no run" in capsys.readouterr().err
+
+
 # -- chat ---------------------------------------------------------------------------------------------------
 
 
