@@ -17,10 +17,11 @@ from transformers import AfmoeConfig, AfmoeForCausalLM
 from tests.chats import CONTROL, assistant, byte_level, user, write_records
 from tests.ranks import run_ranks
 from tests.runs import metrics, tensors
-from tests.streams import equal, gathered, global_rows, load, make_stream, ranks, step_rows
+from tests.streams import TextListSource, equal, gathered, global_rows, load, make_stream, ranks, step_rows
 from trainer import train
 from trainer.config import ConfigError, ModelConfig
-from trainer.data import ChatSource, DataError, steps_left
+from trainer.data import ChatSource, DataError, load_tokenizer, steps_left
+from trainer.data.chat import DIALOGUES
 from trainer.model.hf import hf_config, to_hf
 from trainer.program import program_of
 from trainer.run.step import next_batches, train_step
@@ -305,6 +306,21 @@ def test_new_control_tokens_get_rows_and_the_rest_is_the_run_s(tmp_path: Path) -
             assert torch.equal(ours, tensor), name
 
 
+def test_a_tokenizer_that_is_trained_leaves_room_for_control_tokens(tmp_path: Path) -> None:
+    """So a run may pretrain the rows that its fine-tuning will use: ids behind the words', in their order."""
+    texts = TextListSource(DIALOGUES.read_text("utf-8").splitlines())
+    tokenizer = load_tokenizer(
+        "train", source=texts, vocab_size=400, cache_dir=tmp_path, control_tokens=CONTROL
+    )
+    assert [tokenizer.token_to_id(token) for token in CONTROL] == [396, 397, 398, 399]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(
+        str(tmp_path / "tokenizer.json"), source={}, vocab_size=400, control_tokens=CONTROL
+    )
+    assert again.to_str() == tokenizer.to_str()
+    assert tokenizer.encode("<|im_end|>", add_special_tokens=False).ids != [397]  # as everywhere: text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -435,7 +451,5 @@ def test_trinity_is_fine_tuned_at_a_tenth_of_its_peaks(size: str) -> None:
 
 
 def test_epochs_are_steps_for_those_who_read_no_data() -> None:
-    with pytest.raises(
-        ConfigError, match="not set: steps. How many are in epochs=2 is counted by reading; give"
-    ):
+    with pytest.raises(ConfigError, match=r"not set: steps.*epochs= is counted where a run starts"):
         program_of(train.load(["experiment=trinity_mini_sft"]))

@@ -164,11 +164,6 @@ def named(span: str) -> str:
 
 def program_of(config: Config) -> Program:
     """Raises: ConfigError where spans contradict each other or the run."""
-    if config.epochs is not None and config.steps is None:
-        remedy = f"give steps=, or leave epochs={config.epochs} to triquetra train"
-        raise ConfigError(
-            f"not set: steps. How many are in epochs={config.epochs} is counted by reading; {remedy}"
-        )
     stage = config.stage or {"": SpanConfig()}
     first = {key: getattr(config, key) for key in ("global_batch", "micro_batch", "seq_len", "z_loss_weight")}
     first |= {key: getattr(config.balance, key) for key in LOSS_KEYS}
@@ -263,7 +258,7 @@ def boundaries(stage: dict[str, SpanConfig], nows: Sequence[StepSettings], steps
     if steps is None and (relative := open_spans or shares):
         raise ConfigError(
             f"not set: steps. {named(relative[0])}its length is a part of them; set steps, or "
-            "stage.<span>.tokens"
+            "stage.<span>.tokens (epochs= is counted where a run starts)"
         )
     if len(open_spans) > 1:
         raise ConfigError(

@@ -169,15 +169,18 @@ def lasting(config: Config, meeting: Meeting) -> tuple[Config, Program, TokenStr
         if (span.now.global_batch, span.now.seq_len) != (first.global_batch, first.seq_len):
             raise ConfigError(
                 f"epochs={config.epochs} with stage.{span.name}.global_batch={span.now.global_batch} and "
-                f"seq_len={span.now.seq_len}: steps are counted for one kind of rows; use steps="
+                f"seq_len={span.now.seq_len}: steps are counted for one kind of rows; give the span "
+                f"global_batch={first.global_batch} and seq_len={first.seq_len}, or use steps= in its place"
             )
     stream = fork_stream(config, draft, meeting)
-    num_steps, problem = 0, None
-    try:
-        num_steps = steps_left(stream, micro_batch=first.micro_batch)
-    except (BadDocument, DataError) as error:
-        problem = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    answers = meeting.all_gather_objects([num_steps, problem])
+
+    def count() -> tuple[int, str | None]:
+        try:
+            return steps_left(stream, micro_batch=first.micro_batch), None
+        except (BadDocument, DataError) as error:
+            return 0, "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+    answers = meeting.all_gather_objects(meeting.together(count))
     if problems := [said for _, said in answers if said]:
         raise DataError(problems[0])
     steps = max(counted for counted, _ in answers)
