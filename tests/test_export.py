@@ -370,7 +370,7 @@ def test_tokens_that_differ_fail_the_verification(root, tmp_path, capsys, monkey
 def test_without_transformers_it_is_named(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert main([str(root / "runs/text"), str(tmp_path / "out"), "--verify"]) == REFUSED
-    assert "pip install 'triquetra[test]'" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert "pip install 'triquetra[chat]'" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert main([str(root / "runs/text"), str(tmp_path / "out")]) == OK
 
 

@@ -151,6 +151,7 @@ def test_a_checkpoint_is_exported_once_and_another_of_the_same_step_anew(runs, c
         (["{0}/plain", "a", "--system=b"], "--system and --template belong to --chat"),
         (["{0}/plain", "-", "-"], "- stands for all of stdin"),
         (["{0}/plain", "caf\udce9"], r"PROMPT='caf\udce9': must be text in UTF-8"),
+        (["", "a"], "argument RUN: is empty (an unset shell variable?)"),
         (["{0}/plain"], "the following arguments are required: PROMPT"),
         (["{0}/plain", "a", "--chat", "--template={0}/nowhere"], "[Errno 2] No such file"),
         (["{0}/tuned", "a\ufdefb", "--chat"], "it has characters that no text may hold"),
@@ -162,6 +163,19 @@ def test_wrong_input_is_one_line(runs, capsys, arguments, message):
     lines = [line for line in error.splitlines() if not line.startswith("exporting")]
     expected = re.escape(message.format(runs)).replace(r"\.\*", ".*")
     assert len(lines) == 1 and re.match(f"error: {expected}", lines[0]) and out == ""
+
+
+def test_what_cannot_be_loaded_or_written_is_one_line(runs, capsys, tmp_path):
+    directory = Path(shutil.copytree(prepared(runs, "plain", capsys), tmp_path / "out"))
+    os.truncate(directory / "model.safetensors", 1000)
+    assert generate.main([str(directory), "a"]) == 2
+    error = capsys.readouterr().err
+    assert f"{directory}: transformers cannot load it (SafetensorError: " in error and error.count("\n") == 1
+    shutil.copytree(runs / "plain" / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "exports").touch()  # where a directory should be made
+    assert generate.main([str(tmp_path / "run"), "a"]) == 2
+    error = capsys.readouterr().err
+    assert "export to another place: triquetra export" in error and error.count("\n") == 1
 
 
 def test_a_damaged_checkpoint_is_not_spoken_from(runs, capsys, tmp_path):

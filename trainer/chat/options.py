@@ -34,9 +34,8 @@ def parser_of(command: str, text: str, *, temperature: float, top_p: float, max_
     parser = OneLineParser(
         prog=f"triquetra {command}", description=text, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "model", metavar="RUN", help="a run, one of its checkpoints, an export, or a hub name"
-    )
+    what = "a run, one of its checkpoints, an export, or a hub name"
+    parser.add_argument("model", metavar="RUN", type=terminal.path, help=what)
     add = parser.add_argument
     add("--step", type=int, help="of a run; without it: the newest checkpoint")
     add("--system", metavar="TEXT", help="what the model is told before the first turn")
@@ -83,7 +82,7 @@ def ready(options: argparse.Namespace) -> Ready:
     need_transformers("chat and generate")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     device = device_named(options.device)
-    model = origin(options.model, options.step)
+    model = origin(str(options.model), options.step)
     speaker = Speaker(model.directory, device)
     if options.seed is not None:
         torch.manual_seed(options.seed)

@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from trainer.checkpoint import read_json
 from trainer.config import ConfigError
 from trainer.data import end_of_text_id, ready_tokenizer
-from trainer.weights.verify import continued, their_model
+from trainer.weights.verify import VerifyError, continued, their_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Speaker:
         self.tokenizer.encode_special_tokens = True  # text that looks like a control token stays text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.model = their_model(directory, "auto").to(device)
+        self.model = loaded(directory).to(device)
         self.device, self.trained_length = device, getattr(self.model.config, "max_position_embeddings", None)
         file = directory / "generation_config.json"
         ids = (read_json(file) if file.is_file() else {}).get("eos_token_id")
@@ -140,6 +140,19 @@ class Speaker:
         ValueError.
         """
         return self.tokenizer.encode(text).ids or [end_of_text_id(self.tokenizer)]
+
+
+def loaded(directory: Path) -> Any:
+    """transformers' model. Raises: ConfigError, VerifyError."""
+    try:
+        return their_model(directory, "auto")
+    except VerifyError:
+        raise
+    except Exception as error:  # a dozen kinds, of three libraries
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"{directory}: transformers cannot load it ({type(error).__name__}: {said})"
+        ) from error
 
 
 def device_named(name: str) -> str:
