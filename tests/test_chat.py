@@ -4,6 +4,7 @@ turn?
 Expected values come from `apply_chat_template`, from a slow parser of the tokens, or are counted by hand.
 """
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -274,6 +275,22 @@ def test_parquet_and_datasets_hold_the_same_conversations(tmp_path: Path) -> Non
             assert document.tokens.tolist() == expected.tokens.tolist()
             assert document.mask.tolist() == expected.mask.tolist()
         assert table[i].where == f"{tmp_path / 'a.parquet'}:{i + 1}"
+
+
+def test_a_directory_has_one_kind_of_files(tmp_path: Path) -> None:
+    tokenizer = byte_level(CONTROL)
+    (tmp_path / "set").mkdir()
+    packed = gzip.compress(write_records(tmp_path / "a.jsonl", [GOOD, GOOD]).read_bytes())
+    (tmp_path / "set" / "a.jsonl.gz").write_bytes(packed)
+    assert len(bound(tmp_path / "set", tokenizer, cache_dir=str(tmp_path / "cache"))) == 2
+    pq.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "set" / "b.parquet")
+    with pytest.raises(ValueError, match="set: there are Parquet and JSON lines; give one kind"):
+        ChatSource(str(tmp_path / "set"))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="no column 'messages'; field= is one of"):
+        ChatSource(str(tmp_path / "b.parquet"))
+    with pytest.raises(ValueError, match="are both set; set one of them to null"):
+        ChatSource("a.jsonl", name="b")
 
 
 def test_the_dialogues_that_ship_are_whole() -> None:

@@ -21,7 +21,7 @@ from trainer.data.conversation import (
     own_template,
     strings,
 )
-from trainer.data.files import Damage, JsonlSource, ParquetSource, decoding
+from trainer.data.files import JSONL, Damage, JsonlSource, ParquetSource, decoding
 from trainer.data.sources import BadDocument, Document, find_files, hashed
 
 DIALOGUES = Path(__file__).parent / "dialogues.jsonl"  # about this project
@@ -144,9 +144,12 @@ def template_file(path: str | None) -> str | None:
 
 def records_of(path: str, *, cache_dir: str | None) -> Records:
     """Of files of one kind. Raises: ValueError."""
-    if any(file.suffix == ".parquet" for file in find_files(path, suffixes=(".parquet", ".jsonl", ".json"))):
-        return ParquetRecords(path)
-    return JsonlSource(path, cache_dir=cache_dir)
+    are_parquet = {file.suffix == ".parquet" for file in find_files(path, suffixes=(".parquet", *JSONL))}
+    if len(are_parquet) == 2:
+        raise ValueError(
+            f"{path}: there are Parquet and JSON lines; give one kind, like path='{path}/*.jsonl'"
+        )
+    return ParquetRecords(path) if are_parquet == {True} else JsonlSource(path, cache_dir=cache_dir)
 
 
 class ParquetRecords(ParquetSource):
