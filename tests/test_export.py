@@ -307,9 +307,7 @@ def test_verify_compares_and_prompt_continues(root, tmp_path, capsys):
     assert "verified: logits of 2 x 32 tokens" in told and "16 greedy tokens are the same" in told
     assert "step 2 of text, 177 tensors in bfloat16" in told and "'import os':\nimport os" in told
     # from nothing: as after the end of a document
-    assert verify.continuation(
-        tmp_path / "out", "", load([*BASE, "name=x", "steps=1", "data.source.path=x"]).model, max_new_tokens=3
-    )
+    assert verify.continuation(tmp_path / "out", "", max_new_tokens=3)
     assert (
         len(
             AutoTokenizer.from_pretrained(tmp_path / "out")(told.split("'import os':\n")[1].rstrip("\n"))[
