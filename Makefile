@@ -12,7 +12,7 @@ LINTERS := .venv/.installed-dev
 LOG := .venv/setup.log
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --dist worksteal --durations=20
 
-.PHONY: help setup demo test test-all drills slurm sky gpu lint clean
+.PHONY: help setup demo chat test test-all drills slurm sky gpu lint clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s  %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,11 @@ setup: $(INSTALLED)  ## make .venv and install what constraints.txt pins; again 
 demo: setup  ## train a small AFMoE on Python's standard library (about 4 minutes on 2 cores), export it, let it write
 	@$(VENV) -m trainer.train experiment=demo evaluate=unseen $(ARGS)
 	@$(if $(filter -h --help --cfg,$(ARGS)),,$(export_demo))
+
+chat: setup  ## let it learn to answer from 296 dialogues about this project, and ask it 3 questions (5 minutes on 2 cores without a demo)
+	@[ -e runs/demo/checkpoints/latest ] || $(VENV) -m trainer.train experiment=demo evaluate=unseen steps=100
+	@$(VENV) -m trainer.train experiment=sft stage.warmup.lr.to=0.5 $(ARGS)
+	@$(if $(filter -h --help --cfg,$(ARGS)),,$(ask))
 
 test: setup  ## run the tests but the slow ones (9 minutes on 2 cores); those alone: ARGS="-m slow"
 	@$(PYTEST) -m 'not slow' $(ARGS)
@@ -65,6 +70,14 @@ latest=$$(cat '$(RUN)/checkpoints/latest') || exit 1; \
 	set -- '$(RUN)/checkpoints/'"$$latest" "$$out" --verify; \
 	if [ -e '$(RUN)/tokenizer.json' ]; then set -- "$$@" --prompt 'def main():'; fi; \
 	$(VENV) -m trainer export "$$@"
+endef
+
+# What its dialogues have word for word, what they have in other words, and what they do not have.
+QUESTIONS := 'What is Triquetra?' 'Tell me, how do I start a run?' 'What is the capital of France?'
+define ask
+$(VENV) -m trainer generate '$(call given,run_dir,runs)/$(call given,name,sft)' --chat $(QUESTIONS) || exit 1; \
+	echo '4.7 million weights, two minutes and 296 dialogues make a parrot: it knows their sentences, and nothing else.'; \
+	echo "talk to it: .venv/bin/triquetra chat '$(call given,run_dir,runs)/$(call given,name,sft)'"
 endef
 
 # $(1): the extra of pyproject.toml, $(2): what to tell. The log is shown only on failure.

@@ -307,9 +307,7 @@ def test_verify_compares_and_prompt_continues(root, tmp_path, capsys):
     assert "verified: logits of 2 x 32 tokens" in told and "16 greedy tokens are the same" in told
     assert "step 2 of text, 177 tensors in bfloat16" in told and "'import os':\nimport os" in told
     # from nothing: as after the end of a document
-    assert verify.continuation(
-        tmp_path / "out", "", load([*BASE, "name=x", "steps=1", "data.source.path=x"]).model, max_new_tokens=3
-    )
+    assert verify.continuation(tmp_path / "out", "", max_new_tokens=3)
     assert (
         len(
             AutoTokenizer.from_pretrained(tmp_path / "out")(told.split("'import os':\n")[1].rstrip("\n"))[
@@ -370,7 +368,7 @@ def test_tokens_that_differ_fail_the_verification(root, tmp_path, capsys, monkey
 def test_without_transformers_it_is_named(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "find_spec", lambda name: None)
     assert main([str(root / "runs/text"), str(tmp_path / "out"), "--verify"]) == REFUSED
-    assert "pip install 'triquetra[test]'" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+    assert "pip install 'triquetra[chat]'" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert main([str(root / "runs/text"), str(tmp_path / "out")]) == OK
 
 
@@ -803,3 +801,67 @@ def test_special_tokens_by_their_names():
     tokenizer.add_tokens([AddedToken("<pad>", special=False)])  # a word that looks like one
     tokenizer.add_special_tokens(["<s>", "</s>"])
     assert roles(tokenizer) == {"eos": ("</s>", 2), "bos": ("<s>", 1)}
+
+
+# -- turns
+# -----------------------------------------------------------------------------------------------------
+
+
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_turns(root: Path, directory: Path) -> tuple[Path, Tokenizer]:
+    """The checkpoint of step 3, with a chat template and with its marks in the tokenizer's last places."""
+    checkpoint = Path(
+        shutil.copytree(checkpoint_of(root), directory / "run" / "checkpoints" / "step-00000003")
+    )
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    dropped = {" ".join(merge) for merge in map(list, content["model"]["merges"][-2:])}
+    content["model"]["merges"] = content["model"]["merges"][:-2]
+    for merge in dropped:
+        del content["model"]["vocab"][merge.replace(" ", "")]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    (checkpoint / "tokenizer.json").write_text(tokenizer.to_str())
+    (checkpoint / "chat_template.jinja").write_text(TURNS)
+    manifest = read_manifest(checkpoint)
+    files = manifest.pop("files")
+    changed = {name: file_entry(checkpoint / name) for name in ("tokenizer.json", "chat_template.jinja")}
+    write_manifest(checkpoint, manifest, files | changed)
+    return checkpoint, tokenizer
+
+
+def test_the_chat_template_and_what_ends_a_turn_are_in_the_export(root, tmp_path):
+    """transformers renders the run's template, and its generate stops at the end of a turn and of a text.
+    What pads is not called so in config.json, where transformers would never train its row."""
+    checkpoint, tokenizer = with_turns(root, tmp_path)
+    assert main([str(checkpoint), str(tmp_path / "out")]) == OK
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "argv"}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    start, end = (tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    plain = [tokenizer.encode(text).ids for text in ("user\nargv", "\n", "assistant\n")]
+    assert ids == [start, *plain[0], end, *plain[1], start, *plain[2]]
+    assert (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.pad_token_id) == ([end, 0], 0)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.eos_token_id, config.pad_token_id) == (end, None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_input_embeddings().padding_idx is None
+
+
+def test_what_only_pads_is_called_so():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<|im_end|>"])
+    assert texts.model_ids(texts.endings(tokenizer, None)) == {
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    # a token that the template does not write ends nothing
+    assert texts.endings(tokenizer, "{{ '<|end|>' }}")["eos"] == [("</s>", 1)]
+    assert texts.endings(tokenizer, "{{ '<|im_end|>' }}")["eos"] == [("<|im_end|>", 3), ("</s>", 1)]

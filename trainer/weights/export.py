@@ -4,10 +4,11 @@
     triquetra export runs/demo 200 out                   that of step 200
     triquetra export runs/demo/checkpoints/step-00000200 out --dtype bfloat16
     triquetra export runs/demo out --verify --prompt "def main():"
+    triquetra export runs/demo out --gguf out.gguf       for llama.cpp, by its own converter
 
-OUT gets safetensors, config.json, generation_config.json and the tokenizer. It must not be there yet; until
-all is written and checked it is called OUT.draft. --verify and --prompt need transformers (pip install
-'triquetra[test]').
+OUT gets safetensors, config.json, generation_config.json, the tokenizer and its chat template. It must not be
+there yet; until all is written and checked it is called OUT.draft. --verify and --prompt need transformers
+(pip install 'triquetra[chat]').
 
 Exit codes: 0 done · 1 the checkpoint is damaged, or --verify found a difference · 2 refused, or OUT cannot be
 written.
@@ -24,15 +25,16 @@ from typing import Any, NoReturn
 import torch
 
 from trainer import terminal
-from trainer.checkpoint import Checkpoints, DamagedError, make_durable, problems, read_manifest
+from trainer.checkpoint import MANIFEST, Checkpoints, DamagedError, make_durable, problems, read_manifest
 from trainer.config import Config, ConfigError, reread
 from trainer.model.hf import export_problems
+from trainer.weights.gguf import convert, refuse_gguf
 from trainer.weights.tensors import Weights, plan, write_weights
 from trainer.weights.texts import tokenizer_of, write_texts
 from trainer.weights.verify import VerifyError, compare, continuation, need_transformers
 
 OK, DAMAGED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-OWN_FILES = ("*.safetensors", "*.json")  # all that a draft can hold
+OWN_FILES = ("*.safetensors", "*.json", "*.jinja")  # all that a draft can hold
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,6 +79,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt", metavar="TEXT", help="let transformers continue a text with what was written"
     )
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE",
+        type=terminal.path,
+        help="one file for llama.cpp, made of OUT by its converter",
+    )
     # so that options may stand anywhere among RUN, step and OUT
     options = parser.parse_intermixed_args(arguments)
     if not options.shard_gb > 0:
@@ -99,38 +107,55 @@ class Origin:
 
 def export(options: argparse.Namespace) -> None:
     """Raises: DamagedError, VerifyError, ConfigError, ValueError, OSError; then there is no OUT."""
-    draft = options.out.with_name(f"{options.out.name}.draft")
-    refuse_existing(options.out, draft)
-    origin = origin_of(options.run, options.step)
-    unread = export_problems(origin.config.model)
-    if fatal := [problem.text for problem in unread if problem.is_fatal]:
-        raise ConfigError("; ".join(fatal))
+    refuse_existing(options.out, draft_of(options.out))
+    origin = origin_of(checkpoint_of(options.run, options.step))
     if options.prompt is not None and origin.tokenizer is None:
         raise ConfigError(
             f"--prompt: {origin.path} has no tokenizer, its run's source gave tokens; leave --prompt out"
         )
-    dtype = options.dtype or origin.config.dtype
+    if options.gguf is not None:
+        refuse_gguf(options.gguf, origin.config.model, has_tokenizer=origin.tokenizer is not None)
+    shard_bytes = options.shard_gb * 1e9
+    summary = export_to(
+        origin, options.out, dtype=options.dtype, shard_bytes=shard_bytes, verify=options.verify
+    )
+    print(f"{options.out}: step {origin.step} of {origin.config.name}, {summary}")
+    for problem in export_problems(origin.config.model):
+        print(f"note: {problem.text}")
+    if options.gguf is not None:
+        print(convert(options.out, options.gguf, dtype=options.dtype or origin.config.dtype))
+    if options.prompt is not None:
+        text = continuation(options.out, options.prompt)
+        print(f"transformers continues {options.prompt!r}:\n{text}")
+
+
+def export_to(
+    origin: Origin, out: Path, *, dtype: str | None = None, shard_bytes: float = 5e9, verify: bool = False
+) -> str:
+    """`out`, which must not be there, whole or not at all. Returns what it is, in words. Raises: as it."""
+    if fatal := [problem.text for problem in export_problems(origin.config.model) if problem.is_fatal]:
+        raise ConfigError("; ".join(fatal))
+    dtype, draft = dtype or origin.config.dtype, draft_of(out)
     shutil.rmtree(draft, ignore_errors=True)  # of an export that was killed
     draft.mkdir(parents=True)
     try:
-        summary = write(origin, draft, dtype=dtype, shard_bytes=options.shard_gb * 1e9)
-        if options.verify:
+        summary = write(origin, draft, dtype=dtype, shard_bytes=shard_bytes)
+        if verify:
             verified = compare(
                 origin.path, origin.config, draft, dtype=getattr(torch, dtype), tokenizer=origin.tokenizer
             )
             summary = f"{summary}\n{verified}"
         make_durable(draft)
-        draft.rename(options.out)
-        make_durable(options.out.parent)
+        draft.rename(out)
+        make_durable(out.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    print(f"{options.out}: step {origin.step} of {origin.config.name}, {summary}")
-    for problem in unread:
-        print(f"note: {problem.text}")
-    if options.prompt is not None:
-        text = continuation(options.out, options.prompt, origin.config.model)
-        print(f"transformers continues {options.prompt!r}:\n{text}")
+    return summary
+
+
+def draft_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.draft")
 
 
 def write(origin: Origin, draft: Path, *, dtype: str, shard_bytes: float) -> str:
@@ -163,12 +188,15 @@ def refuse_existing(out: Path, draft: Path) -> None:
         )
 
 
-def origin_of(run: Path, step: int | None) -> Origin:
-    """What `run` (a run's directory, or a checkpoint) and `step` name, verified.
+def is_run(path: Path) -> bool:
+    """A run's directory, or one of its checkpoints."""
+    return (path / "checkpoints").is_dir() or (path.name.startswith("step-") and (path / MANIFEST).is_file())
 
-    Raises: ConfigError if it is not there, DamagedError naming an older one that is good.
+
+def checkpoint_of(run: Path, step: int | None) -> Path:
+    """What `run` (a run's directory, or a checkpoint) and `step` name. Raises: ConfigError if it is not
+    there.
     """
-    path = run
     if not run.name.startswith("step-") or (run / "checkpoints").is_dir():
         checkpoints = Checkpoints(run / "checkpoints")
         steps = checkpoints.all_steps()
@@ -176,13 +204,18 @@ def origin_of(run: Path, step: int | None) -> Origin:
             raise ConfigError(f"{run}: no run's directory with a checkpoint, and no checkpoint")
         if step is not None and step not in steps:
             raise ConfigError(f"step {step}: {run} has steps {', '.join(map(str, steps))}")
-        path = checkpoints.path(steps[-1] if step is None else step)
-    elif step is not None:
+        return checkpoints.path(steps[-1] if step is None else step)
+    if step is not None:
         raise ConfigError(
             f"step {step}: {run} is one checkpoint; leave the step out, or give the run's directory"
         )
-    elif not run.is_dir():
+    if not run.is_dir():
         raise ConfigError(f"{run}: there is no such checkpoint")
+    return run
+
+
+def origin_of(path: Path) -> Origin:
+    """Of a checkpoint, verified. Raises: DamagedError naming an older one that is good."""
     if damages := problems(path):
         raise DamagedError("\n".join([*damages, remedy(path)]))
     manifest, config = read_manifest(path), reread(path / "config.yaml")

@@ -43,7 +43,7 @@ from trainer.ranks.agree import (
 SINGLE, SEVERAL = "model.safetensors", "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 VOCABULARY = ("model.tok_embeddings.weight", "model.lm_head.weight")  # a row for each token
-FETCHED = ["*.safetensors", "*.json"]
+FETCHED = ["*.safetensors", "*.json", "*.jinja"]
 
 
 def refuse_early(config: Config) -> None:
@@ -126,22 +126,22 @@ def fetched(spec: str) -> Path:
     return path
 
 
-def directory_of(spec: str) -> Path:
+def directory_of(spec: str, *, key: str = "init_from=") -> Path:
+    """key: before the name in what is refused. Raises: ConfigError."""
     path = Path(spec).expanduser()
     if path.is_dir():
         return path
     if not HUB_NAME.fullmatch(spec) or path.exists():
-        raise ConfigError(
-            f"init_from={spec}: must be a directory with {SINGLE}, or a hub name like owner/name"
-        )
+        raise ConfigError(f"{key}{spec}: must be a directory with {SINGLE}, or a hub name like owner/name")
     try:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(spec, allow_patterns=FETCHED))
     except Exception as error:  # a dozen kinds: no network, no such name, no access
         remedy = "check the name, the network and HF_HUB_OFFLINE, or give a directory"
+        said = " ".join(str(error).split())
         raise ConfigError(
-            f"init_from={spec}: no such directory, and the hub does not give it ({error}); {remedy}"
+            f"{key}{spec}: no such directory, and the hub does not give it ({said}); {remedy}"
         ) from error
 
 

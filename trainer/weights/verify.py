@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint import read_index, read_whole
-from trainer.config import Config, ConfigError, ModelConfig
+from trainer.config import Config, ConfigError
 from trainer.model.afmoe import Afmoe, afmoe_config
-from trainer.model.hf import BIAS, rows_are_aligned
+from trainer.model.hf import BIAS, are_aligned, rows_are_aligned
 from trainer.model.init import initialize
 from trainer.weights.tensors import IN_CHECKPOINT
 
@@ -35,10 +35,10 @@ class VerifyError(ValueError):
     """What was exported is not the checkpoint's model; the message says how far it is off."""
 
 
-def need_transformers() -> None:
+def need_transformers(what: str = "--verify and --prompt") -> None:
     """Raises: ConfigError."""
     if find_spec("transformers") is None:
-        raise ConfigError("--verify and --prompt need transformers: pip install 'triquetra[test]'")
+        raise ConfigError(f"{what} need transformers: pip install 'triquetra[chat]'")
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def compare(checkpoint: Path, config: Config, exported: Path, *, dtype: torch.dt
     """What was compared, in words. Raises: VerifyError."""
     tokens_BL = text_tokens(config, tokenizer)
     ours = our_model(checkpoint, config, dtype=dtype)
-    theirs = their_model(exported, config.model)
+    theirs = their_model(exported)
     logits_BLV = ours(tokens_BL)
     difference = (logits_BLV - theirs(tokens_BL).logits).abs().max().item()
     limit = LIMIT * logits_BLV.abs().max().item()
@@ -98,20 +98,22 @@ def our_model(checkpoint: Path, config: Config, *, dtype: torch.dtype) -> Afmoe:
     return model.eval()
 
 
-def their_model(exported: Path, shape: ModelConfig) -> Any:
-    """transformers' own class, in float32, with its default experts where it can run them.
+def their_model(exported: Path, dtype: torch.dtype | str = torch.float32) -> Any:
+    """transformers' own class, with its default experts where it can run them. dtype: "auto": as written.
 
     Raises: VerifyError if a tensor is not used, or made up.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as their_logging
 
     their_logging.disable_progress_bar()
     # it takes SDPA where flash attention is missing, and says so
     logging.getLogger("transformers").setLevel(logging.ERROR)
     load: Any = AutoModelForCausalLM.from_pretrained
-    experts = {} if rows_are_aligned(shape) else {"experts_implementation": "eager"}
-    model, report = load(exported, dtype=torch.float32, output_loading_info=True, **experts)
+    shape = AutoConfig.from_pretrained(exported)
+    rows = (shape.hidden_size, getattr(shape, "moe_intermediate_size", 0))
+    experts = {} if are_aligned(*rows) else {"experts_implementation": "eager"}
+    model, report = load(exported, dtype=dtype, output_loading_info=True, **experts)
     if any(report.values()):
         raise VerifyError(f"transformers does not load {exported} as it is: {report}")
     return model.eval()
@@ -127,19 +129,20 @@ def greedy(model: Afmoe, tokens_BL: Tensor) -> list[list[int]]:
 
 def continued(model: Any, tokens_BL: Tensor, max_new_tokens: int, **options: Any) -> list[list[int]]:
     """What transformers' own `generate` adds."""
+    window = getattr(model.config, "sliding_window", None)
     out_BL = model.generate(
         tokens_BL,
         attention_mask=torch.ones_like(tokens_BL),
         max_new_tokens=max_new_tokens,
         pad_token_id=0,
-        use_cache=model.config.sliding_window > 1,  # a cache for a window of one token holds none
+        use_cache=window is None or window > 1,  # a cache for a window of one token holds none
         **options,
     )
     return out_BL[:, tokens_BL.shape[1] :].tolist()
 
 
 @torch.no_grad()
-def continuation(exported: Path, prompt: str, shape: ModelConfig, *, max_new_tokens: int = 40) -> str:
+def continuation(exported: Path, prompt: str, *, max_new_tokens: int = 40) -> str:
     """`prompt` and what follows it, drawn from the likelier tokens, the same each time: greedily a small
     model repeats itself. Tokenizer, weights and `generate` are transformers' alone."""
     from transformers import AutoTokenizer
@@ -150,7 +153,7 @@ def continuation(exported: Path, prompt: str, shape: ModelConfig, *, max_new_tok
         tokens_BL = torch.tensor([[tokenizer.eos_token_id]])  # an empty text begins where a document ended
     torch.manual_seed(0)
     new_BL = continued(
-        their_model(exported, shape),
+        their_model(exported),
         tokens_BL.long(),
         max_new_tokens,
         do_sample=True,
