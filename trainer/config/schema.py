@@ -279,7 +279,7 @@ class Config:
     seed: int = number(0, at_least=0, at_most=2**63 - 1, why="generators take 63 bits")
     # the run ends here; null: at the end of the program, if all its spans have a length
     steps: int | None = number(None, **STEPS)
-    # in place of steps: how often the data is read; the steps are counted at the start (data.at_end=stop)
+    # where steps is null: how often the data is read; the steps are counted at the start (data.at_end=stop)
     epochs: int | None = number(
         None, at_least=1, at_most=10_000, why="the data is read as often to count the steps"
     )
