@@ -132,8 +132,8 @@ def transformers(
     return step
 
 
-def matmul_peak(dtype: str) -> Callable[[], float]:
-    return lambda: device.measured_flops(getattr(torch, dtype))
+def matmul_peak(dtype: str, clock: Callable[[], float]) -> Callable[[], float]:
+    return lambda: device.measured_flops(getattr(torch, dtype), clock)
 
 
 def serve(build: Callable, pipe, clock: Callable[[], float]) -> None:
@@ -155,13 +155,13 @@ def serve(build: Callable, pipe, clock: Callable[[], float]) -> None:
         pipe.send((clock() - start_s, value))
 
 
-def contenders(config, directory: Path, only: str) -> dict[str, Callable[[], Callable[[], float]]]:
+def contenders(config, directory: Path, own: dict[str, str]) -> dict[str, Callable[[], Callable[[], float]]]:
     """By label. The first one writes the weights that the others start from."""
     builders = {f"ours, {dtype}": partial(ours, config, directory, dtype=dtype) for dtype in DTYPES}
-    builders |= {f"peak, {dtype}": partial(matmul_peak, dtype) for dtype in DTYPES}
+    builders |= {f"peak, {dtype}": partial(matmul_peak, dtype, CLOCKS[own["clock"]]) for dtype in DTYPES}
     for dtype, experts, allocator in product((*DTYPES, "autocast"), EXPERTS, (False, True)):
         label = f"transformers, {dtype}, {experts}{'' if allocator else ', its own allocator'}"
-        if only in label and (allocator or dtype == "float32"):
+        if own["only"] in label and (allocator or dtype == "float32"):
             builders[label] = partial(
                 transformers, config, directory, experts=experts, our_allocator=allocator, dtype=dtype
             )
@@ -174,7 +174,7 @@ def main() -> None:
     config = load([*SETTINGS, *(argument for argument in sys.argv[1:] if argument.split("=")[0] not in own)])
     with tempfile.TemporaryDirectory() as name:
         context, pipes = get_context("fork"), {}
-        for label, build in contenders(config, Path(name), own["only"]).items():
+        for label, build in contenders(config, Path(name), own).items():
             pipes[label], child = context.Pipe()
             context.Process(target=serve, args=(build, child, CLOCKS[own["clock"]]), daemon=True).start()
             assert pipes[label].recv() == "ready"

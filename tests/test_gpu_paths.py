@@ -249,11 +249,13 @@ def test_what_is_there_is_not_refused(overrides, on):
     hardware.check_hardware(load([*RUN, *overrides]), on, has_library=lambda name: True)
 
 
-def test_float32_on_a_gpu_says_so_once(caplog):
+def test_a_dtype_that_is_slow_here_says_so_once(caplog):
     hardware.warn_of_dtype(load(RUN), H200)
     hardware.warn_of_dtype(load(RUN), Hardware("cpu"))
     hardware.warn_of_dtype(load([*RUN, BF16]), H200)
-    assert [record.message.split(":")[0] for record in caplog.records] == ["dtype=float32 on a GPU"]
+    hardware.warn_of_dtype(load([*RUN, BF16]), Hardware("cpu", has_bfloat16=False))
+    said = [record.message.split(":")[0] for record in caplog.records]
+    assert said == ["dtype=float32 on a GPU", "dtype=bfloat16"]
 
 
 def test_matmul_precision_follows_the_dtypes():
