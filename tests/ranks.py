@@ -47,7 +47,8 @@ def run_ranks(worker: Callable[..., Any], num_ranks: int, *args: Any, timeout_s:
     A worker need not end the group; having ended it, it cannot start another.
     """
     for overrides in args:
-        if isinstance(overrides, list) and num_ranks > 1:  # composed here, each rank finds it in its memory
+        are_words = isinstance(overrides, list) and all(isinstance(word, str) for word in overrides)
+        if are_words and num_ranks > 1:  # composed here, each rank finds it in its memory
             with suppress(ConfigError):
                 load(overrides)
     with tempfile.TemporaryDirectory(prefix="triquetra-ranks-") as directory:

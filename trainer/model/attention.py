@@ -6,7 +6,6 @@ those that they may see (context.py). Letters: B sequences, L tokens each, N hea
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from operator import mul
 from typing import NamedTuple
 
@@ -74,7 +73,7 @@ class Blocks:
         sees = self.mod(rows[:, None, None], rows.new_zeros(()), queries[:, None], keys)
         return sees.expand(len(rows), len(queries), len(keys)).unsqueeze(1)
 
-    @cached_property
+    @property
     def num_pairs(self) -> int:
         sizes = [part.stop - part.start for block in self.blocks for part in block[:2]]
         return self.num_rows * sum(map(mul, sizes[::2], sizes[1::2]))
@@ -170,7 +169,7 @@ class _MaskedMatmuls(torch.autograd.Function):
         num_groups = q_BLNH.shape[2] // k_BLNH.shape[2]
         q_bqH, k_bKH, v_bKH = _folded(q_BLNH, num_groups), _folded(k_BLNH, 1), _folded(v_BLNH, 1)
         out_bqH = torch.empty_like(q_bqH)
-        kept = list[Tensor]()
+        kept: list[Tensor] = []
         keeps = masks.num_pairs * q_BLNH.shape[2] <= MOST_SHARES
         for number, block in enumerate(masks.blocks):
             q, out, k, v = _of_block(block, num_groups, (q_bqH, out_bqH), (k_bKH, v_bKH))
