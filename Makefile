@@ -23,12 +23,12 @@ demo: setup  ## train a small AFMoE on Python's standard library (about 4 minute
 	@$(VENV) -m trainer.train experiment=demo evaluate=unseen $(ARGS)
 	@$(if $(filter -h --help --cfg,$(ARGS)),,$(export_demo))
 
-chat: setup  ## let it learn to answer from 296 dialogues about this project, and ask it 3 questions (5 minutes on 2 cores without a demo)
+chat: setup  ## let it learn to answer from 296 dialogues about this project, and ask it 3 questions (5 minutes on 2 cores)
 	@[ -e runs/demo/checkpoints/latest ] || $(VENV) -m trainer.train experiment=demo evaluate=unseen steps=100
 	@$(VENV) -m trainer.train experiment=sft stage.warmup.lr.to=0.5 $(ARGS)
 	@$(if $(filter -h --help --cfg,$(ARGS)),,$(ask))
 
-test: setup  ## run the tests but the slow ones (9 minutes on 2 cores); those alone: ARGS="-m slow"
+test: setup  ## run the tests but the slow ones (12 minutes on 2 cores); those alone: ARGS="-m slow"
 	@$(PYTEST) -m 'not slow' $(ARGS)
 
 test-all: setup  ## run all tests
