@@ -174,7 +174,7 @@ class _MaskedMatmuls(torch.autograd.Function):
         for number, block in enumerate(masks.blocks):
             q, out, k, v = _of_block(block, num_groups, (q_bqH, out_bqH), (k_bKH, v_bKH))
             share_bqK = _shares(q, k, masks, number)
-            torch.bmm(share_bqK, v, out=out)
+            out.copy_(torch.bmm(share_bqK, v))  # a compiler takes no `out=` that is a part of a tensor
             kept += [share_bqK] if keeps else []
         ctx.masks, ctx.num_groups, ctx.shapes = masks, num_groups, (q_BLNH.shape, k_BLNH.shape)
         ctx.save_for_backward(q_bqH, k_bKH, v_bKH, *kept)
@@ -198,7 +198,7 @@ class _MaskedMatmuls(torch.autograd.Function):
             share_bqK = kept[number] if kept else _shares(q, k, ctx.masks, number)
             grad_v += share_bqK.mT @ grad
             grad_bqK = torch.ops.aten._softmax_backward_data(grad @ v.mT, share_bqK, -1, share_bqK.dtype)
-            torch.baddbmm(grad_q, grad_bqK, k, beta=0, alpha=scale, out=grad_q)
+            grad_q.copy_(torch.baddbmm(grad_q, grad_bqK, k, beta=0, alpha=scale))
             grad_k += grad_bqK.mT @ q
         grads = (grad_q_bqH, grad_k_bKH.mul_(scale).to(q_bqH.dtype), grad_v_bKH.to(q_bqH.dtype))
         shapes = (ctx.shapes[0], ctx.shapes[1], ctx.shapes[1])
