@@ -30,13 +30,12 @@ class Opener:
         self.start_at([self.number] * len(self.intake.readers))
 
     def start_at(self, next_S: list[int]) -> None:
+        self.cut = sys.maxsize  # [tokens] of a document that are delivered, where its length has such a limit
         self.next_S = next_S  # the document that is opened next
         self.queue_S = [deque[Ticket]() for _ in next_S]  # requested: that document, and those behind it
         # that document, once its length was asked for
         self.peeked_S: list[Tokens | None] = [None] * len(next_S)
         self.num_refused_S = [0] * len(next_S)  # bad documents in a row
-
-    cut = sys.maxsize  # [tokens] of a document that are delivered, where its length has such a limit
 
     def cut_at(self, length: int) -> None:
         """From now on documents are cut at so many tokens: what was looked at is looked at again."""
