@@ -2,7 +2,8 @@
 
 A float is a curve; `by_...` is a table, and its loss a curve for each entry; `experts` is the use of experts
 of each domain; `needles`, a list of {length, depth, exact, total}, is bars by length and a heat map: depth
-in %, `exact` the share of `total` samples; `answers`, a list of {prompt, answer}, is a table of all evaluations.
+in %, `exact` the share of `total` samples; `answers`, a list of {prompt, answer}, is a table of all
+evaluations.
 """
 
 from collections.abc import Mapping, Sequence
