@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from trainer.model.afmoe import Head
-from trainer.model.parallelize import trained
+from trainer.model.parallelize import local, trained
 from trainer.model.router import Gate
 from trainer.optim.momentum import MAX_RATE, Muon
 
@@ -47,6 +47,18 @@ class Optimizers:
             first = optimizer.param_groups[0]
             rates[f"lr_{type(optimizer).__name__.lower()}" if rates else "lr"] = first["lr"]
         return rates
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, on what each rank holds of a parameter: it works element by element, and DTensor would derive
+    where every operand of one operator over all parameters lies.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return has_complex
 
 
 def adamw(
@@ -100,7 +112,7 @@ def muon(
 
 def _adamw(
     parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
+) -> AdamW:
     sound = 0 <= lr <= MAX_RATE and 1e-30 <= eps <= 1 and 0 <= weight_decay <= MAX_RATE
     if not sound or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(
@@ -110,6 +122,6 @@ def _adamw(
     matrices = [p for p in parameters if p.ndim >= 2]
     gains = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True
     )
