@@ -17,8 +17,9 @@ from trainer.config import ParallelConfig
 from trainer.model import moe
 from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
-from trainer.model.parallelize import build_parallel, local
+from trainer.model.parallelize import build_parallel
 from trainer.ranks import device
+from trainer.ranks.local import local
 
 # a dense local layer and a global one with experts: two kinds of blocks, two graphs a length
 SHAPE = replace(GQA, vocab_size=64, num_layers=2, global_every=2)

@@ -24,10 +24,11 @@ from trainer.lab.plan.table import warnings
 from trainer.lab.plan.trace import OptimizerStep, traced
 from trainer.lab.plan.watch import Sent, Watch
 from trainer.lab.plan.whole import Traces
-from trainer.model.afmoe import afmoe_config, flops_per_token
+from trainer.model.afmoe import afmoe_config
 from trainer.model.parallelize import build_parallel, reduce_over_replicas
 from trainer.program import program_of
 from trainer.ranks import device
+from trainer.size import flops_per_token
 
 LAYOUTS = [
     (1, 4, 1),

@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.config import ConfigError, load
 from trainer.data import Batch
-from trainer.model.parallelize import local
+from trainer.ranks.local import local
 
 ROWS = 3  # of a rank: one microbatch of 3 rows, or 3 of one
 STEPS = 2

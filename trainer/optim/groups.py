@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from trainer.model.afmoe import Head
-from trainer.model.parallelize import local, trained
-from trainer.model.router import Gate
 from trainer.optim.momentum import MAX_RATE, Muon
+from trainer.ranks.local import local, trained
 
 
 class Optimizers:
@@ -93,6 +91,9 @@ def muon(
         raise ValueError(f"optim.router={router}: must be muon or adamw")
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"optim.dtype={dtype}: must be float32, bfloat16 or null")
+    from trainer.model.afmoe import Head  # these import torchtitan, which nobody needs who only asks for keys
+    from trainer.model.router import Gate
+
     by_adamw = (nn.Embedding, Head) if router == "muon" else (nn.Embedding, Head, Gate)
     owners = {
         p: module for module in model.modules() for p in module.parameters(recurse=False) if p.requires_grad
