@@ -65,8 +65,10 @@ def grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) 
 
 OTHERS = [("full", 2, 1), ("none", 1, 1), ("none", 2, 1), ("full", 1, 1), ("full", 2, 2), ("none", 1, 2)]
 CASES = [
-    pytest.param("full", 2, 1, (32, 160), id="two lengths"),  # the second one has two blocks of queries
-    *(pytest.param(*other, LENGTHS, marks=pytest.mark.slow) for other in OTHERS),
+    pytest.param(
+        "full", 2, 1, (32, 160), id="two lengths", marks=pytest.mark.slow
+    ),  # the second one has two blocks of queries
+    *(pytest.param(*other, LENGTHS, marks=pytest.mark.rare) for other in OTHERS),
 ]
 
 

@@ -138,7 +138,7 @@ def left_out(overrides: list[str], steps: tuple[int, ...]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.slow)]
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.rare)]
 )
 def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(
     tmp_path, num_ranks, layout, caplog
@@ -268,7 +268,7 @@ def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go
     ("num_ranks", "layout"),
     [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])],
 )
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, layout):
     where = [
         f"run_dir={tmp_path}",
@@ -384,7 +384,7 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout", "at_end"),
-    [(1, [], "repeat"), pytest.param(4, ["parallel=hsdp_ep"], "stop", marks=pytest.mark.slow)],
+    [(1, [], "repeat"), pytest.param(4, ["parallel=hsdp_ep"], "stop", marks=pytest.mark.rare)],
 )
 def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path, num_ranks, layout, at_end):
     corpus = tmp_path / "corpus.jsonl"

@@ -80,7 +80,7 @@ def compare(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [pytest.param(p, marks=[] if p == "selective" else [pytest.mark.slow]) for p in POLICIES]
+    "policy", [pytest.param(p, marks=[] if p == "selective" else [pytest.mark.rare]) for p in POLICIES]
 )
 def test_small_traces_add_up_to_the_whole(policy, tmp_path):
     for row in in_a_process(compare, tmp_path, policy):
@@ -313,7 +313,7 @@ def refused_as_never_fitting(overrides):
         return str(error)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_model_that_never_fits_is_refused(tmp_path):
     said = in_a_process(refused_as_never_fitting, tmp_path, ["model=debug", *SETTINGS, "parallel=fsdp"])
     assert "no layout on 4 ranks fits" in said and "GiB" in said and "more ranks=" in said

@@ -54,7 +54,9 @@ def by_hand(overrides: list[str], passed_over: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (2, ["parallel=fsdp"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)]
+)
 def test_a_second_roll_back_to_one_checkpoint_passes_over_the_data_of_the_first_too(
     tmp_path, num_ranks, layout
 ):

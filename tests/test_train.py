@@ -79,7 +79,7 @@ def python(*arguments, **kwargs):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
     """The same run, one word changed. A check that cannot fail is no check."""
 
@@ -124,7 +124,7 @@ def test_a_model_without_experts_trains(tmp_path):
     ("dtype", "expert_dtype"),
     [
         ("bfloat16", "null"),
-        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.rare),
         ("float32", "bfloat16"),
     ],
 )
