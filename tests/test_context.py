@@ -385,6 +385,7 @@ def order(overrides: list[str]) -> list[tuple[str, int, int]]:
     return watch.calls
 
 
+@pytest.mark.slow
 def test_no_order_of_collectives_differs_between_ranks():
     """Padding lies on one rank only. Of each microbatch and layer an exchange forward, one where the layer is
     repeated, one backward.

@@ -8,7 +8,7 @@ from tests.drills.table import Drill, span
 SHORT = [drill for drill in DRILLS.values() if drill.in_short_set]
 # what no other test comes near: processes that are killed, told, stuck, or in each other's way
 TIERS = {
-    "signal_to_one_rank": (),
+    "signal_to_one_rank": pytest.mark.slow,
     "ranks_disagree": (),
     "the_data_cannot_be_read": pytest.mark.slow,
     "two_runs_in_one_directory": pytest.mark.slow,

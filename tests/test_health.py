@@ -180,6 +180,7 @@ def test_a_run_saved_before_any_step_was_applied_goes_on_as_if_it_had_not_stoppe
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(tmp_path):
     where = [f"run_dir={tmp_path}", "name=lost", "steps=20", "checkpoint.interval=3", "skip.most=4"]
     with pytest.raises(
@@ -344,6 +345,7 @@ def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_random_numbers_are_those_of_the_step(tmp_path):
     """Something that draws (a dropout, a user's own layer) draws the same after a resume, and something else
     on each rank.

@@ -138,6 +138,7 @@ def test_clipping_scales_the_whole_gradient_to_the_limit():
     assert norm == pytest.approx(min(1.0, result["metrics"][0]["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_heterogeneity_is_that_of_all_ranks_microbatches():
     """Four microbatches of two rows, on one rank or on four: the same rows, so the same worst one."""
     one = trained(1, "micro_batch=2")[0]

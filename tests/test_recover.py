@@ -93,6 +93,7 @@ def test_a_branch_passes_over_nothing_that_its_origin_did(tmp_path):
     assert [line["loss"] for line in metrics(tmp_path / "branch")] == expected[3:]
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_read_is_refused_with_its_name(tmp_path):
     where = [f"run_dir={tmp_path}", "name=back"]
     assert run_ranks(lambda: training(where, wrong=(5,), killed_before=6), 1) == [-9]

@@ -62,6 +62,7 @@ def trained(overrides: list[str]) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [pytest.param("hsdp", marks=pytest.mark.rare), "hsdp_ep"])
 def test_replicas_are_summed_once_a_step_however_many_microbatches_it_has(parallel: str) -> None:
     whole, cut = (

@@ -41,7 +41,6 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
     ("num_ranks", "layout"),
     [
         (1, []),
-        (2, ["parallel=fsdp_ep"]),
         pytest.param(4, ["parallel=hsdp_ep", "activation_checkpoint=full"], marks=pytest.mark.slow),
         pytest.param(4, ["parallel.cp=2", "parallel.dp_shard=2"], marks=pytest.mark.slow),
     ],
@@ -256,7 +255,7 @@ PROGRAM = [
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
     [
-        (1, ["optim=muon"]),
+        pytest.param(1, ["optim=muon"], marks=pytest.mark.slow),
         pytest.param(4, ["optim=muon", "parallel=hsdp_ep"], marks=pytest.mark.rare),
     ],
 )

@@ -162,6 +162,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     assert run_ranks(worker, 1) == [True]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     command = ["-m", "trainer.train", *QUICK, "steps=100000", f"run_dir={tmp_path}"]
     metrics = tmp_path / "synthetic-smebu" / "metrics.jsonl"
