@@ -55,7 +55,7 @@ def test_the_demo_extends_and_asks_before_and_after(tmp_path: Path) -> None:
         assert asked == {(length, depth) for length in (96, 256) for depth in (0, 25, 50, 75, 100)}
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("cp", [2, 4])
 def test_ranks_that_share_its_rows_extend_as_one_does(tmp_path: Path, cp: int) -> None:
     """Losses, 1e-5 relative; and as many needles."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer import terminal, train
-from trainer.__main__ import COMMANDS
+from trainer.__main__ import COMMANDS, COMPOSED
 from trainer.config.limits import OF_A_RUN
 
 REPOSITORY = Path(__file__).parent.parent
@@ -179,6 +179,17 @@ def test_commands_speak_ascii_and_outlive_a_full_disk(tmp_path, arguments):
     assert done.returncode == expected and "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("command", COMPOSED)
+def test_help_is_that_of_the_command_and_needs_no_torch(command, capsys):
+    assert import_module(COMMANDS[command]).main(["--help"]) == 0
+    expected = capsys.readouterr().out
+    code = (
+        f"import sys, trainer.__main__ as m; m.main([{command!r}, '-h']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (expected, "")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_run_by_terminal_run(command, monkeypatch):
     """Its `main` does nothing but hand what it does and its codes over."""
@@ -195,6 +206,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_training_run_outlives_its_terminal(tmp_path):
     """A terminal that goes away after the first word: the progress bar and the verdict find none.
     The run has all its steps, its checkpoint and its exit code."""
@@ -215,6 +227,7 @@ def test_a_training_run_outlives_its_terminal(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("entry", ["trainer.train", "trainer.torchrun --standalone -m trainer.train"])
 def test_no_file_of_a_run_is_printed_into(tmp_path, entry, redirection):
