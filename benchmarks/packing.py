@@ -42,13 +42,14 @@ def speed(source: object, *, mean_length: float, buffer: int = 0) -> float:
     """Of the fastest of some rounds: what else runs on the machine can only slow it down."""
     sizes = {"seq_len": SEQ_LEN, "global_batch": STREAMS, "num_streams": STREAMS, "buffer": buffer}
     stream = TokenStream(StreamConfig(seed=0, **sizes), source=source, tokenizer=None)
+    stream.next_step(STREAMS)  # from now on it knows how long documents are
     num_sources = len(stream.readers)
     goal = int(1.15 * (ROUNDS * STEPS + 10) * SEQ_LEN / mean_length / num_sources) + 3 * buffer
     for virtual in stream.virtual:
         for s, queue in enumerate(virtual.opener.queue_S):
             virtual.opener.request(s, goal)
             for ticket in queue:
-                ticket.get()  # read and tokenised before
+                ticket.task.result()  # read and tokenised before
     stream.next_step(STREAMS)  # fills the buffer
     return fastest(stream)
 
