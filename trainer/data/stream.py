@@ -212,6 +212,7 @@ class TokenStream:
         """After a start: tells sources that only read forward where to begin, and requests what was open
         before a resume.
         """
+        self.ahead_of: StreamSettings | None = None  # for whose steps enough was requested
         open_documents = [(s, n, stream) for stream in self.virtual for s, n, _, _ in stream.open()]
         for s, reader in enumerate(self.readers):
             if reader.num_documents is None:
@@ -232,17 +233,16 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now = self.now
-        has_workers = bool(self.intake.workers.num)
-        prefetch = self.config.prefetch
+        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
         serving = [stream for stream in self.virtual if now.steps_until(stream.number) == 0]
         num_rows = len(serving) * now.rows_per_stream
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{message}; use one of {divisors(num_rows)}")
         self.step_tokens, before = 0, self.totals["tokens"]
-        # where nothing is read before it is wanted, the second step is there for streams of short documents
-        self.read_ahead(prefetch if has_workers else 2)
+        if self.ahead_of is not now:
+            # where nothing is read before it is wanted, the second step is for streams of short documents
+            self.read_ahead(prefetch if has_workers else 2)
         rows_NT = np.empty((len(self.batch._fields), num_rows * now.seq_len), np.int64)
         pieces, pack = Pieces(), PACKINGS[self.config.packing]
         for stream in serving:
@@ -252,9 +252,11 @@ class TokenStream:
         )
         if has_workers:
             self.read_ahead(prefetch)
+            self.ahead_of = now
         self.step_tokens = self.totals["tokens"] - before
-        rows_NBL = torch.from_numpy(rows_NT.reshape(-1, num_rows, now.seq_len))
-        return [self.batch(*batch_NBL) for batch_NBL in rows_NBL.split(micro_batch, dim=1)]
+        rows_NBL = rows_NT.reshape(-1, num_rows, now.seq_len)
+        parts = [rows_NBL[:, start : start + micro_batch] for start in range(0, num_rows, micro_batch)]
+        return [self.batch(*map(torch.from_numpy, part_NBL)) for part_NBL in parts]
 
     def blank_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
         """Rows of the same shape with nothing to learn, for a rank that has none while others have."""
