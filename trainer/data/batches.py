@@ -6,6 +6,7 @@ A document that is open keeps its batch in memory (intake.TASK_TOKENS).
 """
 
 import math
+from array import array
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -32,8 +33,8 @@ class TokenBatch:
         masks: Mapping[int, np.ndarray] | None = None,
         others: Mapping[int, BadDocument | None] | None = None,
     ) -> None:
-        self.lengths = list(map(len, ids_D))
-        self.starts = list(accumulate(self.lengths, initial=0))
+        self.lengths = array("q", map(len, ids_D))  # a list's numbers would lie all over the memory
+        self.starts = array("q", accumulate(self.lengths, initial=0))
         self.ids = ids_D[0] if len(ids_D) == 1 else np.frombuffer(b"".join(ids_D), np.uint32)
         self.masks, self.others = dict(masks or {}), dict(sorted((others or {}).items()))
 
@@ -62,11 +63,11 @@ class TokenBatch:
 
 
 def unpickled(
-    ids: bytes, lengths: list[int], masks: dict[int, bytes], others: dict[int, BadDocument | None]
+    ids: bytes, lengths: array, masks: dict[int, bytes], others: dict[int, BadDocument | None]
 ) -> TokenBatch:
     batch = TokenBatch(())
     batch.ids, batch.lengths = np.frombuffer(ids, np.uint32), lengths
-    batch.starts = list(accumulate(lengths, initial=0))
+    batch.starts = array("q", accumulate(lengths, initial=0))
     batch.masks = {i: np.frombuffer(mask, bool) for i, mask in masks.items()}
     batch.others = others
     return batch

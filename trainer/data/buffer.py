@@ -173,10 +173,8 @@ class DocumentBuffer:
     def close_up(self) -> None:
         """Takes the empty slots out."""
         if self.num_open < len(self.numbers):
-            is_open = [number != EMPTY for number in self.numbers]
-            self.numbers, self.read, self.rest, self.batches, self.places = (
-                list(compress(column, is_open)) for column in self.columns
-            )
+            kept = [list(compress(column, self.rest)) for column in self.columns]  # an empty slot has no rest
+            self.numbers, self.read, self.rest, self.batches, self.places = kept
 
     @property
     def columns(self) -> tuple[list, ...]:
