@@ -24,10 +24,11 @@ from trainer.lab.plan.table import warnings
 from trainer.lab.plan.trace import OptimizerStep, traced
 from trainer.lab.plan.watch import Sent, Watch
 from trainer.lab.plan.whole import Traces
-from trainer.model.afmoe import afmoe_config, flops_per_token
+from trainer.model.afmoe import afmoe_config
 from trainer.model.parallelize import build_parallel, reduce_over_replicas
 from trainer.program import program_of
 from trainer.ranks import device
+from trainer.size import flops_per_token
 
 LAYOUTS = [
     (1, 4, 1),
@@ -79,7 +80,7 @@ def compare(policy):
 
 
 @pytest.mark.parametrize(
-    "policy", [pytest.param(p, marks=[] if p == "selective" else [pytest.mark.slow]) for p in POLICIES]
+    "policy", [pytest.param(p, marks=[] if p == "selective" else [pytest.mark.rare]) for p in POLICIES]
 )
 def test_small_traces_add_up_to_the_whole(policy, tmp_path):
     for row in in_a_process(compare, tmp_path, policy):
@@ -312,7 +313,7 @@ def refused_as_never_fitting(overrides):
         return str(error)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_model_that_never_fits_is_refused(tmp_path):
     said = in_a_process(refused_as_never_fitting, tmp_path, ["model=debug", *SETTINGS, "parallel=fsdp"])
     assert "no layout on 4 ranks fits" in said and "GiB" in said and "more ranks=" in said

@@ -13,9 +13,10 @@ from trainer.config import Config, ModelConfig, ParallelConfig
 from trainer.lab.plan import fake
 from trainer.lab.plan.watch import KINDS, Watch
 from trainer.model.afmoe import Afmoe, Attention, afmoe_config
-from trainer.model.parallelize import build_parallel, local, scale_gradients, squared_gradient_norm
+from trainer.model.parallelize import build_parallel
 from trainer.program import program_of
 from trainer.ranks import device
+from trainer.ranks.local import local, scale_gradients, squared_gradient_norm
 from trainer.run.build import build_optimizer, loss_weights
 
 COUNTED = ("flop", "moved", "kernels", "waits", "sent", "calls")
