@@ -56,5 +56,6 @@ class Credits:
 
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
         credit_S = self.credit_S
-        credit_S[:] = [credit + weight * length for credit, weight in zip(credit_S, weights_S, strict=True)]
+        for s, weight in enumerate(weights_S):
+            credit_S[s] += weight * length
         credit_S[source] -= length

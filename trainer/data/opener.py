@@ -125,22 +125,22 @@ class Opener:
         """The document whose length `next_length` has told: its batch, and its place there. The one behind is
         the next from now on.
         """
-        queue = self.queue_S[source]
-        batch, place = queue.front()
-        queue.drop(1)
-        self.next_S[source] += self.num_streams
-        self.intake.count_drawn(source, 1, batch.lengths[place])
+        batch, place = self.queue_S[source].front()
+        self.advance(source, 1, batch.lengths[place])
         return batch, place
 
     def take(self, source: int, *, at_most: int, num_tokens: float = math.inf) -> Run:
         """The documents that are `ahead`, until there are so many of them or so many tokens."""
         start, (batch, first, stop) = self.next_S[source], self.ahead(source)
         stop = batch.usable_until(first, min(stop, first + at_most), num_tokens=num_tokens)
-        self.next_S[source] += (stop - first) * self.num_streams
-        run = Run(batch, first, stop, range(start, self.next_S[source], self.num_streams))
-        self.queue_S[source].drop(stop - first)
-        self.intake.count_drawn(source, stop - first, run.num_tokens)
-        return run
+        self.advance(source, stop - first, batch.starts[stop] - batch.starts[first])
+        return Run(batch, first, stop, range(start, self.next_S[source], self.num_streams))
+
+    def advance(self, source: int, num: int, num_tokens: int) -> None:
+        """So many of the documents that are `ahead` were taken, with so many tokens."""
+        self.queue_S[source].drop(num)
+        self.next_S[source] += num * self.num_streams
+        self.intake.count_drawn(source, num, num_tokens)
 
     # -- requests --
 

@@ -217,9 +217,10 @@ class VirtualStream:
                 source = None
         for s, (batch, first, _) in ahead_S.items():
             if place_S[s] > first:
-                run = self.opener.take(s, at_most=place_S[s] - first)
-                self.totals["open"] += run.num_tokens
-                self.buffer_S[s].hold(run.numbers[-1], batch, run.stop - 1, read=0, rest=0)
+                num_tokens = batch.starts[place_S[s]] - batch.starts[first]
+                self.opener.advance(s, place_S[s] - first, num_tokens)
+                self.totals["open"] += num_tokens
+                self.buffer_S[s].hold(EMPTY, batch, first, read=0, rest=0)
         return source
 
     def read_document(self, source: int, pieces: Pieces, now: StreamSettings, end: int) -> None:
