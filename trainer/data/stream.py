@@ -13,8 +13,8 @@ owns V / R neighbouring streams, and G / R of them serve in each turn: a global 
 Workers only read and tokenise, ahead of time (intake.py, workers.py): a global batch does not depend on them
 either. The state (state.py) holds read heads and no tokens.
 
-Memory: of each stream, 2 b open documents (4 bytes a token), and ahead of it, with workers, those of the next
-`prefetch` steps and of one refill (b). No more is asked for until some of it was used.
+Memory: of each stream, 2 b open documents (4 bytes a token) with their batches, and ahead of it, with
+workers, those of the next `prefetch` steps and of one refill (b). No more is asked for until some was used.
 
 Letters: B rows of a microbatch, L tokens of a row, T tokens of one stream in one step, G rows of an optimizer
 step (the global batch), V virtual streams (not the vocabulary; of a rank in shapes), R data-parallel ranks, S
