@@ -130,14 +130,9 @@ class DocumentBuffer:
         their row, most of them, are read in line. Returns the room that is left in the row.
         """
         numbers, read, rest, batches, places = self.columns
-        add_ids, add_length, num_slots, num_open = (
-            pieces.ids.append,
-            pieces.lengths.append,
-            len(numbers),
-            self.num_open,
-        )
+        add_ids, add_length, filled = pieces.ids.append, pieces.lengths.append, pieces.filled
+        num_slots, num_open = len(numbers), self.num_open
         at_least = max(at_least, num_slots // 2)  # then slots are closed up
-        filled = pieces.filled
         self.bits_of(self.draws)
         bits, first = self.bits, self.draws % BLOCK
         for i in range(first, BLOCK):
