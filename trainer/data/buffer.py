@@ -99,6 +99,7 @@ class DocumentBuffer:
 
     def fetch(self, slot: int) -> None:
         """After a resume."""
+        assert self.reread is not None
         batch = self.reread(self.numbers[slot], self.read[slot])
         self.batches[slot], self.places[slot] = batch, 0
         self.rest[slot] = batch.lengths[0] - self.read[slot]
