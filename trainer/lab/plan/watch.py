@@ -345,6 +345,7 @@ def flop_of(func, name: str, args, kwargs, out) -> float:
     if name in GROUPED:
         a, b = args[0], args[1]
         return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
-    if func._overloadpacket in flop_registry:
-        return flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)  # addmm_ is an addmm
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=out)
     return 0
