@@ -597,6 +597,24 @@ def test_every_device_is_compared_with_its_sheet():
     assert {path.stem for path in devices.DEVICES.glob("*.yaml")} == set(SHEETS)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ('"measured": [1]', "measured=[1]: must be an object"),
+        ('"runs": 3', "runs=3: must be a list"),
+        ('"measured": {"matmul": true}', "matmul=True: must be a number above 0"),
+        ('"measured": {"matmul": 1e30}', "below 1e+18"),
+        ('"measured": {"matmull": 1e14}', "measured.matmull: use one of matmul, experts"),
+    ],
+)
+def test_a_calibration_that_is_none_is_refused(more, words, tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text(f'{{"format": 1, "device": "h200", {more}}}')
+    with pytest.raises(ConfigError) as refusal:
+        read(path, device="h200")
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
 def test_calibration_replaces_what_was_measured(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text(
