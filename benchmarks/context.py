@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from trainer.config import ModelConfig, load
-from trainer.model.afmoe import Afmoe, afmoe_config, step_flops
+from trainer.model.afmoe import Afmoe, afmoe_config
 from trainer.model.attention import QUERY_BLOCK
 from trainer.model.context import Cut
 from trainer.model.loss import linear_cross_entropy
+from trainer.size import step_flops
 
 LENGTH, ROWS = 262_144, 24
 SIZES = (4, 8, 16, 32)

@@ -33,10 +33,10 @@ from transformers import AfmoeConfig, AfmoeForCausalLM
 from trainer import train
 from trainer.config import load
 from trainer.data import Batch
-from trainer.model.afmoe import flops_per_token
 from trainer.model.attention import Blocks
 from trainer.model.hf import hf_config, to_hf
 from trainer.ranks import device
+from trainer.size import flops_per_token
 
 SETTINGS = [
     "name=benchmark",

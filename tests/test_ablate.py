@@ -412,7 +412,7 @@ TRAINING = {
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in TRAINING else [])
+        pytest.param(path, id=path.stem, marks=[pytest.mark.rare] if path.stem in TRAINING else [])
         for path in sorted((CONFIG_DIR / "ablation").glob("*.yaml"))
     ],
 )

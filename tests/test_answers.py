@@ -48,6 +48,7 @@ def answers(directory: Path) -> list[list[dict]]:
     return [json.loads(line)["answers"] for line in lines]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_transformers_on_any_layout(tmp_path: Path) -> None:
     """After two steps, when the model says more than one token; its prompts have other lengths."""
     run_ranks(trained, 1, words(tmp_path, "steps=2", "name=one"))

@@ -15,7 +15,6 @@ import trainer.balance.losses as losses
 import trainer.program as program
 from trainer.balance import LossWeights
 from trainer.config import (
-    CONFIG_DIR,
     Config,
     ConfigError,
     RouterLossWeights,
@@ -30,7 +29,6 @@ from trainer.config import (
 )
 from trainer.config.bounds import Number, bounds_of, number
 from trainer.data import SyntheticSource, TextSource
-from trainer.model.afmoe import count_parameters
 from trainer.program import program_of
 from trainer.ranks.device import Degrees, degrees_of
 from trainer.run import memory
@@ -250,14 +248,6 @@ def test_a_further_loss_is_one_field_and_one_line(monkeypatch):
 
 
 # -- memory -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(of.stem for of in (CONFIG_DIR / "model").glob("*.yaml")))
-def test_parameters_are_reckoned_just_below_those_that_are_built(name):
-    """All but the norm gains: at most 4 D + 2 H in a layer, and D."""
-    model = load([*RUN, f"model={name}"]).model
-    gains = model.num_layers * (4 * model.dim + 2 * model.head_dim) + model.dim
-    assert sum(memory.parameters_of(model).values()) == count_parameters(model).total - gains
 
 
 def refused(*overrides: str, gib: float, num_ranks: int = 1, monkeypatch) -> str | None:

@@ -17,8 +17,9 @@ from trainer.config import ParallelConfig
 from trainer.model import moe
 from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.init import initialize
-from trainer.model.parallelize import build_parallel, local
+from trainer.model.parallelize import build_parallel
 from trainer.ranks import device
+from trainer.ranks.local import local
 
 # a dense local layer and a global one with experts: two kinds of blocks, two graphs a length
 SHAPE = replace(GQA, vocab_size=64, num_layers=2, global_every=2)
@@ -64,8 +65,10 @@ def grouped_mm(self, *, A: torch.Tensor, B_t: torch.Tensor, offs: torch.Tensor) 
 
 OTHERS = [("full", 2, 1), ("none", 1, 1), ("none", 2, 1), ("full", 1, 1), ("full", 2, 2), ("none", 1, 2)]
 CASES = [
-    pytest.param("full", 2, 1, (32, 160), id="two lengths"),  # the second one has two blocks of queries
-    *(pytest.param(*other, LENGTHS, marks=pytest.mark.slow) for other in OTHERS),
+    pytest.param(
+        "full", 2, 1, (32, 160), id="two lengths", marks=pytest.mark.slow
+    ),  # the second one has two blocks of queries
+    *(pytest.param(*other, LENGTHS, marks=pytest.mark.rare) for other in OTHERS),
 ]
 
 

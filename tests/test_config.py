@@ -4,9 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from trainer.config import CONFIG_DIR, ConfigError, load, resolved_yaml
+from trainer.config.compose import _node
 
 RUN = ["name=x", "steps=1", "seq_len=64", "global_batch=2", "micro_batch=2"]
 
@@ -43,6 +45,42 @@ def test_every_experiment_composes_and_survives_the_round_trip_through_yaml(expe
 def test_any_balance_arm_can_replace_that_of_an_experiment(balance):
     rule = load(["experiment=synthetic", f"balance={balance}"]).balance.rule
     assert (rule is None) == (balance == "none")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["experiment=demo"],
+        ["experiment=demo", "steps=7", "balance=none", "balance.rule=null", "+stage.x={steps: 3}"],
+        ["stage=trinity", "~stage.decay", "optim=muon", "optim.lr=1e-3", "optim={lr: 2}"],
+        ["model=debug", "++model.dim=3", "~evaluate", "data=python", "data.source.nothing=1"],
+        ["steps=1,2"],
+        ["steps=[1"],
+        ["optim@model=muon"],
+        ["~experiment", "~model"],
+        ["+model=debug"],
+        ["++model=debug"],
+        ["model=none_such", "steps=x"],
+        ["steps.x=1", "name={a: 1}"],
+        ["~steps=3"],
+        ["hydra.run.dir=x"],
+        ["+steps=1"],
+    ],
+)
+def test_values_on_top_of_files_are_what_hydra_composes_of_both(overrides):
+    def outcome(composed):
+        try:
+            node = composed()
+            return OmegaConf.to_yaml(node), OmegaConf.is_struct(node)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the same
+            return type(error), str(error)
+
+    def whole():
+        with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
+            return compose("train", overrides)
+
+    assert outcome(lambda: _node("train", *overrides)) == outcome(whole)
 
 
 def test_overrides_reach_the_config():

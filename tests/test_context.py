@@ -153,12 +153,14 @@ def check(num_ranks: int, cases: list[tuple[int, int]]) -> None:
         assert all(got["metrics"] == of_ranks[0]["metrics"] for got in of_ranks), "the same bits on all ranks"
 
 
-@pytest.mark.parametrize("num_ranks", LAYOUTS)
+@pytest.mark.parametrize(
+    "num_ranks", [n if n == 2 else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
+)
 def test_cut_rows_equal_whole_ones(num_ranks):
     check(num_ranks, QUICK[num_ranks])
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
 def test_cut_rows_equal_whole_ones_in_every_layout_and_window(num_ranks):
     check(num_ranks, EVERY[num_ranks])
@@ -383,6 +385,7 @@ def order(overrides: list[str]) -> list[tuple[str, int, int]]:
     return watch.calls
 
 
+@pytest.mark.slow
 def test_no_order_of_collectives_differs_between_ranks():
     """Padding lies on one rank only. Of each microbatch and layer an exchange forward, one where the layer is
     repeated, one backward.
@@ -438,6 +441,7 @@ def run_on(overrides: list[str]) -> int:
     return train.train(load(overrides))
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_one_rank_to_two_and_four_that_share_rows(tmp_path, real):
     """The same data, the losses to 1e-5, those of each source too; and the export of what it ends with is
     what transformers computes.

@@ -6,16 +6,17 @@ from tests.drills.every import DRILLS
 from tests.drills.table import Drill, span
 
 SHORT = [drill for drill in DRILLS.values() if drill.in_short_set]
-QUICK = {  # what no other test comes near: processes that are killed, told, stuck, or in each other's way
-    "signal_to_one_rank",
-    "the_data_cannot_be_read",
-    "ranks_disagree",
-    "two_runs_in_one_directory",
+# what no other test comes near: processes that are killed, told, stuck, or in each other's way
+TIERS = {
+    "signal_to_one_rank": pytest.mark.slow,
+    "ranks_disagree": (),
+    "the_data_cannot_be_read": pytest.mark.slow,
+    "two_runs_in_one_directory": pytest.mark.slow,
 }
 
 
 def marked(drill: Drill):
-    return pytest.param(drill, id=drill.name, marks=() if drill.name in QUICK else pytest.mark.slow)
+    return pytest.param(drill, id=drill.name, marks=TIERS.get(drill.name, pytest.mark.rare))
 
 
 @pytest.mark.parametrize("drill", [marked(drill) for drill in SHORT])

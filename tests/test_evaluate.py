@@ -294,7 +294,7 @@ def trained(overrides: list[str], stop_at: int | None = None) -> int:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), pytest.param(4, LAYOUTS[4], marks=pytest.mark.slow)]
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, LAYOUTS[4], marks=pytest.mark.rare)]
 )
 def test_a_run_that_is_evaluated_is_the_run_that_is_not(corpus, tmp_path, num_ranks, layout):
     """Bit for bit: metrics and every tensor of the last checkpoint; also where it stopped and went on."""
@@ -334,7 +334,7 @@ def interrupted(overrides: list[str], at_step: int) -> int:
     return train.main(overrides)
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation_saves_the_step_and_leaves(corpus, tmp_path, num_ranks):
     """The same command goes on, makes the evaluation that was broken off, and ends as the undisturbed run."""
     layout = LAYOUTS.get(num_ranks, [])

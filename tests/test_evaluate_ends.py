@@ -58,7 +58,7 @@ def sleeps_for_ever() -> None:
         time.sleep(1)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_rank_that_hangs_in_an_evaluation_is_ended_and_says_where(tmp_path):
     overrides = settings(tmp_path, "name=hangs", "parallel=fsdp", "heartbeat_s=4")  # makes the corpus, once
 
@@ -157,7 +157,7 @@ class Copying:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)]
+    ("num_ranks", "layout"), [(1, []), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.rare)]
 )
 def test_a_class_of_the_users_own_is_as_good(tmp_path, num_ranks, layout):
     own = [f"evaluate.own={{_target_: {__name__}.Copying, interval: 4}}", "checkpoint.keep_best=own"]
@@ -194,7 +194,7 @@ def test_what_a_class_of_the_users_own_raises_is_one_line_on_all_ranks(tmp_path)
 HELD_OUT = ["data.holdout=0.3", "evaluate.held_out={_target_: trainer.evaluate.HeldOut, interval: 3}"]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_source_that_only_reads_forward_holds_out_what_an_indexed_one_does(tmp_path):
     """A data set that is streamed: the same training and the same results, each document once."""
     indexed = settings(tmp_path, "name=indexed", *HELD_OUT, "data.shuffle=false")
@@ -211,7 +211,7 @@ def test_a_source_that_only_reads_forward_holds_out_what_an_indexed_one_does(tmp
     assert at_start["documents"] == len(documents) > 10
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_of_several_sources_each_holds_out_its_own(tmp_path):
     """Counted by reading both; what they share is held out of both or of none."""
     for name, first in (("a", 0), ("b", 50)):  # ten documents are in both

@@ -245,6 +245,7 @@ sys.exit(program.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_memory_is_one_tensor_whatever_the_stacks_are(tmp_path):
     """A stack of 16 experts has 67 MB, one expert 4.2 MB, a shard 20 MB. The export grows by less than four
     experts.
@@ -541,7 +542,7 @@ def start(root: Path, directory: Path | str, *more: str) -> list[str]:
     ("num_ranks", "layout", "dtype"),
     [
         (1, ["name=one"], "float32"),
-        (4, ["name=four", "parallel=hsdp_ep"], "float32"),
+        pytest.param(4, ["name=four", "parallel=hsdp_ep"], "float32", marks=pytest.mark.slow),
         (1, ["name=rounded"], "bfloat16"),
     ],
 )

@@ -59,7 +59,7 @@ def test_the_demo_extends_and_asks_before_and_after(tmp_path: Path) -> None:
     assert results[0]["targets"] == results[2]["targets"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("cp", [2, 4])
 def test_ranks_that_share_its_rows_extend_as_one_does(tmp_path: Path, cp: int) -> None:
     """Losses of training and of evaluations, 1e-5 relative."""

@@ -141,8 +141,8 @@ LAYOUTS = [
     WHOLE,
     (1, "micro_batch=4", "activation_checkpoint=full"),
     (2, "parallel=fsdp_ep", "micro_batch=4", "activation_checkpoint=selective"),
-    pytest.param((4, "parallel=hsdp_ep", "micro_batch=1"), marks=pytest.mark.slow),
-    pytest.param((4, "parallel=fsdp", "micro_batch=2"), marks=pytest.mark.slow),
+    pytest.param((4, "parallel=hsdp_ep", "micro_batch=1"), marks=pytest.mark.rare),
+    pytest.param((4, "parallel=fsdp", "micro_batch=2"), marks=pytest.mark.rare),
 ]
 CHOICES = {
     "global_attention": EXPECTED["global_attention"],

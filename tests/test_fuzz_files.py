@@ -5,9 +5,9 @@ import pytest
 from tests.fuzz.files import run_cases
 
 
-@pytest.mark.parametrize("cases", [30, pytest.param(100, marks=pytest.mark.slow)])  # 0.4 s of CPU each
-def test_whatever_lies_in_a_checkpoint_is_loaded_as_it_was_written_or_refused_in_one_line(cases):
-    outcomes = list(run_cases(cases, seed=0))
+@pytest.mark.slow
+def test_whatever_lies_in_a_checkpoint_is_loaded_as_it_was_written_or_refused_in_one_line():
+    outcomes = list(run_cases(100, seed=0))  # 0.4 s of CPU each
     assert [(outcome.number, outcome.what, outcome.problem) for outcome in outcomes if outcome.problem] == []
     kinds = {outcome.kind for outcome in outcomes}
     assert {
@@ -16,4 +16,4 @@ def test_whatever_lies_in_a_checkpoint_is_loaded_as_it_was_written_or_refused_in
         "rewind: good, code 0",
     } <= kinds
     assert {"rewind: damaged, code 1", "export: damaged, code 1"} <= kinds
-    assert cases < 100 or "export: good, code 0" in kinds  # all ends that there are
+    assert "export: good, code 0" in kinds  # all ends that there are

@@ -14,9 +14,8 @@ from trainer.ranks import stop
 PARTS, CASES = 4, 50  # parts run side by side; 0.3 s of CPU for each case
 
 
-@pytest.mark.parametrize(
-    "part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 def test_overrides_drawn_at_random_end_in_a_run_or_in_one_line(part):
     outcomes = list(fuzz.run_cases(CASES, 0, first=part * CASES))
     assert [fuzz.report(outcome, 0) for outcome in outcomes if outcome.problem] == []

@@ -20,7 +20,7 @@ from tests.gpu.stages import HIDDEN, NO_GPU, ONE_GPU, REPOSITORY, Stage, run_sta
 CPU = torch.device("cpu")
 
 
-LONG = pytest.param(ONE_GPU[6], marks=pytest.mark.slow)  # the drills stop, kill and resume runs, too
+LONG = pytest.param(ONE_GPU[6], marks=pytest.mark.rare)  # the drills stop, kill and resume runs, too
 
 
 @pytest.mark.parametrize("stage", [*ONE_GPU[:6], LONG, *ONE_GPU[7:]], ids=lambda stage: stage.name)

@@ -138,7 +138,7 @@ def left_out(overrides: list[str], steps: tuple[int, ...]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.slow)]
+    ("num_ranks", "layout"), [(1, []), pytest.param(4, ["parallel=hsdp_ep"], marks=pytest.mark.rare)]
 )
 def test_a_gradient_that_is_no_number_on_one_rank_leaves_the_step_out_on_all(
     tmp_path, num_ranks, layout, caplog
@@ -180,6 +180,7 @@ def test_a_run_saved_before_any_step_was_applied_goes_on_as_if_it_had_not_stoppe
     assert metrics(tmp_path / "halves") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_and_the_newest_checkpoint_is_from_before(tmp_path):
     where = [f"run_dir={tmp_path}", "name=lost", "steps=20", "checkpoint.interval=3", "skip.most=4"]
     with pytest.raises(
@@ -268,7 +269,7 @@ def test_a_rollback_with_every_checkpoint_damaged_ends_as_any_run_that_cannot_go
     ("num_ranks", "layout"),
     [(1, ["data.workers=0"]), (2, ["parallel=fsdp"])],
 )
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, layout):
     where = [
         f"run_dir={tmp_path}",
@@ -344,6 +345,7 @@ def test_a_run_that_goes_back_writes_each_step_once(tmp_path):
     assert [line["step"] for line in metrics(tmp_path / "back")] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_random_numbers_are_those_of_the_step(tmp_path):
     """Something that draws (a dropout, a user's own layer) draws the same after a resume, and something else
     on each rank.
@@ -384,7 +386,7 @@ def test_random_numbers_are_those_of_the_step(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout", "at_end"),
-    [(1, [], "repeat"), pytest.param(4, ["parallel=hsdp_ep"], "stop", marks=pytest.mark.slow)],
+    [(1, [], "repeat"), pytest.param(4, ["parallel=hsdp_ep"], "stop", marks=pytest.mark.rare)],
 )
 def test_data_that_one_rank_cannot_read_ends_all_with_everything_saved(tmp_path, num_ranks, layout, at_end):
     corpus = tmp_path / "corpus.jsonl"

@@ -6,9 +6,10 @@ import torch.distributed as dist
 from tests.ranks import free_port  # noqa: F401  # heavy imports before the fork
 from trainer.config import ParallelConfig, load
 from trainer.model.afmoe import afmoe_config
-from trainer.model.parallelize import build_parallel, local
+from trainer.model.parallelize import build_parallel
 from trainer.optim import muon
 from trainer.ranks import device
+from trainer.ranks.local import local
 
 
 def test_large_on_2048_ranks(tmp_path):

@@ -13,7 +13,7 @@ from trainer.balance import Experts
 from trainer.config import load
 from trainer.history import read_history
 from trainer.metrics import MetricsLog, TensorboardTracker, WandbTracker, Window, batch_heterogeneity
-from trainer.model.afmoe import count_parameters, flops_per_token, step_flops
+from trainer.size import count_parameters, flops_per_token, step_flops
 
 LINE = {"loss": 1.5, "tokens_per_s": 10.0, "balance/max_violation": 0.25}
 

@@ -24,11 +24,12 @@ from tests.models import GQA, LENGTH, assert_close, build, one_moe, tokens_of
 from trainer.balance import LossWeights
 from trainer.config import CONFIG_DIR, ModelConfig
 from trainer.model import loss as loss_module
-from trainer.model.afmoe import PADDING, Afmoe, count_parameters, flops_per_token, moe_layers
+from trainer.model.afmoe import PADDING, Afmoe, afmoe_config, moe_layers
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.loss import IGNORE, linear_cross_entropy
 from trainer.model.moe import MoE
 from trainer.model.recompute import CHECKPOINTING
+from trainer.size import count_parameters, flops_per_token
 
 SHAPES = {
     "gqa": GQA,
@@ -110,6 +111,24 @@ def test_parameter_counts_of_transformers(name):
         count.active * shape.num_experts
         == (count.total - experts) * shape.num_experts + experts * shape.top_k
     )
+
+
+SHAPES = {path.stem: OmegaConf.load(path) for path in (CONFIG_DIR / "model").glob("*.yaml")}
+ODD = replace(GQA, num_layers=5, num_dense_layers=2, num_shared_experts=0, vocab_size=101, head_dim=6)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [*(ModelConfig(**SHAPES[name]) for name in sorted(SHAPES)), ODD, replace(ODD, num_dense_layers=5)],
+)
+def test_parameters_are_those_of_the_model_that_is_built(shape):
+    with torch.device("meta"):
+        model = afmoe_config(shape, flex=False).build()
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".inner_experts." in name)
+    count = count_parameters(shape)
+    assert count.total == sum(sizes.values())
+    assert (count.total - count.active) * shape.num_experts == experts * (shape.num_experts - shape.top_k)
 
 
 @pytest.mark.parametrize(("seq_len", "window"), [(17, 6), (17, 17), (4, 6), (1, 6)])

@@ -217,7 +217,7 @@ LAYOUTS = [
     (4, ["parallel=fsdp", "model.num_experts=2"]),  # more shards than experts: cut inside their matrices
     # parts of 2, 2, 2, 0 experts; of 8, 8, 8, 6 and 3, 3, 3, 1 rows
     (4, ["parallel=fsdp", "model.num_experts=6", *UNEVEN]),
-    (4, ["parallel=hsdp_ep", "model.num_experts=6", *UNEVEN]),
+    pytest.param(4, ["parallel=hsdp_ep", "model.num_experts=6", *UNEVEN], marks=pytest.mark.slow),
 ]
 
 

@@ -63,6 +63,10 @@ def oracle(starve: bool, *model: str) -> dict:
     return trained(1, *model, f"micro_batch={GLOBAL_BATCH}", starve=starve)[0]
 
 
+def rare(*layout):
+    return pytest.param(*layout, marks=pytest.mark.rare)
+
+
 def slow(*layout):
     return pytest.param(*layout, marks=pytest.mark.slow)
 
@@ -75,14 +79,14 @@ LAYOUTS = [
     (2, ["parallel=fsdp", "micro_batch=4"], False),
     (2, ["parallel=fsdp_ep", "micro_batch=2", "activation_checkpoint=full"], False),
     (2, ["parallel=fsdp_ep", "micro_batch=4"], True),
-    slow(4, ["parallel=hsdp", "micro_batch=2"], False),
+    rare(4, ["parallel=hsdp", "micro_batch=2"], False),
     (4, ["parallel=hsdp_ep", "micro_batch=2"], False),
-    slow(4, ["parallel=hsdp_ep", "micro_batch=1", "activation_checkpoint=selective"], True),
-    (4, ["parallel=fsdp_ep", "parallel.ep=4", "micro_batch=1", "activation_checkpoint=full"], False),
+    rare(4, ["parallel=hsdp_ep", "micro_batch=1", "activation_checkpoint=selective"], True),
+    slow(4, ["parallel=fsdp_ep", "parallel.ep=4", "micro_batch=1", "activation_checkpoint=full"], False),
     (4, ["parallel=hsdp_ep", "micro_batch=2", *MUON], False),
-    slow(4, ["parallel=fsdp", "micro_batch=1", *MUON], False),
+    rare(4, ["parallel=fsdp", "micro_batch=1", *MUON], False),
     # 4 ranks shard 2 local experts each of ep=... more shards than experts: cut inside the matrices
-    (4, ["parallel=fsdp_ep", "model.num_experts=2", "model.top_k=1", "micro_batch=2"], False),
+    slow(4, ["parallel=fsdp_ep", "model.num_experts=2", "model.top_k=1", "micro_batch=2"], False),
 ]
 
 
@@ -134,6 +138,7 @@ def test_clipping_scales_the_whole_gradient_to_the_limit():
     assert norm == pytest.approx(min(1.0, result["metrics"][0]["grad_norm"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_batch_heterogeneity_is_that_of_all_ranks_microbatches():
     """Four microbatches of two rows, on one rank or on four: the same rows, so the same worst one."""
     one = trained(1, "micro_batch=2")[0]

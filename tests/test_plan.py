@@ -32,19 +32,14 @@ from trainer.lab.plan.trace import build, traced
 from trainer.lab.plan.watch import KINDS, Sent, Watch
 from trainer.lab.plan.whole import Traces
 from trainer.lab.preview.__main__ import main as preview
-from trainer.model.afmoe import afmoe_config, flops_per_token
+from trainer.model.afmoe import afmoe_config
 from trainer.model.frozen import train_only
-from trainer.model.parallelize import (
-    build_parallel,
-    local,
-    reduce_over_replicas,
-    scale_gradients,
-    squared_gradient_norm,
-    trained,
-)
+from trainer.model.parallelize import build_parallel, reduce_over_replicas
 from trainer.program import program_of
 from trainer.ranks import device
+from trainer.ranks.local import local, scale_gradients, squared_gradient_norm, trained
 from trainer.run.build import build_optimizer
+from trainer.size import flops_per_token
 
 # replicate, shard, ep: HSDP x EP; experts cut inside their matrices, as torchtitan counts replicas without EP
 FEW = [(2, 4, 2), (4, 4, 1)]
@@ -123,7 +118,7 @@ def test_small_traces_add_up_to_the_whole(selective):
     check_sums(selective[0])
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_small_traces_add_up_to_the_whole_everywhere(policy, tmp_path):
     check_sums(in_a_process(compared, tmp_path, policy, LAYOUTS, []))
@@ -181,10 +176,10 @@ def traced_step(config, degrees):
     [
         ([(2, 4, 2), (4, 4, 1)], []),
         pytest.param(
-            [(1, 1, 1), (2, 1, 1), (3, 4, 1), (1, 8, 8), (1, 16, 2), (1, 64, 2)], [], marks=pytest.mark.slow
+            [(1, 1, 1), (2, 1, 1), (3, 4, 1), (1, 8, 8), (1, 16, 2), (1, 64, 2)], [], marks=pytest.mark.rare
         ),
-        pytest.param([(2, 4, 2)], ["optim=adamw"], marks=pytest.mark.slow),
-        pytest.param([(2, 4, 2)], ["train_only=[local_experts]"], marks=pytest.mark.slow),
+        pytest.param([(2, 4, 2)], ["optim=adamw"], marks=pytest.mark.rare),
+        pytest.param([(2, 4, 2)], ["train_only=[local_experts]"], marks=pytest.mark.rare),
     ],
 )
 def test_the_optimizers_step_is_counted_on_each_mesh(meshes, overrides, tmp_path):
@@ -458,7 +453,7 @@ def gap_to_the_best(experiment, device, policies):
     return planned.main.step.seconds / best.seconds - 1
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(
     ("experiment", "device", "policies", "most"),
     [
@@ -595,7 +590,7 @@ def refused_as_never_fitting(overrides):
         return str(error)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_model_that_never_fits_is_refused(tmp_path):
     said = in_a_process(refused_as_never_fitting, tmp_path, ["model=debug", *SETTINGS, "parallel=fsdp"])
     assert "no layout on 4 ranks fits" in said and "GiB" in said and "more ranks=" in said

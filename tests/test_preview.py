@@ -13,8 +13,8 @@ import pytest
 
 from trainer.lab.preview import __main__ as preview
 from trainer.lab.preview.table import human, short
-from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.program import program_of
+from trainer.size import count_parameters, flops_per_token
 
 # a tenth of 200 steps warms up, a fifth decays
 DEMO = ["experiment=demo", "optim=adamw", "optim.lr=2e-3", "data=synthetic"]

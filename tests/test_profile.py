@@ -34,6 +34,7 @@ def names_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
 
 
+@pytest.mark.slow
 def test_the_steps_that_were_named_are_in_the_trace_and_no_others(tmp_path):
     def run() -> None:
         train(load([*RUN, f"run_dir={tmp_path}", "steps=4", "profile.steps=[2,3]", *SMALL]))

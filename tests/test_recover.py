@@ -54,7 +54,9 @@ def by_hand(overrides: list[str], passed_over: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (2, ["parallel=fsdp"])])
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, []), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)]
+)
 def test_a_second_roll_back_to_one_checkpoint_passes_over_the_data_of_the_first_too(
     tmp_path, num_ranks, layout
 ):
@@ -91,6 +93,7 @@ def test_a_branch_passes_over_nothing_that_its_origin_did(tmp_path):
     assert [line["loss"] for line in metrics(tmp_path / "branch")] == expected[3:]
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_read_is_refused_with_its_name(tmp_path):
     where = [f"run_dir={tmp_path}", "name=back"]
     assert run_ranks(lambda: training(where, wrong=(5,), killed_before=6), 1) == [-9]

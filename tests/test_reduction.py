@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.config import ConfigError, load
 from trainer.data import Batch
-from trainer.model.parallelize import local
+from trainer.ranks.local import local
 
 ROWS = 3  # of a rank: one microbatch of 3 rows, or 3 of one
 STEPS = 2
@@ -62,7 +62,8 @@ def trained(overrides: list[str]) -> dict:
     }
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("hsdp", marks=pytest.mark.slow), "hsdp_ep"])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [pytest.param("hsdp", marks=pytest.mark.rare), "hsdp_ep"])
 def test_replicas_are_summed_once_a_step_however_many_microbatches_it_has(parallel: str) -> None:
     whole, cut = (
         run_ranks(trained, 4, [f"parallel={parallel}", f"micro_batch={rows}"]) for rows in (ROWS, 1)
@@ -97,7 +98,8 @@ def test_weights_that_are_kept_for_the_backward_are_gathered_once() -> None:
         assert often["all_gather_single"] == 2 * whole - not_again
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("hsdp_ep", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("hsdp_ep", marks=pytest.mark.rare)])
 def test_gradients_may_be_reduced_in_bfloat16(parallel: str) -> None:
     single = run_ranks(trained, 4, [f"parallel={parallel}", "micro_batch=1"])[0]
     half = run_ranks(trained, 4, [f"parallel={parallel}", "micro_batch=1", "parallel.reduce_dtype=bfloat16"])[

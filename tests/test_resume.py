@@ -6,7 +6,8 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,8 +41,8 @@ def train_worker(overrides: list[str], stop_at: int | None) -> int:
     ("num_ranks", "layout"),
     [
         (1, []),
-        (4, ["parallel=hsdp_ep", "activation_checkpoint=full"]),
-        (4, ["parallel.cp=2", "parallel.dp_shard=2"]),
+        pytest.param(4, ["parallel=hsdp_ep", "activation_checkpoint=full"], marks=pytest.mark.slow),
+        pytest.param(4, ["parallel.cp=2", "parallel.dp_shard=2"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_in_three_parts_is_the_whole_run_bit_for_bit(tmp_path, num_ranks, layout):
@@ -78,7 +79,7 @@ def next_losses_worker(overrides: list[str]) -> list[float]:
     return [train.train_step(run, train.next_batches(run))["loss"] for _ in range(3)]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("optimizer", [["optim=adamw"], ["optim=muon", "optim.lr=0.02"]])
 def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimizer):
     where = ["name=moving", f"run_dir={tmp_path}", *optimizer]
@@ -186,12 +187,17 @@ SAME = ["optim=muon", "steps=2", "data.buffer=2"]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> dict[str, Path]:
-    """A run on each layout."""
+def saved(tmp_path_factory) -> Callable[[str], Path]:
+    """The directory of a run on a layout, which is trained when it is first asked for."""
     root = tmp_path_factory.mktemp("saved")
-    for name, (num_ranks, layout) in LAYOUTS.items():
+
+    @cache
+    def directory(name: str) -> Path:
+        num_ranks, layout = LAYOUTS[name]
         run_ranks(train_worker, num_ranks, [f"name={name}", f"run_dir={root}", *SAME, *layout], None)
-    return {name: root / name for name in LAYOUTS}
+        return root / name
+
+    return directory
 
 
 def loading(overrides: list[str], whole: dict[str, dict[str, torch.Tensor]], paths: dict[str, Path]) -> list:
@@ -204,24 +210,28 @@ def loading(overrides: list[str], whole: dict[str, dict[str, torch.Tensor]], pat
     return wrong
 
 
-def load_on(layout: str, names: Iterable[str], saved: dict[str, Path]) -> None:
+def load_on(layout: str, names: Iterable[str], saved: Callable[[str], Path]) -> None:
     """Every tensor of the run's state, bit for bit."""
     num_ranks, overrides = LAYOUTS[layout]
-    whole = {name: tensors(saved[name], 2) for name in names}
-    assert all(whole[name].keys() == tensors(saved["one"], 2).keys() for name in names)
-    assert run_ranks(loading, num_ranks, overrides, whole, saved) == [[]] * num_ranks
+    paths = {name: saved(name) for name in names}
+    whole = {name: tensors(path, 2) for name, path in paths.items()}
+    assert all(whole[name].keys() == tensors(saved("one"), 2).keys() for name in names)
+    assert run_ranks(loading, num_ranks, overrides, whole, paths) == [[]] * num_ranks
+
+
+TIERS = {"hsdp_ep4": (), "one": pytest.mark.slow}
 
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=[] if name in ("one", "hsdp_ep4") else [pytest.mark.slow]) for name in LAYOUTS],
+    [pytest.param(name, marks=TIERS.get(name, pytest.mark.rare)) for name in LAYOUTS],
 )
 def test_a_checkpoint_of_any_layout_loads_on_one_rank_and_that_of_one_rank_on_any(saved, layout):
     """What is saved and what is loaded meet in one index, so these pairs cover the others."""
     load_on(layout, LAYOUTS if layout == "one" else ["one"], saved)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_a_checkpoint_of_any_layout_loads_on_any_other_bit_for_bit(saved, layout):
     """With the pairs above, seven layouts on 1, 2 and 4 ranks: all 49 pairs."""
@@ -245,8 +255,8 @@ PROGRAM = [
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
     [
-        (1, ["optim=muon"]),
-        pytest.param(4, ["optim=muon", "parallel=hsdp_ep"], marks=pytest.mark.slow),
+        pytest.param(1, ["optim=muon"], marks=pytest.mark.slow),
+        pytest.param(4, ["optim=muon", "parallel=hsdp_ep"], marks=pytest.mark.rare),
     ],
 )
 def test_a_program_stopped_in_every_span_goes_on_bit_for_bit(tmp_path, num_ranks, layout):
@@ -303,7 +313,7 @@ MIXED = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, []), (4, ["parallel=hsdp_ep"])])
 def test_phases_of_mixtures_and_buffers_stopped_in_every_span_go_on_bit_for_bit(
     tmp_path, num_ranks, layout, capfd
@@ -347,7 +357,7 @@ def next_tokens_worker(overrides: list[str]) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_a_buffered_mixture_of_four_ranks_goes_on_on_one_and_on_two(tmp_path):
     where = ["name=moving", f"run_dir={tmp_path}"]
     run_ranks(train_worker, 4, [*MIXED, "parallel=hsdp_ep", *where], 9)
@@ -474,6 +484,7 @@ def losses_worker(overrides: list[str]) -> list[float]:
     return [train.train_step(run, train.next_batches(run))["loss"] for _ in range(4)]
 
 
+@pytest.mark.slow
 def test_a_growing_batch_is_the_same_on_any_number_of_ranks_and_microbatches():
     spans = ["stage=constant", "stage.run.steps=2", "+stage.b={steps: 2, global_batch: 8}"]
     grow = ["name=growing", *spans, "steps=null"]

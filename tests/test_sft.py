@@ -207,7 +207,9 @@ def their_model(weights: dict[str, torch.Tensor], shape: ModelConfig, path: Path
     return AfmoeForCausalLM.from_pretrained(path, experts_implementation="eager").train()
 
 
-@pytest.mark.parametrize("layout", [(1, []), (4, ["parallel=hsdp_ep"])], ids=["1", "4"])
+@pytest.mark.parametrize(
+    "layout", [(1, []), pytest.param((4, ["parallel=hsdp_ep"]), marks=pytest.mark.slow)], ids=["1", "4"]
+)
 def test_twenty_steps_are_those_of_transformers_and_adamw(tmp_path: Path, layout: tuple) -> None:
     """Losses to 1e-5, weights to 1e-4, on rows with masks, packed and padded. Without a balancing rule and
     router losses, which `transformers` does not have in training."""
@@ -270,6 +272,7 @@ def begun(words: list[str]) -> dict[str, torch.Tensor]:
     return result
 
 
+@pytest.mark.slow
 def test_new_control_tokens_get_rows_and_the_rest_is_the_run_s(tmp_path: Path) -> None:
     """From the run itself and from its export, on 1 and 4 ranks: the old rows are its own, the new ones those
     of a run that starts without weights."""
@@ -352,6 +355,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, words: list[str],
 # -- runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_ends_with_them_and_resumes_on_other_ranks(tmp_path: Path) -> None:
     """Read straight, with a stop after three steps, and then on another number of ranks, rows cut too."""
     words = overrides(

@@ -917,6 +917,7 @@ def test_help_names_every_choice_and_cfg_shows_every_setting(monkeypatch, capsys
     )
 
 
+@pytest.mark.slow
 def test_the_program_from_end_to_end(tmp_path):
     overrides = [*SMALL, "compare=[smebu,none]", "seeds=2", f"run_dir={tmp_path}", "name=whole", "workers=2"]
     command = [sys.executable, "-m", "trainer.lab.simulate", *overrides]

@@ -343,7 +343,7 @@ def test_text_that_is_not_utf8_is_counted_in_every_format(tmp_path: Path) -> Non
         assert outcomes(source(str(tmp_path))) == ["fine", "not_utf8", "é"] * times
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "a.txt"])
 def test_a_document_of_100_mb_takes_seconds(tmp_path: Path, name: str) -> None:
     source = next(source for source, own in NAMES.items() if Path(name).name.startswith(own))

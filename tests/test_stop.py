@@ -42,6 +42,7 @@ def told_at_torch(module, numbers, *arguments):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "number", "code"),
     [

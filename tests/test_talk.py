@@ -413,6 +413,7 @@ class Terminal:
         self.process.send_signal(signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(runs, capsys):
     prepared(runs, "tuned", capsys)
     template = runs / "words.jinja"
@@ -435,6 +436,7 @@ def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(runs, c
     os.close(terminal.side)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_no_harm(runs, capsys):
     """A pipe that is closed after the first letter: neither a traceback nor another exit code."""
     prepared(runs, "plain", capsys)

@@ -74,7 +74,7 @@ def scored_one_by_one(overrides: list[str], path: Path) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_tasks_are_scored_as_choice_by_choice(tmp_path, num_ranks):
     names = ["arithmetic", "brackets", "repeat"]
     tasks = [node(name, TASKS / f"{name}.jsonl") for name in names]
@@ -209,6 +209,7 @@ def measured(part, hits, targets, rest):
 # -- afterwards --
 
 
+@pytest.mark.slow
 def test_checkpoints_and_exports_are_evaluated_afterwards(tmp_path, capsys):
     """Of a run that had no evaluation: kept checkpoints give what an evaluated run found in training."""
     task = node("brackets", TASKS / "brackets.jsonl", interval=1)

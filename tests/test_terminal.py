@@ -195,6 +195,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_training_run_outlives_its_terminal(tmp_path):
     """A terminal that goes away after the first word: the progress bar and the verdict find none.
     The run has all its steps, its checkpoint and its exit code."""
@@ -215,6 +216,7 @@ def test_a_training_run_outlives_its_terminal(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize("entry", ["trainer.train", "trainer.torchrun --standalone -m trainer.train"])
 def test_no_file_of_a_run_is_printed_into(tmp_path, entry, redirection):

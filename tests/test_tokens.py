@@ -151,6 +151,7 @@ def test_ids_beyond_65535_take_four_bytes(tmp_path, texts, tokenizer, monkeypatc
 # ---- Killed, and gone on with ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_at_any_file_it_goes_on_and_writes_the_same(texts, tokenizer, tmp_path) -> None:
     """A child ends without a word at the k-th rename; the next start writes what one start writes."""
     expected, replace = contents(written(texts, tokenizer, tmp_path / "whole", processes=1)), os.replace

@@ -79,7 +79,7 @@ def python(*arguments, **kwargs):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_check_passes_with_smebu_and_fails_without_balancing(tmp_path):
     """The same run, one word changed. A check that cannot fail is no check."""
 
@@ -124,7 +124,7 @@ def test_a_model_without_experts_trains(tmp_path):
     ("dtype", "expert_dtype"),
     [
         ("bfloat16", "null"),
-        pytest.param("bfloat16", "float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "float32", marks=pytest.mark.rare),
         ("float32", "bfloat16"),
     ],
 )
@@ -162,6 +162,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
     assert run_ranks(worker, 1) == [True]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     command = ["-m", "trainer.train", *QUICK, "steps=100000", f"run_dir={tmp_path}"]
     metrics = tmp_path / "synthetic-smebu" / "metrics.jsonl"

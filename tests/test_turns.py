@@ -193,6 +193,7 @@ def rows_worker(overrides: list[str]) -> list[tuple[torch.Tensor, list[int]]]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_run_in_turns_stopped_in_the_middle_goes_on_bit_for_bit_on_other_ranks(tmp_path):
     where = [f"run_dir={tmp_path}"]
     run_ranks(train_worker, 1, [*TURNS, "name=whole", *where], None)

@@ -81,6 +81,7 @@ def test_the_first_words_need_no_torch(unpacked, tmp_path):
     assert done.stdout.splitlines()[-2:] == [f"triquetra {version}", "[]"], done.stderr
 
 
+@pytest.mark.slow
 def test_it_trains_with_a_rule_from_the_directory_it_is_started_in(unpacked, tmp_path):
     (tmp_path / "my_rule.py").write_text(RULE)
     rule = ["balance=sign", "balance.rule._target_=my_rule.Mine"]

@@ -40,7 +40,6 @@ from trainer.config import Config, ConfigError, load, looked_up
 from trainer.data import BAD_KINDS, BadDocument, DataError, cache_path, chat_template_of
 from trainer.evaluate import start_evaluations
 from trainer.metrics import MetricsLog
-from trainer.model.afmoe import count_parameters
 from trainer.model.hf import export_problems
 from trainer.ranks import device
 from trainer.ranks.agree import end_if_told, refusing_on_all
@@ -63,6 +62,7 @@ from trainer.run.recover import leave_unread, resume, roll_back
 from trainer.run.saving import finish_saving, save
 from trainer.run.state import Run
 from trainer.run.step import next_batches, train_step
+from trainer.size import count_parameters
 from trainer.weights.pretrained import refuse_early, start_from, weights_of_run
 
 log = logging.getLogger(__name__)

@@ -32,9 +32,9 @@ import trainer.run.build
 import trainer.run.step
 from trainer import train
 from trainer.checkpoint.transfer import Staging
-from trainer.model.parallelize import local
 from trainer.optim import Optimizers
 from trainer.ranks import device
+from trainer.ranks.local import local
 from trainer.ranks.stop import StopRequest
 
 

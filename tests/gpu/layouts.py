@@ -20,7 +20,7 @@ from tests.ranks import run_ranks
 from trainer import finish_saving, next_batches, save, start, train_step
 from trainer.config import load
 from trainer.model.afmoe import moe_layers
-from trainer.model.parallelize import local
+from trainer.ranks.local import local
 
 RANKS = 8
 STEPS = 5

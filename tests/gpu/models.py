@@ -20,9 +20,10 @@ from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.hf import hf_config, to_hf
 from trainer.model.init import initialize
 from trainer.model.loss import IGNORE
-from trainer.model.parallelize import build_parallel, scale_gradients
+from trainer.model.parallelize import build_parallel
 from trainer.optim import adamw, muon
 from trainer.ranks import device
+from trainer.ranks.local import scale_gradients
 
 CPU = torch.device("cpu")
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -28,9 +28,10 @@ from trainer.config import Config, load
 from trainer.model.afmoe import Afmoe, afmoe_config
 from trainer.model.dispatch import TokenDispatcher
 from trainer.model.moe import Experts
-from trainer.model.parallelize import build_parallel, local, scale_gradients, squared_gradient_norm
+from trainer.model.parallelize import build_parallel
 from trainer.optim import muon
 from trainer.ranks import device
+from trainer.ranks.local import local, scale_gradients, squared_gradient_norm
 
 MICROBATCHES, STEPS = 2, 3
 DEVICES = ("a100", "h100", "h200", "b200", "b300")  # files of configs/device

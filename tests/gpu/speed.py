@@ -23,8 +23,8 @@ from trainer.config import ModelConfig, load
 from trainer.model.afmoe import Afmoe, afmoe_config, moe_layers
 from trainer.model.hf import hf_config
 from trainer.model.loss import IGNORE, linear_cross_entropy
-from trainer.model.parallelize import local
 from trainer.ranks import device
+from trainer.ranks.local import local
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,15 @@
 import difflib
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +28,7 @@ from trainer.config.targets import check_targets
 THEIRS = (HydraException, OmegaConfBaseException, YAMLError)
 REFUSALS = (*THEIRS, ValueError, TypeError, AttributeError, AssertionError, RecursionError)
 
+PARSER = OverridesParser.create()
 CONFIG_DIR = Path(__file__).parent.parent / "configs"  # of a wheel; beside a wheel may lie anybody's folder
 if not CONFIG_DIR.is_dir():  # a checkout
     CONFIG_DIR = Path(__file__).parent.parent.parent / "configs"
@@ -127,10 +132,30 @@ def composed(root: str, overrides: list[str]) -> Any:
         raise ConfigError(_explain(error, overrides, root)) from None
 
 
-@lru_cache(maxsize=64)  # a tenth of a second each; who composes twice changes nothing in it
 def _node(root: str, *overrides: str) -> DictConfig:
+    """Hydra composes the files that are chosen; values go on top as it puts them there."""
+    values = [override for override in PARSER.parse_overrides(list(overrides)) if _is_value(override)]
+    on_top = {override.input_line for override in values}
+    node = deepcopy(_chosen(root, *(override for override in overrides if override not in on_top)))
+    ConfigLoaderImpl._apply_overrides_to_config(values, node)
+    return node
+
+
+@lru_cache(maxsize=64)  # a tenth of a second each
+def _chosen(root: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONFIG_DIR.resolve()), version_base="1.3"):
         return compose(root, list(overrides))
+
+
+def _is_value(override: Override) -> bool:
+    """Neither the choice of a file, nor Hydra's own business."""
+    name = override.key_or_group.split(".")[0]
+    return not (
+        name == "hydra"
+        or override.package is not None
+        or override.is_sweep_override()
+        or (CONFIG_DIR / override.key_or_group).is_dir()
+    )
 
 
 def _check_text(overrides: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -324,6 +325,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir) / self.name
 
 
 ConfigStore.instance().store(name="schema", node=Config)

@@ -12,9 +12,8 @@ Letters: B sequences, L tokens each, T = B L, D model dim, N heads, H head dim, 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache, partial
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -327,53 +326,3 @@ def _norm(m: ModelConfig, dim: int) -> RMSNorm.Config:
 
 def moe_layers(model: Afmoe) -> list[MoE]:
     return [module for module in model.modules() if isinstance(module, MoE)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParameterCount:
-    total: int
-    active: int  # used by one token: K of E experts
-
-
-def count_parameters(model: ModelConfig) -> ParameterCount:
-    """Exact counts, from the model built on the meta device, once for each shape."""
-    return _count_parameters(tuple(asdict(model).items()))
-
-
-@cache
-def _count_parameters(shape: tuple[tuple[str, Any], ...]) -> ParameterCount:
-    model = ModelConfig(**dict(shape))
-    with torch.device("meta"):
-        built = afmoe_config(model, flex=False).build()
-    total = sum(p.numel() for p in built.parameters())
-    experts = sum(p.numel() for name, p in built.named_parameters() if ".inner_experts." in name)
-    return ParameterCount(total=total, active=total - experts + experts * model.top_k // model.num_experts)
-
-
-def flops_per_token(model: ModelConfig, *, seq_len: int) -> float:
-    """[FLOP] of `step_flops` per token of a row that is one document."""
-    window = min(model.window, seq_len)
-    local = window - window * (window - 1) / (2 * seq_len)  # mean positions seen: the first rows see fewer
-    return _flops(model, tokens=1, attended=(seq_len + 1) / 2, attended_in_window=local)
-
-
-def step_flops(model: ModelConfig, positions_BL: Tensor) -> float:
-    """[FLOP] of forward and backward that the model needs for these rows; recomputation not counted.
-
-    positions_BL: of each token in its document, -1 is padding. A token attends to itself and to what stands
-    before it in its document: only these pairs count, and padding counts nothing.
-    """
-    seen_BL = positions_BL + 1
-    attended, in_window = int(seen_BL.sum()), int(seen_BL.clamp(max=model.window).sum())
-    tokens = int((seen_BL > 0).sum())
-    return _flops(model, tokens=tokens, attended=attended, attended_in_window=in_window)
-
-
-def _flops(model: ModelConfig, *, tokens: float, attended: float, attended_in_window: float) -> float:
-    """6 per token and active weight in a matmul (the input embedding is a look-up; norm gains, 0.03 % of
-    Nano, are counted as if they were) and 12 H N per attended position, in global layers or in a window.
-    """
-    weights = count_parameters(model).active - model.vocab_size * model.dim
-    num_global = model.num_layers // model.global_every
-    pairs = num_global * attended + (model.num_layers - num_global) * attended_in_window
-    return 6 * weights * tokens + 12 * model.num_heads * model.head_dim * pairs

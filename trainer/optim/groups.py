@@ -7,10 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from trainer.model.afmoe import Head
-from trainer.model.parallelize import trained
-from trainer.model.router import Gate
 from trainer.optim.momentum import MAX_RATE, Muon
+from trainer.ranks.local import local, trained
 
 
 class Optimizers:
@@ -49,6 +47,18 @@ class Optimizers:
         return rates
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, on what each rank holds of a parameter: it works element by element, and DTensor would derive
+    where every operand of one operator over all parameters lies.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return has_complex
+
+
 def adamw(
     model: nn.Module, *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
@@ -81,6 +91,9 @@ def muon(
         raise ValueError(f"optim.router={router}: must be muon or adamw")
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"optim.dtype={dtype}: must be float32, bfloat16 or null")
+    from trainer.model.afmoe import Head  # these import torchtitan, which nobody needs who only asks for keys
+    from trainer.model.router import Gate
+
     by_adamw = (nn.Embedding, Head) if router == "muon" else (nn.Embedding, Head, Gate)
     owners = {
         p: module for module in model.modules() for p in module.parameters(recurse=False) if p.requires_grad
@@ -100,7 +113,7 @@ def muon(
 
 def _adamw(
     parameters: list[Tensor], *, lr: float, betas: Sequence[float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
+) -> AdamW:
     sound = 0 <= lr <= MAX_RATE and 1e-30 <= eps <= 1 and 0 <= weight_decay <= MAX_RATE
     if not sound or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
         raise ValueError(
@@ -110,6 +123,6 @@ def _adamw(
     matrices = [p for p in parameters if p.ndim >= 2]
     gains = [p for p in parameters if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps, fused=True
     )

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trainer.model.parallelize import local
 from trainer.optim.plan import Item, Plan, Spread
+from trainer.ranks.local import local
 
 MAX_RATE = 1e6  # of learning and of weight decay: from there on float32 soon ends
 

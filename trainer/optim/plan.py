@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainer.model.parallelize import local
 from trainer.optim.newton_schulz import cost, orthogonalized
+from trainer.ranks.local import local
 
 ROUND_ELEMENTS = 2**26  # of the matrices that a rank orthogonalises at once: bounds the memory of a step
 

@@ -17,7 +17,8 @@ from trainer.config import Config
 from trainer.preflight.finding import Finding
 from trainer.ranks.lock import InUseError, lock
 from trainer.ranks.meeting import Meeting
-from trainer.run.memory import STATE, WEIGHT, parameters_of
+from trainer.run.memory import STATE, WEIGHT
+from trainer.size import count_parameters
 
 SEEN_S = 10.0  # in which other hosts must see a name; NFS keeps what it has listed for a while
 CHECKPOINTS = 2
@@ -115,7 +116,7 @@ def room(config: Config, base: Path, host: str) -> list[Finding]:
 def checkpoint_bytes(config: Config) -> int:
     """At least: weights and optimizer state, in float32."""
     each = WEIGHT + STATE.get(config.optim["_target_"], 0)
-    return each * sum(parameters_of(config.model).values())
+    return each * count_parameters(config.model).total
 
 
 def directory_problem(base: Path) -> str | None:

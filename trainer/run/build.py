@@ -38,7 +38,7 @@ from trainer.ranks.agree import compare_clocks, end_if_told, refuse_disagreement
 from trainer.ranks.device import ParallelDims
 from trainer.ranks.meeting import Meeting, meet
 from trainer.ranks.stop import StopRequest
-from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys, run_directory
+from trainer.run.directory import BadDocumentLog, checkpoints_of, dotted_keys
 from trainer.run.health import Health
 from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
@@ -212,7 +212,7 @@ def fork_stream(config: Config, program: Program, meeting: Meeting) -> TokenStre
         first=program.spans[0].now,
         seed=config.seed,
         vocab_size=config.model.vocab_size,
-        directory=run_directory(config),
+        directory=config.directory,
         meeting=meeting,
         degrees=degrees,
         epochs=config.epochs or 1,

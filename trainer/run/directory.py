@@ -51,14 +51,10 @@ FIXED = (
 )
 
 
-def run_directory(config: Config) -> Path:
-    return Path(config.run_dir) / config.name
-
-
 def checkpoints_of(config: Config) -> Checkpoints:
     c = config.checkpoint
     return Checkpoints(
-        run_directory(config) / "checkpoints",
+        config.directory / "checkpoints",
         keep=c.keep,
         keep_every=c.keep_every,
         retries=c.retries,
@@ -123,7 +119,7 @@ def open_directory(
 def take(config: Config) -> TextIO:
     """Raises: ConfigError, InUseError."""
     with writing(run_dir=config.run_dir, name=config.name):
-        return lock(run_directory(config))
+        return lock(config.directory)
 
 
 @contextmanager
@@ -165,7 +161,7 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
     continue under other settings, and config.yaml has only the latest ones: hence starts.jsonl.
     """
     for name, text in {**opened.texts, "data.json": json.dumps(opened.about["data"])}.items():
-        write_text(run_directory(config) / name, text)
+        write_text(config.directory / name, text)
     spans = [
         {
             "start": span.start,
@@ -185,7 +181,7 @@ def record_start(config: Config, *, program: Program, step: int, tokens: int, op
         "code": opened.about["code"],
     }
     line = {"step": step, "tokens": tokens, **origin, "program": spans}
-    append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
+    append_line(config.directory / "starts.jsonl", json.dumps(line))
 
 
 def record_rollback(config: Config, *, step: int, steps: int) -> None:
@@ -193,14 +189,14 @@ def record_rollback(config: Config, *, step: int, steps: int) -> None:
     `steps`.
     """
     line = {"step": step, "rolled_back": True, "passed_over_steps": steps}
-    append_line(run_directory(config) / "starts.jsonl", json.dumps(line))
+    append_line(config.directory / "starts.jsonl", json.dumps(line))
 
 
 def record_verdict(config: Config, verdict: Verdict, *, step: int) -> None:
     """Of a run that has reached its last step: what its exit code says, and from which evidence."""
     about = asdict(verdict) | {"is_known": verdict.is_known, "text": str(verdict)}
     write_text(
-        run_directory(config) / "verdict.json", json.dumps({"step": step, "ok": verdict.ok, **about}) + "\n"
+        config.directory / "verdict.json", json.dumps({"step": step, "ok": verdict.ok, **about}) + "\n"
     )
 
 

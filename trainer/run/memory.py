@@ -16,6 +16,7 @@ import torch
 from trainer.config import Config, ConfigError, ModelConfig
 from trainer.program import Program, StepSettings, named
 from trainer.ranks.device import Degrees
+from trainer.size import matrices
 
 GIB = 2**30
 WEIGHT, GRADIENT = 4, 4  # [bytes] of a parameter
@@ -66,8 +67,10 @@ def parts_of(config: Config, program: Program, degrees: Degrees, *, on_cpu: bool
     """Of one rank, at least: the parameters, and the most that a span needs beside them."""
     each = WEIGHT if config.train_only else WEIGHT + GRADIENT + STATE.get(config.optim["_target_"], 0)
     what = "weights, gradients and optimizer state"
-    sizes = parameters_of(config.model).items()
-    parts = [Part(keys, what, each * size // degrees.num_shards) for keys, size in sizes]
+    parts = [
+        Part(_shown(config.model, keys), what, each * size // degrees.num_shards)
+        for keys, size in matrices(config.model).items()
+    ]
     of_spans = [parts_of_step(config, span.now, degrees, on_cpu=on_cpu) for span in program.spans]
     return parts + max(of_spans, key=lambda of_span: sum(part.num_bytes for part in of_span))
 
@@ -94,23 +97,8 @@ def written(config: Config, now: StepSettings, *keys: str) -> str:
     return where + " x ".join(f"{key}={getattr(now, key)}" for key in keys)
 
 
-def parameters_of(m: ModelConfig) -> dict[str, int]:
-    """How many there are, by the keys that say so; norm gains left out. (Built, they are counted by
-    afmoe.count_parameters; a shape of 10^12 is not for building.)"""
-    num_moe, expert = max(0, m.num_layers - m.num_dense_layers), 3 * m.expert_dim * m.dim
-    heads = 3 * m.num_heads + 2 * m.num_kv_heads  # query, gate and output; keys and values
-    sizes = {
-        ("vocab_size", "dim"): 2 * m.vocab_size * m.dim,
-        ("num_heads", "head_dim", "dim", "num_layers"): heads * m.head_dim * m.dim * m.num_layers,
-        ("ffn_dim", "dim", "num_dense_layers"): 3 * m.ffn_dim * m.dim * m.num_dense_layers,
-        ("num_experts", "expert_dim", "dim", "num_layers"): m.num_experts * expert * num_moe,
-        ("num_shared_experts", "expert_dim", "dim", "num_layers"): m.num_shared_experts * expert * num_moe,
-        ("num_experts", "dim", "num_layers"): m.num_experts * m.dim * num_moe,
-    }
-    return {
-        " x ".join(f"model.{name}={getattr(m, name)}" for name in names): size
-        for names, size in sizes.items()
-    }
+def _shown(m: ModelConfig, keys: tuple[str, ...]) -> str:
+    return " x ".join(f"model.{key}={getattr(m, key)}" for key in keys)
 
 
 def room_on(on: torch.device) -> Room:

@@ -32,12 +32,11 @@ from trainer.config import Config
 from trainer.data import COUNTED, BadDocument, DataError, StreamState, TokenStream, with_slots
 from trainer.metrics import Window
 from trainer.model.afmoe import Afmoe
-from trainer.model.parallelize import local
 from trainer.optim import Optimizers
 from trainer.program import Program
 from trainer.ranks.device import ParallelDims
+from trainer.ranks.local import local
 from trainer.ranks.stop import StopRequest
-from trainer.run.directory import run_directory
 from trainer.run.health import Health
 
 PARTS = ("model", "optimizer", "balancer", "step", "tokens", "window", "health", "stream")
@@ -110,7 +109,7 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        return run_directory(self.config)
+        return self.config.directory
 
     def end_at(self, last_step: int) -> None:
         self.last_step = last_step

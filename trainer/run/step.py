@@ -18,15 +18,16 @@ from torch import Tensor
 
 from trainer.data import BAD_KINDS, COUNTED, BadDocument, Batch, DataError, SourcedBatch
 from trainer.metrics import batch_heterogeneity
-from trainer.model.afmoe import step_flops
 from trainer.model.loss import IGNORE
 from trainer.model.loss import Groups as LossGroups
-from trainer.model.parallelize import reduce_over_replicas, scale_gradients, squared_gradient_norm
+from trainer.model.parallelize import reduce_over_replicas
 from trainer.program import StepSettings
 from trainer.ranks import device
+from trainer.ranks.local import scale_gradients, squared_gradient_norm
 from trainer.ranks.stop import INTERRUPTED, PREEMPTED, UNSOUND
 from trainer.run.build import loss_weights
 from trainer.run.state import Run
+from trainer.size import step_flops
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

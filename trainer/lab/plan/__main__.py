@@ -37,8 +37,7 @@ from trainer.lab.plan.calibration import Calibration, read
 from trainer.lab.plan.hardware import hardware
 from trainer.lab.plan.page import write_page
 from trainer.lab.plan.plan import Plan, plan, refuse_unfit
-from trainer.run.directory import run_directory
-from trainer.train import INTERRUPTED, OK, REFUSED
+from trainer.ranks.stop import INTERRUPTED, OK, REFUSED
 
 OWN = ("device", "ranks", "price", "imbalance", "calibration", "search", "span", "out")
 MOST_RANKS = 2**20
@@ -59,7 +58,7 @@ def command(arguments: list[str]) -> int:
     planned = plan_of(overrides, options)
     refuse_unfit(planned)
     print_plan(planned)
-    out = Path(options["out"]) if "out" in options else run_directory(planned.config) / "plan.html"
+    out = Path(options["out"]) if "out" in options else planned.config.directory / "plan.html"
     line = " ".join(["triquetra plan", *arguments])
     write_page_to(out, partial(write_page, planned, command=line), example="plan.html")
     print(f"{out}: the page")

@@ -24,9 +24,9 @@ from trainer.lab.plan.whole import are_cut_inside, group_of
 from trainer.model.afmoe import afmoe_config
 from trainer.model.frozen import train_only
 from trainer.model.moe import Experts
-from trainer.model.parallelize import scale_gradients, squared_gradient_norm, trained
 from trainer.optim import Muon
 from trainer.optim.plan import Item, Plan, Spread
+from trainer.ranks.local import scale_gradients, squared_gradient_norm, trained
 from trainer.run.build import build_optimizer, refusing
 
 Degrees = tuple[int, int, int]  # dp_replicate, shards, ep

@@ -12,8 +12,8 @@ from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.layout import GIB, Layout, layout_of
 from trainer.lab.plan.search import Search, fits, search, variants_of
 from trainer.lab.plan.whole import Traces
-from trainer.model.afmoe import flops_per_token
 from trainer.program import Program, program_of
+from trainer.size import flops_per_token
 from trainer.split import check_rows
 
 DAY_S = 86400

@@ -15,9 +15,10 @@ from trainer.lab.plan import fake
 from trainer.lab.plan.watch import Watch
 from trainer.model.afmoe import Afmoe, Attention, afmoe_config
 from trainer.model.frozen import freeze
-from trainer.model.parallelize import build_parallel, local
+from trainer.model.parallelize import build_parallel
 from trainer.program import program_of
 from trainer.ranks import device
+from trainer.ranks.local import local
 from trainer.run.build import loss_weights
 
 COUNTED = ("flop", "moved", "kernels", "waits", "sent", "calls")

@@ -24,9 +24,8 @@ from trainer.lab.options import parted, refuse_misspelt, write_page_to
 from trainer.lab.preview.page import write_page
 from trainer.lab.preview.table import Preview, stretches, table, totals
 from trainer.program import program_of
-from trainer.run.directory import run_directory
+from trainer.ranks.stop import INTERRUPTED, OK, REFUSED
 from trainer.split import check_rows
-from trainer.train import INTERRUPTED, OK, REFUSED
 
 OWN = ("tokens_per_s", "device", "ranks", "out")
 SLOWEST = 1e-3  # [tokens/s] a token in a quarter of an hour
@@ -46,7 +45,7 @@ def command(arguments: list[str]) -> int:
         return OK
     preview = preview_of(overrides, options)
     print_table(preview)
-    out = Path(options["out"]) if "out" in options else run_directory(preview.config) / "preview.html"
+    out = Path(options["out"]) if "out" in options else preview.config.directory / "preview.html"
     line = " ".join(["triquetra preview", *arguments])
     write_page_to(out, partial(write_page, preview, command=line), example="preview.html")
     print(f"{out}: the page")

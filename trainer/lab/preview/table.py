@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from trainer.config import Config
 from trainer.lab.digits import human, short
-from trainer.model.afmoe import count_parameters, flops_per_token
 from trainer.program import KEPT, Curve, Program, Span
+from trainer.size import count_parameters, flops_per_token
 
 # the others have columns of their own
 SHOWN = [key for key in KEPT if key not in ("global_batch", "seq_len")]
