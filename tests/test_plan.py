@@ -114,6 +114,7 @@ def selective(tmp_path_factory):
     return in_a_process(selective_plan, tmp_path_factory.mktemp("selective"))
 
 
+@pytest.mark.slow
 def test_small_traces_add_up_to_the_whole(selective):
     check_sums(selective[0])
 
@@ -195,6 +196,7 @@ def test_the_optimizers_step_is_counted_on_each_mesh(meshes, overrides, tmp_path
 
 
 FOUR = [(1, 4, 1), (2, 2, 1), (1, 4, 2), (2, 2, 2)]  # FSDP, HSDP, EP, HSDP x EP
+DENSE = ["model.num_layers=2", "model.num_dense_layers=2"]
 SMALL = ["model.num_layers=4", "seq_len=62", "global_batch=12"]
 FROZEN = ["train_only=[global_experts]", "optim=muon", *SMALL]
 
@@ -250,6 +252,7 @@ def planned_bytes(traces, degrees_of_all, policy):
     return planned
 
 
+@pytest.mark.slow
 def test_four_ranks_send_what_was_planned(selective):
     ranks = run_ranks(sent_by_ranks, 4)
     for degrees, expected in zip(FOUR, selective[1], strict=True):
@@ -370,9 +373,7 @@ def rows_and_plans(overrides):
 
 
 def test_a_row_of_the_search_is_the_plan_of_its_layout(tmp_path):
-    [best, worst] = in_a_process(
-        rows_and_plans, tmp_path, ["optim=muon", "model.num_layers=2", "parallel.dp_shard=4"]
-    )
+    [best, worst] = in_a_process(rows_and_plans, tmp_path, ["optim=muon", *DENSE, "parallel.dp_shard=4"])
     assert best[0].layout.degrees != worst[0].layout.degrees
     for row, planned in (best, worst):
         assert row == planned
@@ -428,7 +429,7 @@ def test_a_preview_takes_its_speed_from_the_plan(tmp_path):
         "model=debug",
         *SETTINGS,
         "steps=1000000",
-        "model.num_layers=2",
+        *DENSE,
         "parallel=fsdp",
         "parallel.dp_shard=2",
     ]
