@@ -184,12 +184,15 @@ def traced_step(config, degrees):
     ],
 )
 def test_the_optimizers_step_is_counted_on_each_mesh(meshes, overrides, tmp_path):
-    """Muon's rounds on outlines do what they do to tensors. (What is cut unevenly is a little more there.)"""
-    for counted, whole in in_a_process(optimizer_steps, tmp_path, meshes, overrides):
-        for key in ("flop", "kernels", "peak", "sent"):
+    """Muon's rounds on outlines do what they do to tensors. A few scalars of the gradient's norm are left out,
+    and that the first of 64 ranks has a row of what has fewer."""
+    steps = in_a_process(optimizer_steps, tmp_path, meshes, overrides)
+    for (_, shards, _), (counted, whole) in zip(meshes, steps, strict=True):
+        for key in ("flop", "kernels", "sent"):
             assert counted[key] == whole[key], key
+        assert counted["peak"] == pytest.approx(whole["peak"], abs=64)
         for key in ("moved", "state"):
-            assert counted[key] == pytest.approx(whole[key], rel=0.01), key
+            assert counted[key] == pytest.approx(whole[key], rel=0.01 if shards < 64 else 0.05), key
 
 
 # -- against ranks that are there ------------------------------------------------------------------------
