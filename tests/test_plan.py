@@ -184,8 +184,8 @@ def traced_step(config, degrees):
     ],
 )
 def test_the_optimizers_step_is_counted_on_each_mesh(meshes, overrides, tmp_path):
-    """Muon's rounds on outlines do what they do to tensors. A few scalars of the gradient's norm are left out,
-    and that the first of 64 ranks has a row of what has fewer."""
+    """Muon's rounds on outlines do what they do to tensors. Scalars of the gradient's norm are left out, and
+    that the first of 64 ranks has a whole row where others have none."""
     steps = in_a_process(optimizer_steps, tmp_path, meshes, overrides)
     for (_, shards, _), (counted, whole) in zip(meshes, steps, strict=True):
         for key in ("flop", "kernels", "sent"):
