@@ -134,7 +134,7 @@ Latent attention is grouped-query attention with as many weights.
 No factor belongs to one model: what is off is off by the efficiencies of the device.
 
 DeepSeek-V3's rows that lie outside: the reports do not publish their layouts.
-With the layout assumed here the network between nodes bounds the runs on B200, and another layout would not; no search was made for them."""
+With the layout assumed here the network between nodes bounds the runs on B200, and another layout would not; no search was made for them."""  # noqa: E501
 
 
 if __name__ == "__main__":
