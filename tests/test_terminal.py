@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer import terminal, train
-from trainer.__main__ import COMMANDS
+from trainer.__main__ import COMMANDS, COMPOSED
 from trainer.config.limits import OF_A_RUN
 
 REPOSITORY = Path(__file__).parent.parent
@@ -177,6 +177,17 @@ def test_commands_speak_ascii_and_outlive_a_full_disk(tmp_path, arguments):
         )
     expected = 2 if arguments == ["nonsense"] else 0
     assert done.returncode == expected and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("command", COMPOSED)
+def test_help_is_that_of_the_command_and_needs_no_torch(command, capsys):
+    assert import_module(COMMANDS[command]).main(["--help"]) == 0
+    expected = capsys.readouterr().out
+    code = (
+        f"import sys, trainer.__main__ as m; m.main([{command!r}, '-h']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

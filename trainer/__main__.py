@@ -19,9 +19,12 @@
 `python -m trainer COMMAND`. Several processes: `torchrun ... -m trainer.train`, or launch/local.sh.
 """
 
+import ast
 import sys
 from contextlib import nullcontext
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 
 from trainer import __version__
 from trainer.ranks.stop import StopRequest
@@ -43,6 +46,7 @@ COMMANDS = {
     "checkpoint": "trainer.checkpoint.__main__",
     "ablate": "trainer.lab.ablate.__main__",
 }
+COMPOSED = ("train", "tokenize", "preview", "plan", "preflight")  # their words are a configuration's
 OK, REFUSED = 0, 2
 
 
@@ -64,8 +68,19 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"error: {command!r} is no command; use one of {', '.join(COMMANDS)}", file=sys.stderr)
         return REFUSED
+    if command in COMPOSED and {"-h", "--help"} & set(rest):
+        print(help_of(COMMANDS[command]))
+        return OK
     with StopRequest() if command == "train" else nullcontext():  # a signal counts while torch is imported
         return import_module(COMMANDS[command]).main(rest)
+
+
+def help_of(module: str) -> str:
+    """What its own --help prints, without torch, which takes seconds to import."""
+    from trainer.config import usage
+
+    source = Path(find_spec(module).origin).read_text(encoding="utf-8")
+    return usage(ast.get_docstring(ast.parse(source), clean=False))
 
 
 if __name__ == "__main__":

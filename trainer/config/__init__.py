@@ -9,7 +9,7 @@ schema, and its signature is checked (targets). Imports nothing of ours.
 """
 
 from trainer.config.bounds import ConfigError, Number, check_numbers, check_values, number, path
-from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml
+from trainer.config.compose import CONFIG_DIR, composed, load, looked_up, reread, resolved_yaml, usage
 from trainer.config.fill import filled, nearest
 from trainer.config.limits import ALIGNED, check_name, divisors, whole_rows
 from trainer.config.parts import ATOMS, PARTS, atoms_of
@@ -59,5 +59,6 @@ __all__ = [
     "read_plain",
     "reread",
     "resolved_yaml",
+    "usage",
     "whole_rows",
 ]
