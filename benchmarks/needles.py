@@ -7,122 +7,39 @@ and answered is learned. Exports it, and asks 200 questions of each length both 
 model and greedy decoding in transformers. Ends with 1 if a single answer is judged otherwise.
 """
 
-import random
-import string
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from trainer import train
-from trainer.data import Document, load_tokenizer
-from trainer.data.tokenizer import train_tokenizer
-from trainer.evaluate import Material, Needles, Part, measure
+from trainer.evaluate import Part, measure
 from trainer.evaluate.__main__ import exported
-from trainer.evaluate.needles import KINDS, NEEDLE, QUESTION, THINGS
 from trainer.ranks.stop import StopRequest
 from trainer.weights.export import main as export
 
 LENGTH, LENGTHS = 64, (64, 96, 128)  # [tokens] trained on, and asked
-KEYS, DIGITS, VOCAB_SIZE = 3, 2, 640
+KEYS, DIGITS = 3, 2
 DEPTHS, SAMPLES = [0, 25, 50, 75, 100], 40
 SETTINGS = [
-    *("name=needles", f"model.vocab_size={VOCAB_SIZE}", "model=debug", "model.num_layers=4"),
+    *("name=needles", "model.vocab_size=640", "model=debug", "model.num_layers=4"),
     # A local layer sees little more than a name and its number, so it need not learn where to look.
     *("model.global_every=2", "model.window=4", "model.head_dim=32", f"seq_len={LENGTH}"),
     *("global_batch=32", "micro_batch=32", "optim=muon", "optim.lr=0.01", "optim.adamw_lr=0.003"),
-    *("data=python", "data.source._target_=benchmarks.needles.Questions"),
-    *("data.workers=1", "steps=1000", "checkpoint.interval=1000000", "logging.interval=100"),
+    *("data=python", "data.source._target_=trainer.evaluate.NeedleSource", "data.packing=fit"),
+    *(f"+data.source.length={LENGTH}", f"+data.source.keys={KEYS}", f"+data.source.digits={DIGITS}"),
+    *("steps=1000", "checkpoint.interval=1000000", "logging.interval=100"),
 ]
-TOLD, ASKED = 8, 17  # [tokens] of a needle, and of a question with its answer
-NAMES = [f"{kind} {thing}" for kind in KINDS.split() for thing in THINGS.split()]
-NEEDLES = Needles([LENGTH], keys=KEYS, digits=DIGITS)
-
-
-class Texts:
-    """What the tokenizer is trained on: a needle that is asked, one that is not, and the question."""
-
-    fingerprint = f"needle texts {DIGITS}"
-
-    def __len__(self) -> int:
-        return 2000
-
-    def __getitem__(self, i: int) -> Document:
-        draw = random.Random(f"text {i}")
-        asked, other = needle(draw), next(NEEDLES.distractors(draw))
-        key, value = asked.removeprefix("The number of ").removesuffix(".").split(" is ")
-        return Document(f"text {i}", text=f"{asked} {other}{QUESTION.format(key=key)} {value}.")
-
-
-class Questions:
-    """A million documents, each a row: an answer never lies in another row than its needle.
-
-    Every second one is a question of `Needles`; the others are two to five needles, one of which is asked.
-    """
-
-    masks = True
-
-    def __init__(self, tokenizer: str) -> None:
-        self.fingerprint = f"needle questions {LENGTH} {KEYS} {DIGITS}"
-        self.material = material(load_tokenizer(tokenizer, source=self, vocab_size=VOCAB_SIZE))
-
-    def __len__(self) -> int:
-        return 1_000_000
-
-    def __getitem__(self, i: int) -> Document:
-        draw = random.Random(f"training {i}")
-        text = (self.question, self.told)[i % 2](draw)
-        encoding = self.material.tokenizer.encode(text, add_special_tokens=False)
-        asked = text.index("\n")
-        is_learned = np.array([start > asked for start, _ in encoding.offsets])
-        padding = 0, LENGTH - len(encoding.ids)
-        ids = np.array(encoding.ids, np.uint32)
-        return Document(f"document {i}", tokens=np.pad(ids, padding), mask=np.pad(is_learned, padding))
-
-    def question(self, draw: random.Random) -> str:
-        depth = draw.uniform(0, 100)
-        return "".join(NEEDLES.question(LENGTH, depth, draw, NEEDLES.distractors, self.material))
-
-    def told(self, draw: random.Random) -> str:
-        names = draw.sample(NAMES, draw.randint(2, (LENGTH - ASKED) // TOLD))
-        values = ["".join(draw.choices(string.digits, k=DIGITS)) for _ in names]
-        pairs = list(zip(names, values, strict=True))
-        key, value = draw.choice(pairs)
-        needles = " ".join(NEEDLE.format(key=key, value=value) for key, value in pairs)
-        return f"{needles}{QUESTION.format(key=key)} {value}."
-
-
-def needle(draw: random.Random) -> str:
-    return NEEDLE.format(key=draw.choice(NAMES), value="".join(draw.choices(string.digits, k=DIGITS)))
-
-
-def material(tokenizer: Tokenizer | None) -> Material:
-    return Material(
-        name="needles",
-        sources={},
-        make_source=None,
-        tokenizer=tokenizer,
-        vocab_size=VOCAB_SIZE,
-        seq_len=LENGTH,
-        holdout=0.0,
-        max_document_mb=1.0,
-    )
 
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        tokenizer = directory / "tokenizer.json"
-        train_tokenizer(Texts(), VOCAB_SIZE).save(str(tokenizer))
-        data = [f"+data.source.tokenizer={tokenizer}", f"data.tokenizer={tokenizer}"]
-        asked = node([LENGTH], interval=100)
-        train.main([*SETTINGS, *data, asked, f"run_dir={name}", *sys.argv[1:]])
+        train.main([*SETTINGS, node([LENGTH], interval=100), f"run_dir={name}", *sys.argv[1:]])
         if export([str(directory / "needles"), str(directory / "out")]):
             raise SystemExit("the export failed")
         return compared(directory / "out", scratch=name)

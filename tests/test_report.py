@@ -205,17 +205,21 @@ def test_evaluations_are_drawn_by_their_shape(tmp_path):
             }
             for s in (1, 2)
         ),
-        {
-            "step": 40,
-            "tokens": 40,
-            "evaluation": "hay",
-            "exact": 0.5,
-            "needles": [
-                {"length": n, "depth": depth, "exact": 0.25, "total": 4}
-                for n in (128, 256)
-                for depth in (0, 50, 100)
-            ],
-        },
+        *(
+            {
+                "step": s,
+                "tokens": s,
+                "evaluation": "hay",
+                "exact": 0.5,
+                "exact_at_128": 0.5,
+                "needles": [
+                    {"length": n, "depth": depth, "exact": s / 160 * n / 128, "total": 4}
+                    for n in (128, 256)
+                    for depth in (0, 50, 100)
+                ],
+            }
+            for s in (20, 40)
+        ),
     )
     reader = page_of(run, out=tmp_path / "a.html")
     for words in (
@@ -237,7 +241,18 @@ def test_evaluations_are_drawn_by_their_shape(tmp_path):
         for f in reader.figures.values()
         if f["data"] and f["data"][0].get("y") == ["0 %", "50 %", "100 %"]
     )
-    assert decoded(needles["z"]) == pytest.approx([0.25] * 6) and needles["z"]["shape"] == "3,2"
+    assert decoded(needles["z"]) == pytest.approx([0.25, 0.5] * 3) and needles["z"]["shape"] == "3,2"
+    bars = {
+        bar["name"]: (bar["x"], decoded(bar["y"]))
+        for f in reader.figures.values()
+        for bar in f["data"]
+        if bar.get("name", "").startswith("step ")
+    }
+    assert bars == {
+        "step 20": (["128", "256"], pytest.approx([0.125, 0.25])),
+        "step 40": (["128", "256"], pytest.approx([0.25, 0.5])),
+    }
+    assert "Needles by length" in reader.text and "Exact at 128" not in reader.text
 
 
 def test_what_is_wanted_of_a_mixture_stands_beside_what_was_delivered(tmp_path):

@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 from trainer import train
 from trainer.config import ConfigError, load
 from trainer.data import PythonSource, load_tokenizer
-from trainer.evaluate import Needles, Task, harness, measure, packed
+from trainer.evaluate import Needles, NeedleSource, Task, harness, measure, packed
 from trainer.evaluate.__main__ import main as evaluate
 from trainer.evaluate.needles import NEEDLE
 from trainer.evaluate.sets import Material
@@ -198,6 +198,46 @@ def test_needles_are_counted_by_length_and_depth(tokenizer):
         *((200, 0), (200, 100), (400, 0), (400, 100))
     ]
     assert result["exact"] == 4 / 8 and result["missed"] == 4 / 8
+    assert result["exact_at_200"] == 3 / 4 and result["exact_at_400"] == 1 / 4
+
+
+def bound(tokenizer, **settings) -> NeedleSource:
+    source = NeedleSource(**settings)
+    source.bind(tokenizer, "train")
+    return source
+
+
+@pytest.mark.parametrize("questions", [1, 4])
+def test_documents_about_needles_answer_what_they_hold(tokenizer, questions):
+    """By a regular expression over the text of the tokens, and of those that are learned."""
+    source = bound(tokenizer, length=800, keys=5, questions=questions)
+    pattern = re.compile(r"\nWhat is the number of (.+?)\? The number of \1 is (\d\d)\.")
+    for i in range(6):
+        tokens, mask = source[i].tokens, source[i].mask
+        hay, _, answers = tokenizer.decode(tokens[:-1].tolist()).partition("\n")
+        asked = dict(pattern.findall(f"\n{answers}"))
+        assert len(asked) == questions and pattern.sub("", f"\n{answers}") == ""
+        assert all(hay.count(NEEDLE.format(key=key, value=value)) == 1 for key, value in asked.items())
+        assert tokenizer.decode(tokens[mask].tolist()) == answers
+        assert tokens[-1] == tokenizer.token_to_id("<|endoftext|>") and 800 - 40 < len(tokens) <= 800
+        hard = re.findall(r"The number of \w+ \w+ \d+ is \d\d\.", hay)
+        assert bool(hard) == (i % 2 == 0)
+        assert (source[i].tokens == bound(tokenizer, length=800, keys=5, questions=questions)[i].tokens).all()
+    assert bound(tokenizer, length=800, seed=1)[0].tokens.tolist() != source[0].tokens.tolist()
+
+
+def test_a_tokenizer_can_be_trained_on_needles_and_what_has_no_room_is_refused(tokenizer):
+    assert re.fullmatch(
+        r"The number of (\w+ \w+) is (\d\d)\. The number of \w+ \w+ \d+ is \d\d\."
+        r"\nWhat is the number of \1\? The number of \1 is \2\.",
+        NeedleSource(length=64)[3].text,
+    )
+    with pytest.raises(ValueError, match=r"length=64 has no room for 5 needles and 5 questions; use \d+ or"):
+        bound(tokenizer, length=64, keys=5, questions=5)
+    with pytest.raises(ConfigError, match=r"questions=4: there are keys=3; ask for each of them once"):
+        NeedleSource(length=64, questions=4)
+    with pytest.raises(ValueError, match=r"data.tokenizer=null: needles are text; use data.tokenizer=train"):
+        NeedleSource(length=64).bind(None, None)
 
 
 def measured(part, hits, targets, rest):

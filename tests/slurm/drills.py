@@ -23,6 +23,12 @@ for argument in "$@"; do
 done
 exec .venv/bin/python "${arguments[@]}"
 """
+# torchrun numbers nodes by their addresses, and nodes of one address by the ids of their processes.
+SECOND_FIRST_PYTHON = """#!/usr/bin/env bash
+[[ $SLURMD_NODENAME != node2 ]] || export PET_LOCAL_ADDR=127.0.0.1
+[[ $SLURMD_NODENAME == node2 ]] || export PET_LOCAL_ADDR=$SLURMD_NODENAME
+exec .venv/bin/python "$@"
+"""
 LIMIT_S = 3600.0  # by the clock, for what hangs
 
 
@@ -62,13 +68,10 @@ def whole_run(directory: Path, short: bool) -> Facts:
 def a_node_is_unfit(directory: Path, short: bool) -> Facts:
     """PREFLIGHT=1; the second of four nodes multiplies ten times as slowly and its clock is a minute late (by
     tests/slurm/unfit.py) · both are named with value and limit, the job ends with 69 and does not train"""
-    site, python = directory / "site.env", directory / "python"
-    python.write_text(UNFIT_PYTHON)
-    python.chmod(0o755)
-    site.write_text(f"PYTHON={python}\n")
+    site = site_with_python(directory, UNFIT_PYTHON)
     with Cluster(num_nodes=4) as cluster:
         where, options = Where(directory, num_ranks=4), ("--nodes=4",)
-        job = Job.of(cluster, where, held=False, options=options, SITE=str(site), PREFLIGHT="1")
+        job = Job.of(cluster, where, held=False, options=options, SITE=site, PREFLIGHT="1")
         job.ends("FAILED", UNFIT)
     said = [line for line in job.output.splitlines() if "unfit: " in line]
     assert len(said) == 2 and all("unfit: node2: " in line for line in said), job.output
@@ -227,9 +230,12 @@ def node_dies_without_a_spare(directory: Path, short: bool) -> Facts:
 def slurmd_is_gone(directory: Path, short: bool) -> Facts:
     """slurmd of the second node dies and its ranks live on; a third node is idle · Slurm gives the node
     up, its ranks end by themselves as the others are gone; requeued, from the last checkpoint"""
-    with Cluster(num_nodes=3) as cluster:
-        job = Job.of(cluster, Where(directory))
+    # Slurm tells the first node's ranks to stop: rank 0, were it there, would open the gate and save with all
+    site = site_with_python(directory, SECOND_FIRST_PYTHON)
+    with Cluster(num_nodes=3, kill_wait_s=10) as cluster:
+        job = Job.of(cluster, Where(directory), SITE=site)
         step, began_s = job.is_held(), time.time()
+        assert "SLURMD_NODENAME=node2" in environment_of(process_of(cluster, rank=0))
         cluster.kill_slurmd("node2")
         return started_again(job, step, began_s, lives=2)
 
@@ -293,6 +299,15 @@ def full_log_disk(directory: Path, short: bool) -> Facts:
         free = cluster.run("df", "--output=avail", str(cluster.small)).split()[-1]
         assert free == "0", f"{free} KiB are free"
     return Facts(equal=job.equals_undisturbed())
+
+
+def site_with_python(directory: Path, script: str) -> str:
+    """A site.env by which each node starts this script as its Python."""
+    site, python = directory / "site.env", directory / "python"
+    python.write_text(script)
+    python.chmod(0o755)
+    site.write_text(f"PYTHON={python}\n")
+    return str(site)
 
 
 def process_of(cluster: Cluster, *, rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from trainer.evaluate.answers import Answers
 from trainer.evaluate.kernel import Measured, measure
+from trainer.evaluate.needle_source import NeedleSource
 from trainer.evaluate.needles import Needles
 from trainer.evaluate.rows import Example, Part, packed
 from trainer.evaluate.schedule import Evaluation, Evaluations
@@ -17,6 +18,7 @@ __all__ = [
     "HeldOut",
     "Material",
     "Measured",
+    "NeedleSource",
     "Needles",
     "Part",
     "Task",

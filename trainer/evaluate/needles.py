@@ -12,7 +12,8 @@ tokens), so one forward pass over question and answer tells.
 import random
 import string
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from trainer.config import ConfigError, Number, check_numbers
 from trainer.evaluate.kernel import Measured
@@ -28,8 +29,9 @@ KINDS = (
 THINGS = (
     "anchor bridge candle door engine forest garden harbor island jacket kettle lamp mirror needle orchard"
 )
+NAMES = [f"{kind} {thing}" for kind in KINDS.split() for thing in THINGS.split()]
 NEEDLE_LIMITS = {
-    "keys": Number(at_least=1, at_most=300, why="there are as many names"),
+    "keys": Number(at_least=1, at_most=len(NAMES), why="there are as many names"),
     "digits": Number(at_least=1, at_most=30, why="an answer is a number"),
     "samples": Number(at_least=1, at_most=100_000, why="each is a row"),
     "seed": Number(at_least=0, at_most=2**63 - 1, why="generators take 63 bits"),
@@ -103,40 +105,27 @@ class Needles:
         material: Material,
     ) -> tuple[str, str]:
         """Prompt and answer, of at most `length` tokens together and as close to it as sentences allow."""
-        names = draw.sample(
-            [f"{kind} {thing}" for kind in KINDS.split() for thing in THINGS.split()], self.keys
-        )
-        values = ["".join(draw.choices(string.digits, k=self.digits)) for _ in names]
-        needles = [NEEDLE.format(key=key, value=value) for key, value in zip(names, values, strict=True)]
-        ask, answer = QUESTION.format(key=names[0]), f" {values[0]}."
+        pairs = draw_pairs(draw, self.keys, self.digits)
+        asked = pairs[0].question, pairs[0].answer
 
         def size(text: str) -> int:
             return len(material.tokenizer.encode(text, add_special_tokens=False).ids)
 
-        room = length - size(" ".join(needles) + ask + answer)
+        room = length - size(" ".join(pair.needle for pair in pairs) + "".join(asked))
         if room < 0:
             needed = length - room
             raise ConfigError(
                 f"evaluate.{material.name}: lengths={length} has no room for {self.keys} needles and the "
                 f"question; use {needed} or more, or fewer keys"
             )
-        hay, ends = list[str](), [0]
-        for sentence in sentences(draw):
-            end = ends[-1] + size(f" {sentence}")
-            if end > room:
-                break
-            hay.append(sentence)
-            ends.append(end)
-        at_depth = min(range(len(ends)), key=lambda n: abs(ends[n] - depth / 100 * ends[-1]))
-        places = [at_depth, *(draw.randint(0, len(hay)) for _ in needles[1:])]
-        for place, needle in sorted(zip(places, needles, strict=True), reverse=True):  # from the end
-            hay.insert(place, needle)
-        return " ".join(hay) + ask, answer
+        hay = haystack(sentences(draw), room=room, size=size)
+        question, answer = asked
+        return hide(pairs, hay, depth=depth, draw=draw) + question, answer
 
     def sentences(self, material: Material) -> Callable[[random.Random], Iterator[str]]:
         """An endless haystack, drawn anew for each sample."""
         if self.haystack is None:
-            return self.distractors
+            return partial(distractors, digits=self.digits)
         source = material.make_source(self.haystack)
         text = [
             line
@@ -155,21 +144,80 @@ class Needles:
 
         return lines
 
-    def distractors(self, draw: random.Random) -> Iterator[str]:
-        """Needles for keys that are never asked."""
-        while True:
-            name = f"{draw.choice(KINDS.split())} {draw.choice(THINGS.split())} {draw.randrange(10**6)}"
-            value = "".join(draw.choices(string.digits, k=self.digits))
-            yield NEEDLE.format(key=name, value=value)
-
     def result(self, measured: Sequence[Measured]) -> dict[str, Any]:
-        rows, exact = list[dict[str, Any]](), 0
+        rows, of_lengths, exact = list[dict[str, Any]](), dict[str, float](), 0
         for one in measured:
             is_exact_DS = (one.hits_G == one.targets_G).view(len(self.depths), self.samples)
             exact += int(is_exact_DS.sum())
-            for depth, is_exact_S in zip(self.depths, is_exact_DS, strict=True):
-                share = is_exact_S.double().mean().item()
-                length = one.part.about["length"]
+            length, is_exact_DS = one.part.about["length"], is_exact_DS.double()
+            of_lengths[f"exact_at_{length}"] = is_exact_DS.mean().item()
+            for depth, share in zip(self.depths, is_exact_DS.mean(1).tolist(), strict=True):
                 rows.append({"length": length, "depth": depth, "exact": share, "total": self.samples})
         share = exact / (len(measured) * len(self.grid()))
-        return {"exact": share, "missed": 1 - share, "needles": rows}
+        return {"exact": share, "missed": 1 - share, **of_lengths, "needles": rows}
+
+
+# -- texts --
+
+
+class Pair(NamedTuple):
+    """A key and its value."""
+
+    key: str
+    value: str
+
+    @property
+    def needle(self) -> str:
+        return NEEDLE.format(key=self.key, value=self.value)
+
+    @property
+    def question(self) -> str:
+        return QUESTION.format(key=self.key)
+
+    @property
+    def answer(self) -> str:
+        return f" {self.value}."
+
+
+def draw_pairs(draw: random.Random, count: int, digits: int) -> list[Pair]:
+    """Of different keys."""
+    return [Pair(name, draw_number(draw, digits)) for name in draw.sample(NAMES, count)]
+
+
+def draw_number(draw: random.Random, digits: int) -> str:
+    return "".join(draw.choices(string.digits, k=digits))
+
+
+def distractors(draw: random.Random, digits: int) -> Iterator[str]:
+    """Needles of keys that are never asked, without end."""
+    while True:
+        name = f"{draw.choice(KINDS.split())} {draw.choice(THINGS.split())} {draw.randrange(10**6)}"
+        yield Pair(name, draw_number(draw, digits)).needle
+
+
+class Haystack(NamedTuple):
+    sentences: list[str]
+    ends: list[int]  # [tokens] before, between and behind them
+
+
+def haystack(sentences: Iterator[str], *, room: int, size: Callable[[str], int]) -> Haystack:
+    """As many of them as `room` tokens hold."""
+    hay = Haystack([], [0])
+    for sentence in sentences:
+        end = hay.ends[-1] + size(f" {sentence}")
+        if end > room:
+            break
+        hay.sentences.append(sentence)
+        hay.ends.append(end)
+    return hay
+
+
+def hide(pairs: Sequence[Pair], hay: Haystack, *, depth: float, draw: random.Random) -> str:
+    """A text with the first needle at `depth` [%] of the haystack, and the others anywhere."""
+    at_depth = min(range(len(hay.ends)), key=lambda n: abs(hay.ends[n] - depth / 100 * hay.ends[-1]))
+    places = [at_depth, *(draw.randint(0, len(hay.sentences)) for _ in pairs[1:])]
+    text = list(hay.sentences)
+    needles = (pair.needle for pair in pairs)
+    for place, needle in sorted(zip(places, needles, strict=True), reverse=True):  # from the end
+        text.insert(place, needle)
+    return " ".join(text)

@@ -1,8 +1,9 @@
 """What could the model do, and where? Any evaluation is drawn by the shape of its result.
 
 A float is a curve; `by_...` is a table, and its loss a curve for each entry; `experts` is the use of experts
-of each domain; `needles`, a list of {length, depth, exact, total}, is a heat map: depth in %, `exact` the
-share of `total` samples; `answers`, a list of {prompt, answer}, is a table of all evaluations.
+of each domain; `needles`, a list of {length, depth, exact, total}, is bars by length and a heat map: depth
+in %, `exact` the share of `total` samples; `answers`, a list of {prompt, answer}, is a table of all
+evaluations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.lab.page import Cell, Column, number, typed
+from trainer.lab.page import Cell, Column, number, series, typed
 from trainer.lab.report.curves import Drawing, Named
 from trainer.lab.report.plots import EVEN
 from trainer.lab.report.read import Records, is_number
@@ -29,6 +30,8 @@ MAX_ROWS = 60  # of a table
 MAX_LINES = 12  # of a figure
 MAX_ASKED = 12  # evaluations whose answers are shown, the last ones
 MAX_DOMAINS = 6  # drawn as heat maps
+MAX_BARS = 5  # evaluations beside each other, behind the first one
+OF_LENGTH = "exact_at_"  # numbers that stand beside each other in a figure of their own
 
 Result = dict[str, Any]
 
@@ -53,6 +56,7 @@ def draw_evaluation(d: Drawing, name: str, of_run: Sequence[tuple[Group, Records
         key for _, _, results in of_run for e in results for key, x in e.items() if isinstance(x, float)
     )
     numbers.pop("seconds", None)
+    numbers = [key for key in numbers if not key.startswith(OF_LENGTH)]
     for key in numbers:
         lines = [curve(d, group, key, results, key) for group, _, results in of_run]
         d.figure(lines, title=key.replace("_", " ").capitalize(), unit=UNITS.get(key, ""), markers=True)
@@ -64,8 +68,8 @@ def draw_evaluation(d: Drawing, name: str, of_run: Sequence[tuple[Group, Records
         which = f" of {run.name}" if len(of_run) > 1 else ""
         if isinstance(experts := results[-1].get("experts"), Mapping):
             draw_use(d, experts, which, with_maps=len(of_run) == 1)
-        if isinstance(needles := results[-1].get("needles"), list):
-            draw_needles(d, needles, which)
+        draw_lengths(d, results, which)
+        draw_needles(d, needles_of(results[-1]), which)
         draw_answers(d, results)
 
 
@@ -266,10 +270,46 @@ def scale(low: float, high: float) -> list[list[Any]]:
 # -- needles --
 
 
-def draw_needles(d: Drawing, needles: Sequence[Any], which: str) -> None:
-    """How often what was hidden at a depth of a context of some length was given back exactly."""
+def needles_of(result: Result) -> list[Mapping[str, Any]]:
+    rows = result.get("needles")
     keys = ("length", "depth", "exact", "total")
-    rows = [n for n in needles if isinstance(n, Mapping) and all(is_number(n.get(key)) for key in keys)]
+    is_row = lambda n: isinstance(n, Mapping) and all(is_number(n.get(key)) for key in keys)  # noqa: E731
+    return [n for n in rows if is_row(n)] if isinstance(rows, list) else []
+
+
+def draw_lengths(d: Drawing, results: Sequence[Result], which: str) -> None:
+    """What was found in contexts of each length, evaluation by evaluation: the first, and the last ones."""
+    asked = [(e["step"], needles_of(e)) for e in results if needles_of(e)]
+    asked = [*asked[:1], *asked[1:][-MAX_BARS:]]
+    bars = []
+    for i, (step, needles) in enumerate(asked):
+        lengths = sorted({n["length"] for n in needles})
+        shares = [np.mean([n["exact"] for n in needles if n["length"] == length]) for length in lengths]
+        bar = {
+            "x": [number(x) for x in lengths],
+            "y": typed(np.array(shares)),
+            "name": f"step {number(step)}",
+        }
+        look = {"marker": {"color": series(i)}, "hovertemplate": "%{x} tokens: %{y:.0%}<extra></extra>"}
+        bars.append({"type": "bar"} | bar | look)
+    if len({x for bar in bars for x in bar["x"]}) < 2:
+        return
+    axes = {
+        "xaxis": {"title": {"text": "length of the context, tokens"}, "type": "category"},
+        "yaxis": {"range": [0, 1], "tickformat": ".0%"},
+    }
+    d.page.figure(
+        bars,
+        {**axes, "hovermode": "closest", "showlegend": len(bars) > 1},
+        title=f"Needles by length{which}",
+        unit="share found",
+        text="How often a needle was given back exactly, at all depths together.",
+        height=320,
+    )
+
+
+def draw_needles(d: Drawing, rows: Sequence[Mapping[str, Any]], which: str) -> None:
+    """How often what was hidden at a depth of a context of some length was given back exactly."""
     if not rows:
         return
     lengths, depths = (sorted({n[key] for n in rows}) for key in ("length", "depth"))
