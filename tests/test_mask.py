@@ -27,7 +27,7 @@ from tests.streams import (
 )
 from trainer import data
 from trainer.data import BadDocument, DataError, Document
-from trainer.data.intake import TokenBatch
+from trainer.data.batches import NO_IDS, TokenBatch
 from trainer.data.sources import Tokens
 
 
@@ -136,23 +136,29 @@ def test_a_mask_of_ones_changes_nothing() -> None:
 def test_a_batch_of_documents_goes_through_a_pipe_as_it_is() -> None:
     random = np.random.default_rng(0)
     lengths = [5, 1, 300, 2, 7]
-    batch = TokenBatch(
-        Tokens(random.integers(0, 2**32, n).astype(np.uint32), random.random(n) < 0.5 if i % 2 else None)
-        for i, n in enumerate(lengths)
-    )
-    batch.insert(2, None)
-    batch.append(BadDocument("empty", "here", "no token"))
+    ids = [random.integers(0, 2**32, n).astype(np.uint32) for n in lengths]
+    ids.insert(2, NO_IDS)
+    ids.append(NO_IDS)
+    masks = {i: random.random(len(ids[i])) < 0.5 for i in (1, 4)}
+    batch = TokenBatch(ids, masks, {2: None, 6: BadDocument("empty", "here", "no token")})
     copy = pickle.loads(pickle.dumps(batch))
     assert type(copy) is TokenBatch and len(copy) == 7
-    assert copy[2] is None and str(copy[-1]) == str(batch[-1])
+    assert copy[2] is None and str(copy[6]) == "here: empty: no token"
+    assert [one.mask is not None for one in batch if isinstance(one, Tokens)] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     for one, other in zip(batch, copy, strict=True):
         if isinstance(one, Tokens):
             assert np.array_equal(one.ids, other.ids) and other.ids.dtype == np.uint32
             assert (one.mask is None and other.mask is None) or np.array_equal(one.mask, other.mask)
-    unmasked = TokenBatch(Tokens(tokens.ids) for tokens in batch if isinstance(tokens, Tokens))
-    ids, masks = 4 * sum(lengths), sum(lengths[1::2])
-    assert len(pickle.dumps(unmasked)) < ids + 300  # nothing is sent for masks that are not there
-    assert masks < len(pickle.dumps(batch)) - len(pickle.dumps(unmasked)) < masks + 300
+    unmasked = TokenBatch(ids, others=batch.others)
+    num_ids, num_masked = 4 * sum(lengths), sum(map(len, masks.values()))
+    assert len(pickle.dumps(unmasked)) < num_ids + 300  # nothing is sent for masks that are not there
+    assert num_masked < len(pickle.dumps(batch)) - len(pickle.dumps(unmasked)) < num_masked + 300
 
 
 @pytest.mark.parametrize(

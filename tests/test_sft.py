@@ -5,6 +5,7 @@ Expected values come from that loop, from counting samples, or from invariance t
 """
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from tests.runs import metrics, tensors
 from tests.streams import TextListSource, equal, gathered, global_rows, load, make_stream, ranks, step_rows
 from trainer import train
 from trainer.config import ConfigError, ModelConfig
-from trainer.data import ChatSource, DataError, load_tokenizer, steps_left
+from trainer.data import ChatSource, DataError, TokenStream, load_tokenizer, steps_left
 from trainer.data.chat import DIALOGUES
 from trainer.model.hf import hf_config, to_hf
 from trainer.program import program_of
+from trainer.ranks.stop import PREEMPTED, Stopped
 from trainer.run.step import next_batches, train_step
 
 VOCAB = 608  # of the tests' tokenizer, up to a multiple of 8
@@ -408,6 +410,23 @@ def test_bad_conversations_are_listed_or_fatal_as_configured(tmp_path: Path) -> 
     ) as refusal:
         run_ranks(begun, 1, [*words, "data.on_bad=fatal", "name=fatal"])
     assert "Traceback" not in str(refusal.value)
+
+
+def test_a_run_that_is_told_to_end_counts_its_epochs_no_further(tmp_path: Path, monkeypatch) -> None:
+    """The signal comes with the second step that is counted."""
+    counted, next_step = [], TokenStream.next_step
+
+    def step(stream: TokenStream, micro_batch: int) -> list:
+        counted.append(next_step(stream, micro_batch))
+        if len(counted) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return counted[-1]
+
+    monkeypatch.setattr(TokenStream, "next_step", step)
+    words = overrides(tmp_path, "epochs=3", "evaluate=none", "global_batch=1", "data.workers=0")
+    with pytest.raises(Stopped) as stopped:
+        train.start(train.load(words))
+    assert stopped.value.code == PREEMPTED and len(counted) == 2
 
 
 def test_a_validation_set_of_conversations_has_masks(tmp_path: Path) -> None:

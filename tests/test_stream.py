@@ -40,6 +40,7 @@ from tests.streams import (
 from trainer import data
 from trainer.config import Config, ConfigError, DataConfig, SpanConfig
 from trainer.data import TokenStream, with_slots
+from trainer.data.batches import Run, TokenBatch
 from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.mixture import Credits
 from trainer.program import check_sources, program_of
@@ -262,13 +263,14 @@ def test_without_a_buffer_open_documents_end_oldest_first() -> None:
 
 
 def test_slots_stay_in_the_order_of_age() -> None:
-    buffer = DocumentBuffer(seed=0, stream=0)
+    buffer, batch = DocumentBuffer(seed=0, stream=0), TokenBatch([np.arange(1)])
     ages = iter(range(10_000))
     for _ in range(300):
         if room := buffer.room(6):
             buffer.close_up()
             for _ in range(room):
-                buffer.add(next(ages), None)
+                age = next(ages)
+                buffer.extend(Run(batch, 0, 1, range(age, age + 1)))
         slot, buffer.draws = buffer.look(6)
         buffer.finish(slot)
         found = [number for number in buffer.numbers if number != EMPTY]

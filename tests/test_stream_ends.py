@@ -464,7 +464,7 @@ def test_a_run_logs_the_loss_of_each_source(tmp_path) -> None:
 
 
 def test_data_that_cannot_be_read_ends_a_run_with_its_own_code_and_one_line(tmp_path, capfd) -> None:
-    lines = [json.dumps({"text": f"text number {i}, and more of it"}) for i in range(300)]
+    lines = [json.dumps({"text": f"text number {i}, and more of it"}) for i in range(40)]
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join([*lines, '{"text": "cut', *lines]))
     command = [
@@ -475,17 +475,17 @@ def test_data_that_cannot_be_read_ends_a_run_with_its_own_code_and_one_line(tmp_
         "model.vocab_size=300",
         f"data.cache_dir={tmp_path}",
         f"run_dir={tmp_path}",
-        "steps=60",
+        "steps=15",
         "data.shuffle=false",
         "data.num_streams=1",
     ]
     assert run_ranks(run_main, 1, [*command, "name=fatal", "data.on_bad=fatal"]) == [train.NO_DATA]
     told = capfd.readouterr().err
-    assert "corpus.jsonl:301: broken_json" in told and "data.on_bad=skip" in told and "Traceback" not in told
+    assert "corpus.jsonl:41: broken_json" in told and "data.on_bad=skip" in told and "Traceback" not in told
     assert set(run_ranks(run_main, 1, [*command, "name=skip"])) <= {train.OK, train.COLLAPSED}
     out = capfd.readouterr().out
     assert re.search(r"skipped \d broken_json \(bad_documents", out)
-    assert (tmp_path / "skip" / "bad_documents.0.txt").read_text().startswith(f"{path}:301: broken_json")
+    assert (tmp_path / "skip" / "bad_documents.0.txt").read_text().startswith(f"{path}:41: broken_json")
 
 
 @pytest.mark.parametrize(

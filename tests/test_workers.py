@@ -428,7 +428,7 @@ def test_an_error_of_a_source_that_reads_forward_comes_through_its_thread() -> N
 
     stream = make_stream(Wrong(numbered([4] * 8)), workers=1)
     with pytest.raises(KeyError):
-        stream.virtual[0].opener.queue_S[0][0].task.result(timeout=300)
+        next(iter(stream.virtual[0].opener.queue_S[0])).task.result(timeout=300)
 
 
 def test_work_is_done_in_order_of_priority_and_errors_that_cannot_travel_are_told() -> None:

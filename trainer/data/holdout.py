@@ -4,6 +4,7 @@ The hash of its content decides. So a document is on the same side in every run,
 too, and the side does not change when files are added, renamed or put into another order.
 """
 
+import numpy as np
 import xxhash
 
 from trainer.data.sources import Document
@@ -26,3 +27,8 @@ def content_hash(document: Document) -> int:
 def is_held_out(document: Document, *, share: float) -> bool:
     """share: of all documents, between 0 and 1."""
     return share > 0 and content_hash(document) < share * RANGE
+
+
+def may_be_held_out(content_D: np.ndarray, share: float) -> np.ndarray:
+    """Of many hashes: True for each that is held out, and perhaps for one that is a rounding away."""
+    return content_D.astype(np.float64) <= share * RANGE if share else np.zeros(len(content_D), bool)

@@ -1,7 +1,7 @@
 """Who asks for documents, and before they are needed? Text to tokens, in batches, ahead of the stream.
 
-    wanted (source, n) -> tasks of about 32k tokens -> workers: read, tokenise -> TokenBatch, a Ticket for
-    each document
+    wanted (source, numbers) -> tasks of about 32k tokens -> workers: read, tokenise -> TokenBatch, a Ticket
+    for neighbours
 
 Documents of a forward source are read by one thread of this process, in the order of the requests, and
 tokenised by the workers.
@@ -10,15 +10,17 @@ tokenised by the workers.
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from itertools import chain, groupby
+from operator import itemgetter
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.data.holdout import HELD_OUT, is_held_out
+from trainer.data.batches import NO_IDS, TokenBatch
+from trainer.data.holdout import HELD_OUT, is_held_out, may_be_held_out
 from trainer.data.lengths import NOT_DRAWN
 from trainer.data.reader import DataError, Reader
 from trainer.data.sources import BadDocument, Document, Tokens, utf8_size
@@ -28,60 +30,24 @@ TASK_TOKENS, TASK_DOCUMENTS = 32_768, 256
 # The priority of documents that were open before a resume: later than those ahead, which are needed now.
 RESUMED = 1
 
-Wanted = tuple[int, int]  # source, n
 
+class Wanted(NamedTuple):
+    """Documents by their numbers in a source, for one stream."""
 
-class TokenBatch(list[Tokens | BadDocument | None]):
-    """The documents of a task; None: behind the end of the source.
-
-    A batch goes through a pipe as one array of each plane: one by one, documents cost more than tokenising
-    them.
-    """
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """[tokens] Of each document; 0: it is none."""
-        return [len(entry.ids) if type(entry) is Tokens else 0 for entry in self]
-
-    def __reduce__(self) -> tuple:
-        documents = [document for document in self if isinstance(document, Tokens)]
-        masks = [document.mask for document in documents if document.mask is not None]
-        entries = [len(entry.ids) if isinstance(entry, Tokens) else entry for entry in self]
-        has_mask = {i for i, entry in enumerate(self) if isinstance(entry, Tokens) and entry.mask is not None}
-        return unpickled, (packed([document.ids for document in documents]), entries, packed(masks), has_mask)
-
-
-def packed(arrays: list[np.ndarray]) -> bytes:
-    return np.concatenate(arrays).tobytes() if arrays else b""
-
-
-def unpickled(
-    ids: bytes, entries: list[int | BadDocument | None], masks: bytes, has_mask: set[int]
-) -> TokenBatch:
-    """`entries`: the length of a document, or what stands in its place."""
-    ids_T, mask_T = np.frombuffer(ids, np.uint32), np.frombuffer(masks, bool)
-    batch, start, mask_start = TokenBatch(), 0, 0
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, int):
-            batch.append(entry)
-            continue
-        mask = None
-        if i in has_mask:
-            mask = mask_T[mask_start : mask_start + entry].copy()
-            mask_start += entry
-        batch.append(Tokens(ids_T[start : start + entry].copy(), mask))  # a copy: not to hold the others
-        start += entry
-    return batch
+    source: int
+    numbers: range
 
 
 class Ticket(NamedTuple):
-    """A document that was requested."""
+    """Documents that were requested, neighbours in their task."""
 
     task: Future | LazyResult
-    i: int
+    first: int
+    stop: int
 
     def get(self) -> Tokens | BadDocument | None:
-        return self.task.result()[self.i]
+        """The first one."""
+        return self.task.result()[self.first]
 
 
 class Intake:
@@ -127,23 +93,30 @@ class Intake:
 
     # -- requests --
 
-    def request(self, wanted: Iterable[Wanted], *, priority: int = 0) -> list[Ticket]:
-        """In the order of `wanted`."""
-        tickets = list[Ticket]()
+    def request(self, wanted: Sequence[Wanted], *, priority: int = 0) -> list[list[Ticket]]:
+        """The tickets of each of `wanted`, in its order."""
+        tickets = [list[Ticket]() for _ in wanted]
         for task in self.tasks(wanted):
-            future = self.submit(task, priority=priority)
-            tickets += [Ticket(future, i) for i in range(len(task))]
+            future, stop = self.submit([part for _, part in task], priority=priority), 0
+            for which, (_, numbers) in task:
+                first, stop = stop, stop + len(numbers)
+                tickets[which].append(Ticket(future, first, stop))
         return tickets
 
-    def tasks(self, wanted: Iterable[Wanted]) -> list[list[Wanted]]:
-        tasks, size = list[list[Wanted]](), math.inf
-        for source, n in wanted:
-            is_full = size >= TASK_TOKENS or len(tasks[-1]) >= TASK_DOCUMENTS
-            if is_full or self.is_alone(source, tasks[-1][-1][0]):
-                tasks.append([])
-                size = 0.0
-            tasks[-1].append((source, n))
-            size += self.mean_length(source)
+    def tasks(self, wanted: Sequence[Wanted]) -> list[list[tuple[int, Wanted]]]:
+        """Parts of what is wanted, each with its place in `wanted`."""
+        tasks, size, num_documents = list[list[tuple[int, Wanted]]](), math.inf, 0
+        for which, (source, numbers) in enumerate(wanted):
+            mean_length = self.mean_length(source)
+            while numbers:
+                is_full = size >= TASK_TOKENS or num_documents >= TASK_DOCUMENTS
+                if is_full or self.is_alone(source, tasks[-1][-1][1].source):
+                    tasks.append([])
+                    size, num_documents = 0.0, 0
+                room = min(TASK_DOCUMENTS - num_documents, math.ceil((TASK_TOKENS - size) / mean_length))
+                part, numbers = numbers[:room], numbers[room:]
+                tasks[-1].append((which, Wanted(source, part)))
+                size, num_documents = size + len(part) * mean_length, num_documents + len(part)
         return tasks
 
     def is_alone(self, source: int, before: int) -> bool:
@@ -152,8 +125,11 @@ class Intake:
 
     def submit(self, task: list[Wanted], *, priority: int) -> Future | LazyResult:
         is_new = priority != RESUMED
-        places = [(s, n, self.readers[s].place(n)) for s, n in task]
-        source = task[0][0]
+        places = list[tuple[int, list[range], list[int]]]()
+        for s, parts in groupby(task, itemgetter(0)):
+            ranges = [numbers for _, numbers in parts]
+            places.append((s, ranges, list(chain.from_iterable(map(self.readers[s].places, ranges)))))
+        source = task[0].source
         lane = self.lanes.get(source)
         if lane is None:
             return self.workers.submit((is_new, places), priority=priority)
@@ -166,7 +142,7 @@ class Intake:
                 error = self.broken.get(source)
                 if error is not None:
                     raise error
-                documents = [(s, n, self.document(s, i)) for s, n, i in places]
+                documents = [(s, ranges, [self.document(s, i) for i in of_s]) for s, ranges, of_s in places]
                 self.workers.submit((is_new, documents), priority=priority, future=future)
             except BaseException as error:  # noqa: BLE001  # raised where the result is wanted
                 future.set_exception(error)
@@ -180,7 +156,7 @@ class Intake:
         """
         reader = self.readers[source]
         if ticket is None or not (ticket.task.done() or source in self.lanes):
-            [document] = self.answer((False, [(source, n, reader.place(n))]))
+            [document] = self.answer((False, [(source, [range(n, n + 1)], [reader.place(n)])]))
         else:
             document = ticket.get()
         if not isinstance(document, Tokens):
@@ -215,44 +191,72 @@ class Intake:
         """How many documents are requested for so many to be drawn, about."""
         return math.ceil(num * self.seen_S[source] / self.used_S[source])
 
-    def count_length(self, source: int, length: int | None) -> None:
-        """None: the document was not drawn."""
-        self.seen_S[source] += 1
-        self.used_S[source] += length is not None
-        self.tokens_S[source] += length or 0
+    def count_drawn(self, source: int, num: int, num_tokens: int) -> None:
+        self.seen_S[source] += num
+        self.used_S[source] += num
+        self.tokens_S[source] += num_tokens
 
-    def count_lengths(self, source: int, lengths: Sequence[int]) -> None:
-        """Of documents that were drawn."""
-        self.seen_S[source] += len(lengths)
-        self.used_S[source] += len(lengths)
-        self.tokens_S[source] += sum(lengths)
+    def count_not_drawn(self, source: int) -> None:
+        self.seen_S[source] += 1
 
     # -- answers: in a worker, or here if there is none --
 
-    def answer(self, request: tuple[bool, list[tuple[int, int, Any]]]) -> TokenBatch:
-        """`request`: are they new, or were they open before a resume; source, number, document or place of
-        each.
+    def answer(self, request: tuple[bool, list[tuple[int, list[range], list[Any]]]]) -> TokenBatch:
+        """`request`: are the documents new, or were they open before a resume; of each source its documents'
+        numbers, and the documents or their places.
         """
-        is_new, entries = request
-        documents = [self.document(s, it) if type(it) is int else it for s, _, it in entries]
-        batch, texts = TokenBatch(), dict[int, str]()
-        for i, document in enumerate(documents):
-            entry = document
-            if isinstance(document, Document):
-                entry = self.checked(document, *entries[i][:2], is_new=is_new)
-                if entry is None:
-                    texts[i] = document.text
-            batch.append(entry)
-        if texts:
-            if self.encode is None:
-                raise DataError(f"{documents[next(iter(texts))].where} is text; set data.tokenizer")
-            for i, ids in zip(texts, self.encode(list(texts.values())), strict=True):
-                is_empty = not len(ids)
-                batch[i] = (
-                    empty(documents[i]) if is_empty else Tokens(np.concatenate([ids, self.end_of_text]))
-                )
-        batch.lengths  # noqa: B018  # found now, while the documents are in the processor's cache
-        return batch
+        is_new, parts = request
+        ids_D, masks, others, texts = list[np.ndarray](), dict[int, np.ndarray](), {}, {}
+        for source, ranges, entries in parts:
+            first = len(ids_D)
+            ids_D += self.ready(source, entries, is_new=is_new)
+            missing = [d for d in range(first, len(ids_D)) if not len(ids_D[d])]
+            numbers = list(chain.from_iterable(ranges)) if missing else ()
+            for d in missing:
+                entry = self.entry(source, numbers[d - first], entries[d - first], is_new=is_new)
+                if isinstance(entry, Tokens):
+                    ids_D[d] = entry.ids
+                    masks |= {} if entry.mask is None else {d: entry.mask}
+                else:
+                    (texts if isinstance(entry, Document) else others)[d] = entry
+        for d, ids in zip(texts, self.encoded(list(texts.values())), strict=True):
+            if len(ids):
+                ids_D[d] = np.concatenate([ids, self.end_of_text])
+            else:
+                others[d] = empty(texts[d])
+        return TokenBatch(ids_D, masks, others)
+
+    def encoded(self, documents: list[Document]) -> list[np.ndarray]:
+        """The ids of texts. Raises: DataError."""
+        if not documents:
+            return []
+        if self.encode is None:
+            raise DataError(f"{documents[0].where} is text; set data.tokenizer")
+        return self.encode([document.text for document in documents])
+
+    def ready(self, source: int, entries: list[Any], *, is_new: bool) -> list[np.ndarray]:
+        """The ids of the documents that a source has as tokens and that are surely within limits; none of
+        those that must be looked at one by one.
+        """
+        reader = self.readers[source]
+        if not reader.has_ready or reader.bias is not None:
+            return [NO_IDS] * len(entries)
+        ids_D, content_D, num_bytes_D = reader.ready(entries)
+        limit_mb = self.max_document_mb if is_new else math.inf
+        refused_D = (num_bytes_D / 1e6 > limit_mb) | may_be_held_out(content_D, self.holdout)
+        for d in refused_D.nonzero()[0]:
+            ids_D[d] = NO_IDS
+        return ids_D
+
+    def entry(
+        self, source: int, n: int, entry: Any, *, is_new: bool
+    ) -> Document | Tokens | BadDocument | None:
+        """Document n of a source, or what stands in its place. A Document is text to be tokenised."""
+        document = self.document(source, entry) if type(entry) is int else entry
+        if not isinstance(document, Document):
+            return document
+        checked_one = self.checked(document, source, n, is_new=is_new)
+        return document if checked_one is None else checked_one
 
     def checked(
         self, document: Document, source: int, n: int, *, is_new: bool

@@ -12,7 +12,7 @@ random credit of half its first document more or less. A source that was never w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,8 @@ class Credits:
         self.start_S = ((bits_S >> np.uint64(11)) * 2.0**-53 - 0.5).tolist()  # [documents] from -1/2 to 1/2
         self.credit_S = [math.inf] * num_sources
 
-    def next_source(self, weights_S: Sequence[float], *, next_length: Callable[[int], int]) -> int:
+    def begin(self, weights_S: Sequence[float], *, next_length: Callable[[int], int]) -> None:
+        """Of the sources that are wanted for the first time."""
         credit_S = self.credit_S
         if math.inf in credit_S:
             begun = [s for s, weight in enumerate(weights_S) if weight > 0 and credit_S[s] == math.inf]
@@ -35,12 +36,22 @@ class Credits:
                 credit_S[s] = 0.0
             for s in begun:
                 self.charge(s, self.start_S[s] * next_length(s), weights_S)
-        first, first_due = -1, math.inf
-        for s, weight in enumerate(weights_S):
-            if weight > 0:
-                due = (next_length(s) / 2 - credit_S[s]) / weight
-                if first < 0 or due < first_due:
-                    first, first_due = s, due
+
+    def next_source(self, weights_S: Sequence[float], *, next_length: Callable[[int], int]) -> int:
+        self.begin(weights_S, next_length=next_length)
+        return self.due({s: next_length(s) for s, weight in enumerate(weights_S) if weight > 0}, weights_S)
+
+    def due(
+        self, length_S: Mapping[int, int], weights_S: Sequence[float], *, at_most: float = math.inf
+    ) -> int:
+        """Of some sources with weights, whose next documents have these lengths, of which no more than
+        `at_most` counts.
+        """
+        credit_S, first, first_due = self.credit_S, -1, math.inf
+        for s, length in length_S.items():
+            due = ((length if length < at_most else at_most) / 2 - credit_S[s]) / weights_S[s]
+            if due < first_due:
+                first, first_due = s, due
         return first
 
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:

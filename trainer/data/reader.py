@@ -6,9 +6,13 @@ document. (A stream on the hub is read by one thread, forward.)
 """
 
 import math
+import sys
 import time
-from collections.abc import Mapping, Sized
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import lru_cache, partial
+from typing import TypeVar
+
+import numpy as np
 
 from trainer.data.lengths import LengthBias
 from trainer.data.sources import Document, Source, permutation
@@ -18,6 +22,9 @@ REMEDIES = {
     FileNotFoundError: "bring the file back",
 }
 FOREIGN = "resume with the corpus and the tokenizer of the checkpoint"
+
+
+Result = TypeVar("Result")
 
 
 class DataError(ValueError):
@@ -55,6 +62,7 @@ class Reader:
         self.seed, self.bias = seed, bias
         self.masks = bool(getattr(source, "masks", False))
         self.needs_labels = bool(getattr(source, "needs_labels", False))
+        self.has_ready = hasattr(source, "ready")
         self.num_streams, self.retries, self.wait_s = num_streams, retries, wait_s
         self.order = lru_cache(maxsize=2)(lambda epoch: permutation(len(source), seed=seed, epoch=epoch))
         self.due: dict[int, int] = {}  # of a forward source: the document that each stream reads next
@@ -69,13 +77,28 @@ class Reader:
         epoch, position = divmod(n, self.num_documents)
         return int(self.order(epoch)[position]) if self.shuffle else position
 
+    def places(self, numbers: range) -> list[int]:
+        """Of documents of one stream."""
+        if self.num_documents is None:
+            return list(numbers)
+        epoch, first = divmod(numbers[0], self.num_documents)
+        start = numbers[0] - first
+        if not self.shuffle or numbers[-1] >= start + self.num_documents:
+            return list(map(self.place, numbers))
+        return self.order(epoch)[first : numbers.stop - start : numbers.step].tolist()
+
     def epoch(self, n: int) -> int:
         num_documents = self.size
         return n // num_documents if num_documents else 0
 
     def is_over(self, n: int) -> bool:
         """Is document n behind the end?"""
-        return not self.repeat and self.size is not None and n >= self.size * self.epochs
+        return n >= self.end
+
+    @property
+    def end(self) -> int:
+        """The number behind the last document, as far as that is known."""
+        return sys.maxsize if self.repeat or self.size is None else self.size * self.epochs
 
     @property
     def size(self) -> int | None:
@@ -97,12 +120,20 @@ class Reader:
 
     def read(self, i: int) -> Document | None:
         """The document at place i; None: it is behind the end. Raises: BadDocument, DataError."""
+        read = self.read_forward if self.num_documents is None else self.source.__getitem__
+        return self.tried(partial(read, i), first=i)
+
+    def ready(self, places: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """See sources.Source. Raises: DataError."""
+        return self.tried(partial(self.source.ready, places), first=places[0])
+
+    def tried(self, read: Callable[[], Result], *, first: int) -> Result:
         for attempt in range(self.retries + 1):
             try:
-                return self.read_forward(i) if self.num_documents is None else self.source[i]
+                return read()
             except OSError as error:
                 if attempt == self.retries:
-                    raise self.unreadable(i, error) from error
+                    raise self.unreadable(first, error) from error
                 time.sleep(self.wait_s * 2**attempt)
         raise AssertionError
 

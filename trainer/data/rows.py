@@ -3,12 +3,13 @@
 Letters: T tokens of the rows, N planes of a row, P pieces.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 
-from trainer.data.sources import Tokens
+from trainer.data.batches import Run, TokenBatch
 
 IGNORED = -100  # the label that cross entropy leaves out
 PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
@@ -28,28 +29,56 @@ class Pieces:
     document, unless it is one of `cuts`.
     """
 
-    ids: list[np.ndarray] = field(default_factory=list)  # contiguous, uint32
+    # contiguous, uint32, one after another the tokens of all pieces: an array may hold those of many
+    ids: list[np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # [tokens]
     sources: list[int] = field(default_factory=list)  # shorter than the others: all are of source 0
     # of pieces that are cut: where they end, and the token behind
     cuts: list[tuple[int, int]] = field(default_factory=list)
-    # of pieces with a mask: where they start, and which of the labels from there on are targets
+    # of documents with a mask: where they start, and which of the labels from there on are targets
     masks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     blanks: list[tuple[int, int]] = field(default_factory=list)  # where padding starts and ends
     filled: int = 0  # [tokens]
 
-    def add_cut(self, tokens: Tokens, source: int, *, at_most: int) -> None:
-        """A document from its start on."""
-        ids, mask = tokens
-        length = min(len(ids), at_most)
-        if mask is not None:
-            self.masks.append((self.filled, mask[1 : length + 1]))
-        self.ids.append(ids[:length])
+    def add(self, batch: TokenBatch, i: int, read: int, length: int) -> None:
+        """A piece of document i, of which so much was read before."""
+        start = batch.starts[i] + read
+        self.ids.append(batch.ids[start : start + length])
         self.lengths.append(length)
-        self.sources.append(source)
+        if batch.masks and i in batch.masks:
+            self.masks.append((self.filled, batch.masks[i][read + 1 : read + length + 1]))
         self.filled += length
-        if length < len(ids):
-            self.cuts.append((self.filled, int(ids[length])))
+
+    def cut(self, batch: TokenBatch, i: int, read: int) -> None:
+        """The piece that was added last does not end with its document, of which so much was read."""
+        self.cuts.append((self.filled, int(batch.ids[batch.starts[i] + read])))
+
+    def add_run(self, run: Run, *, end: int, seq_len: int) -> int:
+        """Documents one after another, cut where a row ends, and at `end`. Returns how many tokens of the
+        last one were not read.
+        """
+        batch, i, stop, _ = run
+        ids, starts, lengths = batch.ids, batch.starts, batch.lengths
+        here, last = starts[i], min(starts[stop], starts[i] + end - self.filled)
+        offset = self.filled - here
+        self.ids.append(ids[here:last])
+        masks = {d: mask for d, mask in batch.masks.items() if i <= d < stop}
+        self.masks += [(starts[d] + offset, mask[1 : last - starts[d] + 1]) for d, mask in masks.items()]
+        until = here + seq_len - self.filled % seq_len  # where the row ends
+        while here < last:
+            whole = bisect_right(starts, min(until, last), i + 1, stop + 1) - 1
+            if whole > i:
+                self.lengths.append(starts[i + 1] - here)
+                self.lengths += lengths[i + 1 : whole]
+                here, i = starts[whole], whole
+            cut = min(until, last)
+            if here < cut and i < stop:
+                self.lengths.append(cut - here)
+                self.cuts.append((cut + offset, int(ids[cut])))
+                here = cut
+            until += seq_len
+        self.filled = last + offset
+        return starts[stop] - last
 
     def pad(self, length: int) -> None:
         if length:
@@ -65,7 +94,8 @@ def write(pieces: Pieces, rows_NT: np.ndarray, *, document_mask: bool, seq_len: 
     num_planes = len(rows_NT)
     tokens_T, labels_T, positions_T = rows_NT[: POSITIONS + 1]
     ids_T = np.frombuffer(b"".join(pieces.ids), np.uint32)  # a third of the time of np.concatenate
-    ends_P = np.array(pieces.lengths).cumsum()
+    lengths_P = np.array(pieces.lengths)
+    ends_P = lengths_P.cumsum()
     tokens_T[:] = ids_T
     labels_T[:-1] = ids_T[1:]
     labels_T[ends_P - 1] = IGNORED
@@ -77,23 +107,20 @@ def write(pieces: Pieces, rows_NT: np.ndarray, *, document_mask: bool, seq_len: 
         withheld += int(np.count_nonzero(labels[~is_target] != IGNORED))
         labels[~is_target] = IGNORED
     if document_mask:
-        count(pieces.lengths, ends_P, positions_T, seq_len=seq_len)
+        count(lengths_P, ends_P, positions_T, seq_len=seq_len)
     else:
         positions_T.reshape(-1, seq_len)[:] = up_to(seq_len)
     if num_planes > SOURCES:
-        rows_NT[SOURCES] = np.repeat(pieces.sources, pieces.lengths) if any(pieces.sources) else 0
+        rows_NT[SOURCES] = np.repeat(pieces.sources, lengths_P) if any(pieces.sources) else 0
     for start, end in pieces.blanks:
         rows_NT[:, start:end] = BLANK_N1[:num_planes]
     return withheld
 
 
-def count(lengths: list[int], ends_P: np.ndarray, positions_T: np.ndarray, *, seq_len: int) -> None:
+def count(lengths_P: np.ndarray, ends_P: np.ndarray, positions_T: np.ndarray, *, seq_len: int) -> None:
     """0, 1, 2, ... in each piece."""
-    if len(positions_T) > LONG_PIECE * len(lengths):
-        index = up_to(max(seq_len, *lengths))
-        np.concatenate([index[:length] for length in lengths], out=positions_T)
-        return
-    positions_T.fill(1)
-    positions_T[0] = 0
-    positions_T[ends_P[:-1]] -= np.array(lengths[:-1], np.int64)
-    positions_T.cumsum(out=positions_T)
+    if len(positions_T) > LONG_PIECE * len(lengths_P):
+        index = up_to(max(seq_len, int(lengths_P.max())))
+        np.concatenate([index[:length] for length in lengths_P.tolist()], out=positions_T)
+    else:
+        np.subtract(up_to(len(positions_T)), np.repeat(ends_P - lengths_P, lengths_P), out=positions_T)

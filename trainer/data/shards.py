@@ -10,12 +10,14 @@ at the first start on a machine, and again when a size or a time has changed.
 """
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.data.batches import NO_IDS
 from trainer.data.cache import cache_path, draft, file_hash, hash_of, keep, kept, mapped
 from trainer.data.sources import BadDocument, Document, expanded, hashed, locate
 
@@ -83,6 +85,25 @@ class TokensSource:
         start = int(self.ends[k][n - 1]) if n else 0
         ids = self.tokens[k][start:end].astype(np.uint32, copy=False)
         return Document(where, tokens=ids, content=content, num_bytes=num_bytes)
+
+    def ready(self, places: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """See sources.Source."""
+        place_D = np.array(places)
+        shard_D = self.starts.searchsorted(place_D, side="right") - 1
+        ids_D, about_D = [NO_IDS] * len(places), np.empty(len(places), INDEX)
+        for k in set(shard_D.tolist()):
+            if self.tokens[k] is None:
+                self.map(k)
+            of_shard = (shard_D == k).nonzero()[0]
+            n_D = place_D[of_shard] - self.starts[k]
+            about_D[of_shard] = about_shard_D = self.index[k][n_D]
+            start_D = self.ends[k][n_D - 1] * (n_D > 0)
+            spans = zip(of_shard.tolist(), start_D.tolist(), about_shard_D["end"].tolist(), strict=True)
+            for d, start, end in spans:
+                ids_D[d] = self.tokens[k][start:end]
+        if self.dtype != np.uint32:
+            ids_D = [ids.astype(np.uint32) for ids in ids_D]
+        return ids_D, about_D["content"], about_D["num_bytes"]
 
     def map(self, k: int) -> None:
         shard, file = self.shards[k], partial(shard_file, self.directory, k)

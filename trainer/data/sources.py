@@ -76,6 +76,8 @@ class Source(Protocol):
     """Documents by number. One without `__len__` only reads forward, like HubSource, and has its `seek`. One
     whose documents have masks says so: `masks = True`; and `needs_labels = True` if those without a label are
     to be passed over. One that makes tokens of text itself is handed the tokenizer: `bind(tokenizer, spec)`.
+    One whose documents are tokens without masks may hand over many at once: `ready(places)` gives the list of
+    their ids (none of a bad one), and arrays of their texts' hashes and sizes, as in Document.
     """
 
     fingerprint: str  # which corpus this is: equal on every machine that holds the same one

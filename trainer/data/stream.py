@@ -13,8 +13,8 @@ owns V / R neighbouring streams, and G / R of them serve in each turn: a global 
 Workers only read and tokenise, ahead of time (intake.py, workers.py): a global batch does not depend on them
 either. The state (state.py) holds read heads and no tokens.
 
-Memory: of each stream, 2 b open documents (4 bytes a token), and ahead of it, with workers, those of the next
-`prefetch` steps and of one refill (b). No more is asked for until some of it was used.
+Memory: of each stream, 2 b open documents (4 bytes a token) with their batches, and ahead of it, with
+workers, those of the next `prefetch` steps and of one refill (b). No more is asked for until some was used.
 
 Letters: B rows of a microbatch, L tokens of a row, T tokens of one stream in one step, G rows of an optimizer
 step (the global batch), V virtual streams (not the vocabulary; of a rank in shapes), R data-parallel ranks, S
@@ -28,7 +28,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import cache
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +39,7 @@ from tokenizers import Tokenizer
 from trainer.config import divisors
 from trainer.data.encoder import Encoder
 from trainer.data.holdout import HELD_OUT
-from trainer.data.intake import RESUMED, Intake
+from trainer.data.intake import RESUMED, Intake, Wanted
 from trainer.data.lengths import NOT_DRAWN, LengthBias
 from trainer.data.opener import Opener
 from trainer.data.reader import DataError, Reader
@@ -170,11 +171,7 @@ class TokenStream:
 
     def virtual_stream(self, number: int) -> VirtualStream:
         opener = Opener(number=number, num_streams=self.num_streams, intake=self.intake, refuse=self.refuse)
-        return VirtualStream(
-            opener=opener,
-            seed=self.config.seed,
-            totals=self.totals,
-        )
+        return VirtualStream(opener=opener, seed=self.config.seed, totals=self.totals)
 
     def set(
         self,
@@ -215,18 +212,20 @@ class TokenStream:
         """After a start: tells sources that only read forward where to begin, and requests what was open
         before a resume.
         """
-        open_documents = [(stream, (s, n)) for stream in self.virtual for s, n, _, _ in stream.open()]
+        self.ahead_of: StreamSettings | None = None  # for whose steps enough was requested
+        open_documents = [(s, n, stream) for stream in self.virtual for s, n, _, _ in stream.open()]
         for s, reader in enumerate(self.readers):
             if reader.num_documents is None:
-                unread = {n for _, (source, n) in open_documents if source == s}
+                unread = {n for source, n, _ in open_documents if source == s}
                 self.intake.seek(
                     s, {stream.number: stream.opener.next_S[s] for stream in self.virtual}, unread
                 )
         if self.intake.workers.num:
-            open_documents.sort(key=lambda entry: entry[1])  # the order of a source that reads forward
-            tickets = self.intake.request([wanted for _, wanted in open_documents], priority=RESUMED)
-            for (stream, wanted), ticket in zip(open_documents, tickets, strict=True):
-                stream.resumed[wanted] = ticket
+            open_documents.sort(key=lambda entry: entry[:2])  # the order of a source that reads forward
+            wanted = [Wanted(s, range(n, n + 1)) for s, n, _ in open_documents]
+            tickets = self.intake.request(wanted, priority=RESUMED)
+            for (s, n, stream), [ticket] in zip(open_documents, tickets, strict=True):
+                stream.resumed[s, n] = ticket
 
     # -- rows --
 
@@ -234,16 +233,16 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now = self.now
-        has_workers = bool(self.intake.workers.num)
-        prefetch = self.config.prefetch
+        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
         serving = [stream for stream in self.virtual if now.steps_until(stream.number) == 0]
         num_rows = len(serving) * now.rows_per_stream
         if num_rows % micro_batch:
             message = f"micro_batch={micro_batch} does not divide the {num_rows} rows of a rank"
             raise ValueError(f"{message}; use one of {divisors(num_rows)}")
         self.step_tokens, before = 0, self.totals["tokens"]
-        self.read_ahead(prefetch if has_workers else 1)
+        if self.ahead_of is not now:
+            # where nothing is read before it is wanted, the second step is for streams of short documents
+            self.read_ahead(prefetch if has_workers else 2)
         rows_NT = np.empty((len(self.batch._fields), num_rows * now.seq_len), np.int64)
         pieces, pack = Pieces(), PACKINGS[self.config.packing]
         for stream in serving:
@@ -253,9 +252,11 @@ class TokenStream:
         )
         if has_workers:
             self.read_ahead(prefetch)
+            self.ahead_of = now
         self.step_tokens = self.totals["tokens"] - before
-        rows_NBL = torch.from_numpy(rows_NT.reshape(-1, num_rows, now.seq_len))
-        return list(map(self.batch, *(rows_BL.split(micro_batch) for rows_BL in rows_NBL)))
+        rows_NBL = rows_NT.reshape(-1, num_rows, now.seq_len)
+        parts = [rows_NBL[:, start : start + micro_batch] for start in range(0, num_rows, micro_batch)]
+        return [self.batch(*map(torch.from_numpy, part_NBL)) for part_NBL in parts]
 
     def blank_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
         """Rows of the same shape with nothing to learn, for a rank that has none while others have."""
@@ -272,15 +273,16 @@ class TokenStream:
         """Requests the documents of so many steps that were not requested, those of all streams together, the
         next to serve first.
         """
-        until = {stream: self.now.steps_until(stream.number) for stream in self.virtual}
-        streams = sorted((stream for stream in self.virtual if until[stream] < steps), key=until.__getitem__)
-        own_steps = [-((until[stream] - steps) // self.now.num_turns) for stream in streams]
-        goal_of = {num: self.goal(num) for num in set(own_steps)}
-        goals = [goal_of[num] for num in own_steps]
-        shortfalls = [stream.opener.shortfall(goal_S) for stream, goal_S in zip(streams, goals, strict=True)]
-        tickets = iter(self.intake.request(chain.from_iterable(shortfalls)))
-        for stream, wanted in zip(streams, shortfalls, strict=True):
-            stream.opener.append(wanted, islice(tickets, len(wanted)))
+        now, goal, wanted, openers = self.now, cache(self.goal), list[Wanted](), list[Opener]()
+        for until, stream in sorted(
+            ((now.steps_until(v.number), v) for v in self.virtual), key=itemgetter(0)
+        ):
+            if until < steps:
+                shortfall = stream.opener.shortfall(goal(-((until - steps) // now.num_turns)))
+                wanted += shortfall
+                openers += [stream.opener] * len(shortfall)
+        for opener, part, tickets in zip(openers, wanted, self.intake.request(wanted), strict=True):
+            opener.append(part.source, tickets)
 
     def goal(self, steps: int) -> list[int]:
         """[documents] That a stream opens in so many steps of its own, by source, about."""

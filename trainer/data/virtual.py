@@ -13,14 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
+from trainer.data.batches import TokenBatch
 from trainer.data.buffer import EMPTY, DocumentBuffer
-from trainer.data.intake import Ticket, Wanted
+from trainer.data.intake import Ticket
 from trainer.data.mixture import Credits
 from trainer.data.opener import Opener
 from trainer.data.rows import Pieces
-from trainer.data.sources import Tokens
 from trainer.data.state import Position
 
 
@@ -43,6 +43,10 @@ class StreamSettings:
     def num_tokens(self) -> int:
         return self.rows_per_stream * self.seq_len
 
+    def room(self, filled: int) -> int:
+        """[tokens] In the row of the next token."""
+        return self.seq_len - filled % self.seq_len
+
     @cached_property
     def has_buffer(self) -> bool:
         return any(self.size_S)
@@ -64,20 +68,16 @@ class VirtualStream:
     totals: Counter[str]  # of all streams of the rank
     phase: int = 0  # in which documents were opened last
     # requests of documents that were open before a resume
-    resumed: dict[Wanted, Ticket] = field(default_factory=dict)
+    resumed: dict[tuple[int, int], Ticket] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.number, self.intake = self.opener.number, self.opener.intake
         num_sources = len(self.intake.readers)
-        self.masks = any(reader.masks for reader in self.intake.readers)
         self.credits = Credits(num_sources, seed=self.seed, stream=self.number)
         self.buffer_S = [
-            DocumentBuffer(seed=self.seed, stream=self.number, source=s) for s in range(num_sources)
+            DocumentBuffer(seed=self.seed, stream=self.number, source=s, reread=partial(self.reread, s))
+            for s in range(num_sources)
         ]
-        # in this step: where the next piece of each source would come from, and which sources were read since
-        # their buffers were looked after
-        self.looked: list[tuple[int, int, int] | None] = [None] * num_sources
-        self.unfilled: tuple[int, ...] = ()
 
     # -- rows --
 
@@ -86,69 +86,186 @@ class VirtualStream:
         start, num_pieces, num_cuts = pieces.filled, len(pieces.lengths), len(pieces.cuts)
         end = start + now.num_tokens
         read_on = self.read_only if len(self.buffer_S) == 1 else self.read_mixed
-        self.looked = [None] * len(self.buffer_S)
-        self.unfilled = tuple(range(len(self.buffer_S)))
-        has_more, until = True, start
-        while has_more and until < end:
-            until += now.seq_len
-            while has_more and pieces.filled < until:
-                has_more = read_on(pieces, now, until=until, end=end)
+        while pieces.filled < end and read_on(pieces, now, end):
+            pass
         self.totals["open"] -= pieces.filled - start
         self.totals["documents"] += len(pieces.lengths) - num_pieces - (len(pieces.cuts) - num_cuts)
         self.totals["tokens"] += pieces.filled - start
         self.totals["padding"] += end - pieces.filled
         pieces.pad(end - pieces.filled)
 
-    def read_only(self, pieces: Pieces, now: StreamSettings, *, until: int, end: int) -> bool:
-        """A piece of the only source or many, none beyond the row; False: all is read."""
-        if self.source_to_read(now, row_rest=0, step_rest=end - pieces.filled) is None:
+    def read_only(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
+        """Pieces of the only source, at least one; False: all is read."""
+        buffer, size, drains = self.buffer_S[0], now.size_S[0], self.drains(now)
+        if buffer.num_open <= size and not drains:
+            if not size:
+                return self.read_in_order(pieces, now, end)
+            self.refill(0, now)
+        if not buffer.num_open:
             return False
-        buffer, size = self.buffer_S[0], now.size_S[0]
-        if self.masks or not buffer.read_whole(pieces, size, until=until):
-            slot, buffer.draws = buffer.look(size)
-            if buffer.tokens[slot] is None:
-                self.reread(0, slot)
-            buffer.read_on(slot, pieces, until=until)
+        if size:
+            # at the end of the corpus fewer are open, and the slots are closed up after each
+            at_least = 0 if drains else min(size, buffer.num_open - 1)
+            buffer.read_drawn(pieces, end=end, seq_len=now.seq_len, at_least=at_least)
+        else:
+            buffer.read_on(buffer.look(0)[0], pieces, now.room(pieces.filled))
         return True
 
-    def read_mixed(self, pieces: Pieces, now: StreamSettings, *, until: int, end: int) -> bool:
-        """A piece of the source that is due; False: all is read."""
-        start = pieces.filled
-        source = self.source_to_read(now, row_rest=until - start)
-        if source is None:
+    def read_in_order(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
+        """The next documents of the only source, where none is open; False: there is none."""
+        if self.opener.next_length(0) is None:
+            self.buffer_S[0].close_up()
             return False
-        buffer = self.buffer_S[source]
-        slot, buffer.draws, _ = self.look(source, now)
-        self.looked[source] = None
-        buffer.read_on(slot, pieces, until=until)
-        pieces.sources.append(source)
-        self.unfilled = (*self.unfilled, source)
-        self.charge(source, pieces.filled - start, now)
+        run = self.opener.take(0, at_most=sys.maxsize, num_tokens=end - pieces.filled)
+        self.totals["open"] += run.num_tokens
+        batch, _, stop, numbers = run
+        rest = pieces.add_run(run, end=end, seq_len=now.seq_len)
+        self.buffer_S[0].hold(numbers[-1], batch, stop - 1, read=batch.lengths[stop - 1] - rest, rest=rest)
         return True
+
+    def read_mixed(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
+        """Pieces of the sources that are due, at least one; False: all is read."""
+        open_S = [s for s, buffer in enumerate(self.buffer_S) if buffer.num_open]
+        if self.drains(now):
+            fullest = max(open_S, key=lambda s: self.buffer_S[s].num_open)
+            self.read_piece(fullest, pieces, now)
+            return True
+        if now.has_buffer:
+            for s in now.wanted:
+                if self.buffer_S[s].num_open <= now.size_S[s]:
+                    self.refill(s, now)
+        elif not open_S:
+            return self.read_next(pieces, now, end)
+        if any(self.buffer_S[s].num_open for s in now.wanted):
+            self.read_due(pieces, now, end)
+            return True
+        if open_S:  # of sources that the mixture names no longer
+            self.read_piece(open_S[0], pieces, now)
+        return bool(open_S)
+
+    def read_piece(self, source: int, pieces: Pieces, now: StreamSettings) -> None:
+        """Of a source that nothing is charged to."""
+        buffer = self.buffer_S[source]
+        slot, buffer.draws = buffer.look(now.size_S[source])
+        buffer.read_on(slot, pieces, now.room(pieces.filled))
+        pieces.sources.append(source)
+
+    def read_due(self, pieces: Pieces, now: StreamSettings, end: int) -> None:
+        """One piece after another, each of the source that is due, until one has no open document."""
+        weights_S, charge, room = now.weights_S, self.credits.charge, now.room(pieces.filled)
+        open_S = [s for s in now.wanted if self.buffer_S[s].num_open]
+        slot_S = {s: self.buffer_S[s].look(now.size_S[s]) for s in open_S}
+        rest_S = {s: self.buffer_S[s].rest[slot] for s, (slot, _) in slot_S.items()}
+        are_open = [weight if s in rest_S else 0.0 for s, weight in enumerate(weights_S)]
+        self.credits.begin(are_open, next_length=lambda s: min(rest_S[s], room))
+        while True:
+            source = self.credits.due(rest_S, weights_S, at_most=room)
+            buffer, size = self.buffer_S[source], now.size_S[source]
+            slot, buffer.draws = slot_S[source]
+            length = buffer.read_on(slot, pieces, room)
+            pieces.sources.append(source)
+            charge(source, length, self.weights_left(weights_S))
+            room = room - length or now.seq_len
+            if pieces.filled == end:
+                return
+            if size and buffer.num_open <= size:
+                self.refill(source, now)
+            if not buffer.num_open:
+                return
+            slot, _ = slot_S[source] = buffer.look(size)
+            rest_S[source] = buffer.rest[slot]
+
+    def read_next(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
+        """One document after another, each of the source that is due, where none is open. False: there is
+        none.
+        """
+        weights_S = self.weights_left(now.weights_S)
+        length_S = {s: self.opener.next_length(s) for s, weight in enumerate(weights_S) if weight > 0}
+        if not length_S:
+            return False
+        self.credits.begin(weights_S, next_length=length_S.__getitem__)
+        # where sources end, weights change with every document
+        source = (
+            self.read_whole(pieces, now, length_S)
+            if self.intake.repeats
+            else self.credits.due(length_S, weights_S)
+        )
+        if source is not None:
+            self.read_document(source, pieces, now, end)
+        return True
+
+    def read_whole(self, pieces: Pieces, now: StreamSettings, length_S: dict[int, int]) -> int | None:
+        """As read_next: documents that end in the row, as long as those behind are known to be usable.
+        Returns the source whose next document does not end in the row.
+        """
+        weights_S, charge, due = now.weights_S, self.credits.charge, self.credits.due
+        add, add_source, room = pieces.add, pieces.sources.append, now.room(pieces.filled)
+        ahead_S = {s: self.opener.ahead(s) for s in length_S}
+        place_S = {s: first for s, (_, first, _) in ahead_S.items()}
+        source = due(length_S, weights_S)
+        while source is not None and length_S[source] <= room:
+            length, place, (batch, _, stop) = length_S[source], place_S[source], ahead_S[source]
+            add(batch, place, 0, length)
+            add_source(source)
+            charge(source, length, weights_S)
+            room -= length
+            place_S[source] = place = place + 1
+            if room and place < stop:
+                length_S[source] = batch.lengths[place]
+                source = due(length_S, weights_S)
+            else:
+                source = None
+        for s, (batch, first, _) in ahead_S.items():
+            if place_S[s] > first:
+                num_tokens = batch.starts[place_S[s]] - batch.starts[first]
+                self.opener.advance(s, place_S[s] - first, num_tokens)
+                self.totals["open"] += num_tokens
+                self.buffer_S[s].hold(EMPTY, batch, first, read=0, rest=0)
+        return source
+
+    def read_document(self, source: int, pieces: Pieces, now: StreamSettings, end: int) -> None:
+        """The next of a source, to its end or that of the step."""
+        number, buffer = self.opener.next_S[source], self.buffer_S[source]
+        batch, place = self.opener.take_one(source)
+        read, rest = 0, batch.lengths[place]
+        self.totals["open"] += rest
+        while rest and pieces.filled < end:
+            length = min(rest, now.room(pieces.filled))
+            pieces.add(batch, place, read, length)
+            pieces.sources.append(source)
+            read, rest = read + length, rest - length
+            if rest:
+                pieces.cut(batch, place, read)
+            buffer.hold(number, batch, place, read=read, rest=rest)
+            self.credits.charge(source, length, self.weights_left(now.weights_S))
 
     def best_fit(self, pieces: Pieces, now: StreamSettings) -> None:
         """The rows of one step: whole documents, cut at the length of a row, each in the fullest row that has
         room for it; the rest is padding. The step ends with the first document that finds no room.
         """
-        rows = [list[tuple[int, Tokens]]() for _ in range(now.rows_per_stream)]
+        rows = [list[tuple[int, TokenBatch, int]]() for _ in range(now.rows_per_stream)]
         room_R = [now.seq_len] * now.rows_per_stream
-        self.opener.cut_at(now.cut)
+        self.opener.cut = now.cut
         source = self.next_source(now.weights_S, at_most=now.seq_len)
         while source is not None:
-            length = min(len(self.opener.peeked(source).ids), now.seq_len)
+            length = min(self.opener.next_length(source), now.seq_len)
             with_room = [r for r, room in enumerate(room_R) if room >= length]
             if not with_room:
                 break
             if len(now.weights_S) > 1:
                 self.credits.charge(source, length, self.weights_left(now.weights_S))
             fullest = min(with_room, key=room_R.__getitem__)
-            rows[fullest].append((source, self.opener.take(source)))
+            rows[fullest].append((source, *self.opener.take_one(source)))
             room_R[fullest] -= length
             source = self.next_source(now.weights_S, at_most=now.seq_len)
         for row, room in zip(rows, room_R, strict=True):
-            for source, tokens in row:
-                pieces.add_cut(tokens, source, at_most=now.seq_len)
-                self.totals["truncated"] += max(0, len(tokens.ids) - now.seq_len)
+            for source, batch, place in row:
+                length = min(batch.lengths[place], now.seq_len)
+                pieces.add(batch, place, 0, length)
+                pieces.sources.append(source)
+                if length < batch.lengths[place]:
+                    pieces.cut(batch, place, length)
+                self.totals["truncated"] += batch.lengths[place] - length
             pieces.pad(room)
         self.totals["documents"] += sum(map(len, rows))
         self.totals["tokens"] += now.num_tokens - sum(room_R)
@@ -156,7 +273,7 @@ class VirtualStream:
 
     def has_more(self, now: StreamSettings) -> bool:
         """Peeks at the document that the next step would take first; calling it has no side effect."""
-        self.opener.cut_at(now.cut)
+        self.opener.cut = now.cut
         is_open = any(buffer.num_open for buffer in self.buffer_S)
         return is_open or any(
             weight and self.opener.next_length(s) is not None for s, weight in enumerate(now.weights_S)
@@ -164,67 +281,11 @@ class VirtualStream:
 
     # -- which source --
 
-    def source_to_read(self, now: StreamSettings, *, row_rest: int, step_rest: int = 0) -> int | None:
-        """The source of the next piece: the one that is due, of those with an open document. None: all is
-        read. step_rest: [tokens] that are sure to be read of an only source in this step.
-        """
-        if self.phase != now.phase:
-            fullest = max(range(len(self.buffer_S)), key=lambda s: self.buffer_S[s].num_open)
-            if now.drain and self.buffer_S[fullest].num_open:
-                return fullest
+    def drains(self, now: StreamSettings) -> bool:
+        """Are documents of an earlier phase read to their ends, before anything else?"""
+        if self.phase != now.phase and not (now.drain and any(buffer.num_open for buffer in self.buffer_S)):
             self.phase = now.phase
-        if len(self.buffer_S) == 1:
-            if self.buffer_S[0].num_open <= now.size_S[0]:
-                self.refill(0, now, num_tokens=step_rest)
-            return 0 if self.buffer_S[0].num_open else None
-        if now.has_buffer:
-            for s in self.unfilled:
-                if now.size_S[s] and self.buffer_S[s].num_open <= now.size_S[s]:
-                    self.refill(s, now)
-            self.unfilled = ()
-        elif not any(buffer.num_open for buffer in self.buffer_S):
-            source = self.next_source(now.weights_S)
-            if source is not None:
-                self.refill(source, now)
-            return source
-        source = self.source_due(now, row_rest)
-        if source is not None:
-            return source
-        # of sources that the mixture names no longer
-        return next((s for s, buffer in enumerate(self.buffer_S) if buffer.num_open), None)
-
-    def source_due(self, now: StreamSettings, row_rest: int) -> int | None:
-        """As Credits.next_source says it, of the sources with an open document; quicker once all of them have
-        begun.
-        """
-        due, first_due, credit_S, weights_S = None, math.inf, self.credits.credit_S, now.weights_S
-        for s in now.wanted:
-            if self.buffer_S[s].num_open:
-                if credit_S[s] == math.inf:
-                    return self.first_due(now, row_rest)
-                looked = self.looked[s]
-                rest = self.look(s, now)[2] if looked is None else looked[2]
-                then = ((rest if rest < row_rest else row_rest) / 2 - credit_S[s]) / weights_S[s]
-                if then < first_due:
-                    due, first_due = s, then
-        return due
-
-    def first_due(self, now: StreamSettings, row_rest: int) -> int:
-        """Where a source is due for the first time."""
-        both = zip(now.weights_S, self.buffer_S, strict=True)
-        open_S = [weight if buffer.num_open else 0.0 for weight, buffer in both]
-        return self.credits.next_source(open_S, next_length=lambda s: min(self.look(s, now)[2], row_rest))
-
-    def look(self, source: int, now: StreamSettings) -> tuple[int, int, int]:
-        """Of the document of `source` that would be read on: slot, draws after it, and tokens unread."""
-        looked = self.looked[source]
-        if looked is None:
-            buffer = self.buffer_S[source]
-            slot, draws = buffer.look(now.size_S[source])
-            if buffer.tokens[slot] is None:
-                self.reread(source, slot)
-            looked = self.looked[source] = slot, draws, buffer.rest[slot]
-        return looked
+        return self.phase != now.phase
 
     def next_source(self, weights_S: list[float], *, at_most: float = math.inf) -> int | None:
         """The source of the next document; None: all are at their ends. One at its end leaves its share to
@@ -251,49 +312,35 @@ class VirtualStream:
         total = sum(weight for weight, has in zip(weights_S, has_S, strict=True) if has)
         return [weight / total if has else 0.0 for weight, has in zip(weights_S, has_S, strict=True)]
 
-    def charge(self, source: int, length: int, now: StreamSettings) -> None:
-        """Tokens left over from an earlier phase are charged to no source."""
-        if self.phase == now.phase and now.weights_S[source] > 0:
-            self.credits.charge(source, length, self.weights_left(now.weights_S))
-
     # -- open documents --
 
-    def refill(self, source: int, now: StreamSettings, *, num_tokens: int = 0) -> None:
-        """Fills the buffer. Where there is none, one document is opened, or as many as hold `num_tokens`: all
-        but the last of them are read to their ends in this step.
-        """
+    def refill(self, source: int, now: StreamSettings) -> None:
+        """Fills the buffer."""
         buffer = self.buffer_S[source]
         room = buffer.room(now.size_S[source])
-        if room > 1:
-            self.opener.request(source, self.intake.to_request(source, room))
+        self.opener.request(source, self.intake.to_request(source, room))
         buffer.close_up()
-        buffer.in_order = num_tokens > 0 and not now.size_S[source]
-        before = len(buffer.numbers)
-        if buffer.in_order:
-            buffer.extend(*self.opener.take_many(source, num=math.inf, num_tokens=num_tokens))
-        elif room > 1:
-            buffer.extend(*self.opener.take_many(source, num=room, num_tokens=math.inf))
-        elif self.opener.next_length(source) is not None:
-            buffer.add(self.opener.next_S[source], self.opener.take(source))
-        self.totals["open"] += sum(buffer.rest[before:])
+        while room and self.opener.next_length(source) is not None:
+            run = self.opener.take(source, at_most=room)
+            buffer.extend(run)
+            room -= run.stop - run.first
+            self.totals["open"] += run.num_tokens
 
-    def reread(self, source: int, slot: int) -> None:
-        """Fetches the tokens of a document that was open before a resume."""
-        buffer = self.buffer_S[source]
-        n, read = buffer.numbers[slot], buffer.read[slot]
+    def reread(self, source: int, n: int, read: int) -> TokenBatch:
+        """A document that was open before a resume."""
         ticket = self.resumed.pop((source, n), None)
-        tokens = self.intake.reread(source, n, ticket=ticket)
-        if read >= len(tokens.ids):
+        ids, mask = self.intake.reread(source, n, ticket=ticket)
+        if read >= len(ids):
             reader = self.intake.readers[source]
-            raise reader.foreign(f"{reader.where(n)}: no token {read}, the document has {len(tokens.ids)}")
-        buffer.tokens[slot], buffer.rest[slot] = tokens, len(tokens.ids) - read
+            raise reader.foreign(f"{reader.where(n)}: no token {read}, the document has {len(ids)}")
+        return TokenBatch([ids], {} if mask is None else {0: mask})
 
-    def open(self) -> Iterator[tuple[int, int, int, Tokens | None]]:
-        """source, number in the source, tokens read, tokens."""
+    def open(self) -> Iterator[tuple[int, int, int, TokenBatch | None]]:
+        """source, number in the source, tokens read, and what holds its tokens."""
         for s, buffer in enumerate(self.buffer_S):
-            for n, read, tokens in zip(buffer.numbers, buffer.read, buffer.tokens, strict=True):
+            for n, read, batch in zip(buffer.numbers, buffer.read, buffer.batches, strict=True):
                 if n != EMPTY:
-                    yield s, n, read, tokens
+                    yield s, n, read, batch
 
     def oldest(self, source: int) -> int:
         """The oldest document of `source` that is open, or the next one."""

@@ -16,11 +16,16 @@ from trainer.model.afmoe import Afmoe
 
 def train_only(model: Afmoe, names: Sequence[str]) -> None:
     """Freezes all other parameters. Raises: ValueError if nothing is left to train."""
+    freeze(model, names)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"train_only={list(names)}: this model has no such parameter; name another part")
+
+
+def freeze(model: Afmoe, names: Sequence[str]) -> None:
+    """All parameters but these, of which a part of a model may have none."""
     atoms = atoms_of(names)
     for atom, parameter in parts(model):
         parameter.requires_grad_(atom in atoms)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"train_only={list(names)}: this model has no such parameter; name another part")
     if not model.tok_embeddings.weight.requires_grad:
         model.tok_embeddings.register_forward_hook(begin_backward)
 

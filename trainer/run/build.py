@@ -57,7 +57,7 @@ def build(config: Config, *, stop: StopRequest | None = None) -> Run:
     facts = {**dotted_keys(asdict(config)), "the code": code_version(), "torch": torch.__version__}
     refuse_disagreement(facts, broadcast=meeting.broadcast_object, gather=meeting.all_gather_objects)
     device.keep_freed_memory()
-    config, program, stream = lasting(config, meeting)
+    config, program, stream = lasting(config, meeting, stop)
     on = device.start(timeout_s=config.timeout_s, meeting=meeting)
     end_if_told(stop)
     compare_clocks()
@@ -156,9 +156,9 @@ def degrees_of(config: Config, meeting: Meeting) -> device.Degrees:
     return device.degrees_of(config.parallel, num_ranks=meeting.num_ranks, num_experts=num_experts_of(config))
 
 
-def lasting(config: Config, meeting: Meeting) -> tuple[Config, Program, TokenStream]:
+def lasting(config: Config, meeting: Meeting, stop: StopRequest) -> tuple[Config, Program, TokenStream]:
     """The configuration with its number of steps, counted where it has epochs; the program and the stream.
-    Collective. Raises: ConfigError, DataError, on all ranks.
+    Collective. Raises: ConfigError, DataError, Stopped, on all ranks.
     """
     if config.epochs is None or config.steps is not None:
         program = program_of(config)
@@ -176,11 +176,13 @@ def lasting(config: Config, meeting: Meeting) -> tuple[Config, Program, TokenStr
 
     def count() -> tuple[int, str | None]:
         try:
-            return steps_left(stream, micro_batch=first.micro_batch), None
+            is_told = lambda: stop.code is not None  # noqa: E731
+            return steps_left(stream, micro_batch=first.micro_batch, is_told_to_end=is_told), None
         except (BadDocument, DataError) as error:
             return 0, "\n".join([str(error), *getattr(error, "__notes__", ())])
 
     answers = meeting.all_gather_objects(meeting.together(count))
+    end_if_told(stop, ask=meeting.all_gather_objects)
     if problems := [said for _, said in answers if said]:
         raise DataError(problems[0])
     steps = max(counted for counted, _ in answers)

@@ -33,7 +33,6 @@ Times are ranges: twofold without a calibration, 1.5-fold once all that a step i
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ MEASURED = (
     "matmul", "experts", "attention", "hbm", "nvlink", "nic", "all_to_all_nvlink", "all_to_all_nic"
 )  # fmt: skip
 OPTIONAL = ("launch_s", "wait_s", "fused")
+MOST = 1e18  # [FLOP/s] of no single device
 UNMEASURED, PARTS, RUN = 2.0, 1.5, 1.25  # the longest time of a range over its shortest
 
 
@@ -82,10 +82,19 @@ def read(path: Path, *, device: str) -> Calibration:
             f"calibration={path}: was measured on {values.get('device')}, but device={device}; use "
             f"device={values.get('device')}, or a file of its own"
         )
+    for key, kind in {"measured": dict, "runs": list}.items():
+        if not isinstance(values.get(key, kind()), kind):
+            what = "an object of speeds" if kind is dict else "a list of steps"
+            raise ConfigError(
+                f"calibration={path}: {key}={values[key]}: must be {what}; leave it out, or run tests/gpu"
+            )
     measured, others = values.get("measured", {}), {key: values[key] for key in OPTIONAL if key in values}
     for key, value in {**measured, **others}.items():
         if key not in (*MEASURED, *OPTIONAL):
             raise ConfigError(f"calibration={path}: measured.{key}: use one of {', '.join(MEASURED)}")
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"calibration={path}: {key}={value}: must be a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST:
+            raise ConfigError(
+                f"calibration={path}: {key}={value}: must be a number above 0 and below {MOST:g}, in B/s, "
+                "FLOP/s or s"
+            )
     return Calibration(device, measured, others, tuple(values.get("runs", ())))

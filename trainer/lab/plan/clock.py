@@ -13,16 +13,8 @@ from trainer.config import Config
 from trainer.lab.plan.fake import attended
 from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.keys import Keys
-from trainer.lab.plan.layout import (
-    Layout,
-    Memory,
-    Traffic,
-    memory,
-    optimizer_on,
-    sent_on,
-    traffic,
-)
-from trainer.lab.plan.trace import OptimizerStep
+from trainer.lab.plan.layout import Layout, Memory, Traffic, memory, sent_on, traffic
+from trainer.lab.plan.optimizer import OptimizerStep, OptimizerSteps
 from trainer.lab.plan.whole import Whole
 from trainer.program import StepSettings
 
@@ -96,18 +88,25 @@ class Step:
 class Clock:
     """What of a run's plan is the same for all layouts: the model, the device, the run's settings."""
 
-    def __init__(self, config: Config, hardware: Hardware, optimizer: OptimizerStep, *, imbalance: float):
-        self.config, self.hardware, self.optimizer, self.imbalance = config, hardware, optimizer, imbalance
+    def __init__(self, config: Config, hardware: Hardware, *, imbalance: float):
+        self.config, self.hardware, self.imbalance = config, hardware, imbalance
+        self.optimizer = OptimizerSteps(config)
+
+    def speed(self, kind: str) -> float:
+        """[FLOP/s] of a kind of work in the dtype that the run does it in."""
+        c = self.config
+        dtype = "float32" if c.dtype == "float32" else "bfloat16"
+        return self.hardware.speed(kind, (c.model.expert_dtype if kind == "experts" else None) or dtype)
 
     def step(self, layout: Layout, whole: Whole, now: StepSettings) -> Step:
         """now: of the span, with the layout's micro_batch or its own."""
         tokens = layout.micro_batch * now.seq_len // layout.cp
         accumulation = max(1, now.global_batch // (layout.readers * layout.micro_batch))
-        keys = Keys(self.config, layout, now)
+        keys, optimizer = Keys(self.config, layout, now), self.optimizer.on(layout.degrees)
         needs = memory(
             layout,
             whole,
-            self.optimizer,
+            optimizer,
             self.hardware,
             tokens=tokens,
             accumulation=accumulation,
@@ -120,15 +119,15 @@ class Clock:
         per_step = Counter()
         for (_, part), n in flop.items():
             per_step[part] += n * accumulation
-        per_step["optimizer"] = self.optimizer.flop * self.optimizer_scale(layout)
+        per_step["optimizer"] = optimizer.flop
         return Step(
             layout,
             now,
             accumulation,
             needs,
-            (*phases, last, self.optimizer_phase(layout)),
+            (*phases, last, self.optimizer_phase(optimizer)),
             per_step,
-            self.links(layout, sent, accumulation),
+            self.links(sent, optimizer.sent, accumulation),
         )
 
     def flop(self, whole: Whole, now: StepSettings, layout: Layout) -> Counter:
@@ -165,9 +164,9 @@ class Clock:
         copies += whole.moved[name, "copies experts"] * whole.degrees[2] / layout.ep
         busiest = 1 + self.imbalance if layout.ep > 1 else 1.0
         parts = {
-            "matmul": flop[name, "matmul"] / h.speed("matmul"),
-            "experts": max(busiest * flop[name, "experts"] / h.speed("experts"), per_expert),
-            "attention": flop[name, "attention"] / h.speed("attention"),
+            "matmul": flop[name, "matmul"] / self.speed("matmul"),
+            "experts": max(busiest * flop[name, "experts"] / self.speed("experts"), per_expert),
+            "attention": flop[name, "attention"] / self.speed("attention"),
             "memory": (elementwise + copies) / h.speed("hbm"),
             "all-to-all": 0.0,
         }
@@ -186,31 +185,23 @@ class Clock:
         waits = sum(n for (phase, _), n in whole.waits.items() if phase == name)
         return Phase(name, parts, nvlink, nic, kernels * h.launch_s.value + waits * h.wait_s.value)
 
-    def optimizer_scale(self, layout: Layout) -> float:
-        """A rank's share of the optimizer's work, of that on the run's own mesh."""
-        replicate, shard, _ = self.optimizer.degrees
-        return replicate * shard / layout.ranks
-
-    def optimizer_phase(self, layout: Layout) -> Phase:
-        h, step = self.hardware, self.optimizer
-        links = Traffic()
-        for key, num_bytes in optimizer_on(layout, step).items():
+    def optimizer_phase(self, step: OptimizerStep) -> Phase:
+        h, links = self.hardware, Traffic()
+        for key, num_bytes in step.sent.items():
             links += traffic(key, num_bytes, per_node=int(h.per_node.value))
         parts = {
-            "matmul": step.flop * self.optimizer_scale(layout) / h.speed("matmul"),
-            "memory": step.moved * step.degrees[1] / layout.shards / h.speed("hbm"),
+            "matmul": step.flop / self.hardware.speed("matmul", self.optimizer.dtype),
+            "memory": step.moved / h.speed("hbm"),
         }
         host = step.kernels * h.launch_s.value
         return Phase("optimizer", parts, links.nvlink / h.speed("nvlink"), links.nic / h.speed("nic"), host)
 
-    def links(self, layout: Layout, sent: Counter, accumulation: int) -> dict[str, Traffic]:
+    def links(self, sent: Counter, by_optimizer: Counter, accumulation: int) -> dict[str, Traffic]:
         links = dict[str, Traffic]()
         per_node = int(self.hardware.per_node.value)
-        for key, num_bytes in sent.items():
-            times = 1 if key.operator == "all-reduce" else accumulation
-            name = f"{key.operator} of {key.part}"
+        for key, num_bytes in (sent + by_optimizer).items():
+            is_optimizer = key.phase == "optimizer"
+            times = 1 if key.operator == "all-reduce" or is_optimizer else accumulation
+            name = f"{key.operator} of {'the optimizer' if is_optimizer else key.part}"
             links[name] = links.get(name, Traffic()) + traffic(key, num_bytes, per_node=per_node).times(times)
-        for key, num_bytes in optimizer_on(layout, self.optimizer).items():
-            name = f"{key.operator} of the optimizer"
-            links[name] = links.get(name, Traffic()) + traffic(key, num_bytes, per_node=per_node)
         return links

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # the backend "fake"
 from torch.utils import backend_registration
 
-from trainer.model import afmoe, dispatch, norm, recompute
+from trainer.model import afmoe, dispatch, moe, norm, recompute
 from trainer.ranks import device
 
 NAME = "fakegpu"
@@ -167,6 +167,37 @@ def _backward(ctx, grad_BLNH: Tensor, grad_lse: Tensor | None):
 attention.register_autograd(_backward, setup_context=_keep)
 
 
+@torch.library.custom_op("triquetra_plan::product", mutates_args=())
+def product(a: Tensor, b: Tensor, num_experts: int) -> Tensor:
+    """A grouped product in float32: of rows (R x K, E x K x N), or of a weight's gradient (K x R, R x N)."""
+    raise NotImplementedError("it is traced, and has no kernel")
+
+
+@product.register_fake
+def _(a: Tensor, b: Tensor, num_experts: int) -> Tensor:
+    return a.new_empty(*([num_experts] if b.ndim == 2 else []), a.shape[0], b.shape[-1])
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a_RK: Tensor, b_EKN: Tensor) -> Tensor:
+        ctx.save_for_backward(a_RK, b_EKN)
+        return torch.ops.triquetra_plan.product(a_RK, b_EKN, len(b_EKN))
+
+    @staticmethod
+    def backward(ctx, grad_RN: Tensor):
+        a_RK, b_EKN = ctx.saved_tensors
+        multiply = torch.ops.triquetra_plan.product
+        return multiply(grad_RN, b_EKN.mT, len(b_EKN)), multiply(a_RK.mT, grad_RN, len(b_EKN))
+
+
+def stand_in_product(module: moe.Experts, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
+    """torch multiplies float32 expert by expert, each when the host knows its rows; on shapes not at all."""
+    if A.dtype != torch.float32:
+        return torch._grouped_mm(A, B_t, offs=offs)
+    return Product.apply(A, B_t)
+
+
 def attended(length: int, window: int) -> int:
     """Pairs of a query and a key it sees, in a row of `length` that is one document; window 0: none."""
     window = min(window or length, length)
@@ -191,6 +222,13 @@ def balanced_splits(self, sent_E: Tensor, received_Ee: Tensor, ep_size: int, *, 
     return received_Ee.reshape(-1), split, split
 
 
+def with_stand_ins(saved: set) -> set:
+    """What a selective checkpoint keeps: attention, and products in float32 where it keeps others."""
+    ours = torch.ops.triquetra_plan
+    kept = {ours.product.default} if saved & recompute.GROUPED_GEMMS else set()
+    return saved | {ours.attention.default} | kept
+
+
 @contextmanager
 def stand_ins(watch) -> Iterator[None]:
     """In place of what cannot run on shapes, while a model is built and run."""
@@ -205,15 +243,14 @@ def stand_ins(watch) -> Iterator[None]:
     patches = [
         patch.object(afmoe.Attention, "__init__", initialise),
         patch.object(afmoe.FlexAttention, "mask", lambda self, *args, **kwargs: None),
+        patch.object(moe.Experts, "_grouped_mm", stand_in_product),
         patch.object(norm.nn_modules.RMSNorm, "forward", stand_in_norm),
         patch.object(
             dispatch.TokenDispatcher,
             "_sync_token_count_exchange",
             lambda *args: balanced_splits(*args, watch=watch),
         ),
-        patch.object(
-            selective, "get_save_ops", lambda self: saved(self) | {torch.ops.triquetra_plan.attention.default}
-        ),
+        patch.object(selective, "get_save_ops", lambda self: with_stand_ins(saved(self))),
     ]
     for name in FUSED:
         patches.append(patch.object(dispatch, name, watch.as_one(getattr(dispatch, name).__wrapped__)))

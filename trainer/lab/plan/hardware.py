@@ -23,7 +23,7 @@ class Figure:
 class Efficiency:
     """What a kernel or a collective reaches, as a share of the peak that it is measured against."""
 
-    matmul: Figure = field(default_factory=Figure)  # of peak_bf16
+    matmul: Figure = field(default_factory=Figure)  # of the peak of its dtype
     experts: Figure = field(default_factory=Figure)  # grouped products
     attention: Figure = field(default_factory=Figure)
     hbm: Figure = field(default_factory=Figure)
@@ -37,6 +37,9 @@ class Efficiency:
 class Hardware:
     name: str = MISSING
     peak_bf16: Figure = field(default_factory=Figure)  # [FLOP/s] dense
+    peak_float32: Figure = field(
+        default_factory=Figure
+    )  # [FLOP/s] without TF32, which a float32 run turns off
     hbm: Figure = field(default_factory=Figure)  # [B/s]
     memory: Figure = field(default_factory=Figure)  # [GiB] that torch can have
     nvlink: Figure = field(default_factory=Figure)  # [B/s] one way, of a GPU
@@ -49,11 +52,12 @@ class Hardware:
     reserved: Figure = field(default_factory=Figure)  # [GiB] of the CUDA context and NCCL
     efficiency: Efficiency = field(default_factory=Efficiency)
 
-    def speed(self, kind: str) -> float:
-        """[FLOP/s] or [B/s] that a kind of work reaches."""
+    def speed(self, kind: str, dtype: str = "bfloat16") -> float:
+        """[FLOP/s] in dtype, or [B/s], that a kind of work reaches."""
         peaks = {"hbm": self.hbm, "nvlink": self.nvlink, "all_to_all_nvlink": self.nvlink}
         peaks |= {"nic": self.nic, "all_to_all_nic": self.nic}
-        return peaks.get(kind, self.peak_bf16).value * getattr(self.efficiency, kind).value
+        peak = {"bfloat16": self.peak_bf16, "float32": self.peak_float32}[dtype]
+        return peaks.get(kind, peak).value * getattr(self.efficiency, kind).value
 
 
 def hardware(name: str, calibration: Calibration | None = None) -> Hardware:

@@ -12,7 +12,6 @@ from trainer.lab.plan.watch import Sent
 from trainer.model.context import Cut
 from trainer.program import StepSettings
 
-BYTES = 2  # of a number in bfloat16
 ALIVE = 3  # of a layer that runs backward: what was fetched, its gradients, and what travels [estimate]
 
 
@@ -20,8 +19,8 @@ class Keys:
     """Of a microbatch. sent: by phase, as Watch counts it; kept: [bytes] at most beside a rank's own."""
 
     def __init__(self, config: Config, layout: Layout, now: StepSettings) -> None:
-        m = config.model
-        token = 2 * m.num_kv_heads * m.head_dim * BYTES * layout.micro_batch
+        m, num_bytes = config.model, 4 if config.dtype == "float32" else 2
+        token = 2 * m.num_kv_heads * m.head_dim * num_bytes * layout.micro_batch
         num_global = m.num_layers // m.global_every
         near, far = (
             token * most_fetched(layout.cp, now.seq_len, m.window, kind) for kind in (m.window, None)

@@ -13,9 +13,9 @@ import numpy as np
 
 from trainer.config import Config, ConfigError, ParallelConfig, divisors
 from trainer.lab.plan.hardware import Hardware
-from trainer.lab.plan.trace import OptimizerStep
+from trainer.lab.plan.optimizer import OptimizerStep
 from trainer.lab.plan.watch import CLASSES, KINDS, Sent
-from trainer.lab.plan.whole import Variant, Whole, axis_of, group_of
+from trainer.lab.plan.whole import Variant, Whole, are_cut_inside, axis_of, group_of
 from trainer.model.context import Cut
 from trainer.program import StepSettings
 from trainer.ranks import device
@@ -53,7 +53,8 @@ class Layout:
         return self.dp_replicate, self.shards, self.ep
 
     def variant(self, num_experts: int) -> Variant:
-        return Variant(self.policy, self.ep > 1, self.shards > num_experts, self.reshard, self.reduce_dtype)
+        cut_inside = are_cut_inside(self.degrees, num_experts)
+        return Variant(self.policy, self.ep > 1, cut_inside, self.reshard, self.reduce_dtype)
 
     def overrides(self) -> list[str]:
         """Of the command line of a run."""
@@ -109,7 +110,7 @@ def refusal(config: Config, layout: Layout, nows: list[StepSettings]) -> Refusal
     except ConfigError as error:
         return Refusal("experts or ranks do not divide", str(error))
     parts = layout.shards // layout.ep
-    if num_experts and layout.shards > num_experts and math.gcd(m.dim, m.expert_dim) % parts:
+    if num_experts and are_cut_inside(layout.degrees, num_experts) and math.gcd(m.dim, m.expert_dim) % parts:
         return Refusal(
             "experts or ranks do not divide",
             f"parallel.dp_shard x parallel.cp = {layout.shards}: {parts} ranks cannot share "
@@ -165,7 +166,6 @@ def memory(
     """tokens: of a microbatch on a rank; fetched: [bytes] of keys and values from other ranks."""
     scale = class_scale(layout, whole, tokens=tokens)
     gradients = whole.after["backward"][KINDS.index("gradients")] @ scale
-    state = optimizer.state * optimizer.degrees[1] / layout.shards
     places = {"in forward and backward": whole.late @ scale, "at the end of backward": whole.early @ scale}
     places["in forward and backward"] = places["in forward and backward"].copy()
     places["in forward and backward"][:, KINDS.index("activations")] += fetched
@@ -184,7 +184,7 @@ def memory(
         key=lambda each: each[1].sum(),
     )
     kinds = dict(zip(KINDS, lives.tolist(), strict=True))
-    kinds["optimizer"] = state
+    kinds["optimizer"] = optimizer.state
     total = sum(kinds.values())
     lost = total * hardware.fragments.value + hardware.reserved.value * GIB
     return Memory(kinds, moment, lost)
@@ -235,14 +235,3 @@ def traffic(key: Sent, num_bytes: float, *, per_node: int) -> Traffic:
     passes = 2 if key.operator == "all-reduce" else 1
     through = num_bytes * (nodes - 1) / nodes / inside
     return Traffic(passes * (num_bytes * (size - 1) / size - through), passes * through)
-
-
-def optimizer_on(layout: Layout, step: OptimizerStep) -> Counter[Sent]:
-    """What the ranks of another layout send in the optimizer's step, scaled from those of the run's own."""
-    sent = Counter[Sent]()
-    for key, num_bytes in step.sent.items():
-        axis = axis_of(key, step.degrees)
-        size, stride = group_of(axis, layout.degrees)
-        if size > 1:
-            sent[key._replace(size=size, stride=stride)] += num_bytes * step.degrees[1] / layout.shards
-    return sent

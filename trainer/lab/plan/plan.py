@@ -5,13 +5,12 @@ one sentence.
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from trainer.config import Config, ConfigError
+from trainer.config import MXFP8, Config, ConfigError
 from trainer.lab.plan.calibration import Calibration
 from trainer.lab.plan.clock import Clock, Step
 from trainer.lab.plan.hardware import Hardware
 from trainer.lab.plan.layout import GIB, Layout, layout_of
 from trainer.lab.plan.search import Search, fits, search, variants_of
-from trainer.lab.plan.trace import optimizer_step
 from trainer.lab.plan.whole import Traces
 from trainer.program import Program, program_of
 from trainer.size import flops_per_token
@@ -45,6 +44,7 @@ class Plan:
     price: float | None  # of a GPU hour
     overrides: tuple[str, ...] = ()  # overrides of the command line
     span: str | None = None  # that was asked for
+    trained: float = 1.0  # share of the parameters
 
     @property
     def main(self) -> SpanPlan:
@@ -85,6 +85,11 @@ def plan(
 
     Raises: ConfigError, as a start of training would.
     """
+    if config.model.expert_dtype == MXFP8:
+        raise ConfigError(
+            f"model.expert_dtype={MXFP8}: configs/device has speeds of float32 and bfloat16 alone; plan it "
+            "with model.expert_dtype=bfloat16, which is no faster"
+        )
     program = program_of(config)
     layout = layout_of(config, ranks=ranks, micro_batch=config.micro_batch)
     program.check_split(num_ranks=layout.readers, num_streams=config.data.num_streams)
@@ -97,12 +102,13 @@ def plan(
         traces.ahead([layout.variant(config.model.num_experts)])
         if searches:
             traces.ahead(variants_of(config, main, ranks=layout.ranks))
-        clock = Clock(config, hardware, optimizer_step(config, layout.degrees), imbalance=imbalance)
+        clock = Clock(config, hardware, imbalance=imbalance)
         spans = spans_of(config, program, layout, traces, clock)
         searched = (
             search(config, program, main, traces, clock, hardware, ranks=layout.ranks) if searches else None
         )
-    return Plan(config, hardware, calibration, layout, spans, searched, price, span=span)
+    share = clock.optimizer.trained
+    return Plan(config, hardware, calibration, layout, spans, searched, price, span=span, trained=share)
 
 
 def spans_of(

@@ -46,9 +46,20 @@ def sentence(plan: Plan) -> str:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Spans that do not fit, and what would help."""
+    """What is planned otherwise than a stranger may think; spans that do not fit, and what would help."""
+    config, remarks = plan.config, list[str]()
+    if config.train_only is not None:
+        remarks.append(
+            f"train_only=[{', '.join(config.train_only)}]: {plan.trained:.3g} of the parameters are trained; "
+            "the others have no gradients, no optimizer state, and nothing of them is reduced."
+        )
+    if config.parallel.dispatcher != "all_to_all":
+        remarks.append(
+            f"parallel.dispatcher={config.parallel.dispatcher} is planned as all_to_all: its speed was not "
+            "measured."
+        )
     unfit = [span for span in plan.spans if not fits(span.step, plan.hardware)]
-    return [
+    return remarks + [
         f"{span.name or 'the run'} does not fit: {gib(span.step.memory.total)} of "
         f"{plan.hardware.memory.value:,.0f} GiB a rank for rows of "
         f"{span.step.now.seq_len:,} tokens; use more checkpointing or fewer rows"

@@ -1,5 +1,6 @@
-"""What does one microbatch of a small model do on the fake device, and what the optimizer's step of a whole
-one? The run's own modules, built as a run builds them.
+"""What does one microbatch of a small model do on the fake device?
+
+The run's own modules, built as a run builds them.
 """
 
 import copy
@@ -11,13 +12,14 @@ import torch
 
 from trainer.config import Config, ModelConfig, ParallelConfig
 from trainer.lab.plan import fake
-from trainer.lab.plan.watch import KINDS, Watch
+from trainer.lab.plan.watch import Watch
 from trainer.model.afmoe import Afmoe, Attention, afmoe_config
+from trainer.model.frozen import freeze
 from trainer.model.parallelize import build_parallel
 from trainer.program import program_of
 from trainer.ranks import device
-from trainer.ranks.local import local, scale_gradients, squared_gradient_norm
-from trainer.run.build import build_optimizer, loss_weights
+from trainer.ranks.local import local
+from trainer.run.build import loss_weights
 
 COUNTED = ("flop", "moved", "kernels", "waits", "sent", "calls")
 
@@ -85,6 +87,8 @@ def build(
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     with fake.stand_ins(watch):
         net = build_parallel(shape, dims, dtype=dtype, activation_checkpoint=policy, **sharding)
+    if config.train_only is not None:
+        freeze(net, config.train_only)
     for module in net.modules():
         if isinstance(module, Attention):
             module.window = m.window
@@ -177,57 +181,3 @@ def undominated(moments: np.ndarray) -> np.ndarray:
         if not kept or not (sums[kept] >= sums[i]).all(axis=1).any():
             kept.append(i)
     return moments[kept]
-
-
-@dataclass(frozen=True)
-class OptimizerStep:
-    """Of the whole model, on a rank of the run's own mesh."""
-
-    degrees: tuple[int, int, int]
-    state: float  # [bytes] that stay
-    peak: float  # [bytes] at most beside weights, gradients and state
-    flop: float
-    moved: float  # [bytes] through memory
-    kernels: int
-    sent: Counter  # of Sent
-    calls: Counter
-
-
-def transient(watch: Watch, before: float) -> float:
-    """[bytes] at most beside what was there before and what stays, as if that had been there all along."""
-    stays = np.zeros(len(watch.moments) + 1)
-    for block in watch.blocks.values():
-        if block.kind == KINDS.index("optimizer"):
-            stays[block.birth] += block.num_bytes
-    lives = np.array([live.sum() for _, live in watch.moments])
-    return float((lives - before - np.cumsum(stays)[: len(lives)]).max(initial=0.0))
-
-
-def optimizer_step(config: Config, degrees: tuple[int, int, int]) -> OptimizerStep:
-    """run/step.train_step from the gradient's norm on; without a gradient of its own."""
-    with fake.ranks(degrees[0] * degrees[1]) as mode:
-        model = build(config, mode, degrees=degrees, policy="none", tokens=2)
-        watch = model.watch
-        with mode, watch:
-            for p in model.net.parameters():
-                p.grad = torch.empty_like(p)
-            watch.rename(sharded(model.net, of="grad"), "gradients")
-            optimizer = build_optimizer(config, model.net)
-            before = watch.live.sum()
-            watch.moments.clear()
-            with watch.during("optimizer"), watch.making("optimizer", 0.0):
-                squared_gradient_norm(model.net)
-                scale_gradients(model.net, 1.0)
-                optimizer.step()
-        state = watch.live.sum() - before
-        peak = transient(watch, before)
-    return OptimizerStep(
-        degrees,
-        state,
-        peak,
-        sum(watch.flop.values()),
-        sum(watch.moved.values()),
-        watch.kernels["optimizer"],
-        watch.sent,
-        watch.calls,
-    )

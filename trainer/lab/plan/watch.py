@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
@@ -26,9 +27,12 @@ from trainer.model.moe import Experts
 # What bytes grow with: ranks that share a weight, the experts that a rank holds, or its tokens.
 CLASSES = ("shard", "expert shard", "whole", "expert whole", "tokens")
 KINDS = ("weights", "gradients", "optimizer", "gathered", "reduced", "activations")
-VIEWS_OF_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_to_copy"}
+VIEWS_OF_NOTHING = {
+    "empty", "empty_like", "new_empty", "empty_strided", "detach", "_to_copy", "_unsafe_view"
+}  # fmt: skip
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
 SHAPES = "_propagate_tensor_meta_non_cached"
+GROUPED = ("_grouped_mm", "product")
 PER_PAIR = {"attention": 4, "attention_backward": 10}  # matrix products of H elements, times 2 FLOP
 
 
@@ -113,7 +117,8 @@ class Watch(TorchDispatchMode):
 
     def _within(self, method: Callable, kind: str) -> Callable:
         def wrapped(group: FSDPParamGroup, *args, **kwargs):
-            with self.making(kind, expert_share(group), shard_numel=shard_numel(group)):
+            params = [p for p in group.fsdp_params if kind == "gathered" or p.sharded_param.requires_grad]
+            with self.making(kind, expert_share(params), shard_numel=shard_numel(params)):
                 return method(group, *args, **kwargs)
 
         return wrapped
@@ -252,11 +257,13 @@ class Watch(TorchDispatchMode):
         to_host = name == "_to_copy" and results[0].device.type != self.device_type
         if name in WAITS or (to_host and not kwargs.get("non_blocking")):
             self.count_wait(name)
+        if name == "product":
+            self.count_wait("rows of experts")
         if flop := flop_of(func, name, args, kwargs, out):
             self.flop[self.phase, part_of(name, args)] += flop
         if func.is_view or (name in VIEWS_OF_NOTHING and name != "_to_copy"):
             return
-        self.kernels[self.phase] += 1
+        self.kernels[self.phase] += args[-1] if name == "product" else 1  # one for each expert
         moved = sum(tensor.numel() * tensor.element_size() for tensor in inputs + results)
         if self.share is None or self.kind not in ("gathered", "reduced"):
             self.moved[self.phase, part_of(name, args).split()[0] if flop else "other"] += moved
@@ -297,17 +304,17 @@ OPERATORS = {
 }
 
 
-def expert_share(group: FSDPParamGroup) -> float:
-    """Of the elements that the group gathers, those of routed experts."""
+def expert_share(params: list[FSDPParam]) -> float:
+    """Of the elements that a group gathers, or reduces, those of routed experts."""
     sizes = Counter[bool]()
-    for param in group.fsdp_params:
+    for param in params:
         sizes[isinstance(param._module_info.module, Experts)] += param._orig_size.numel()
     return sizes[True] / max(1, sizes.total())
 
 
-def shard_numel(group: FSDPParamGroup) -> int:
-    """Elements of this rank's part of what the group gathers."""
-    return sum(param._sharded_param_data.numel() for param in group.fsdp_params)
+def shard_numel(params: list[FSDPParam]) -> int:
+    """Elements of this rank's part of them."""
+    return sum(param._sharded_param_data.numel() for param in params)
 
 
 def group_of(args, kwargs) -> dist.ProcessGroup:
@@ -325,7 +332,9 @@ def group_of(args, kwargs) -> dist.ProcessGroup:
 
 def part_of(name: str, args) -> str:
     """attention: with the window that its pairs are within (0: none)."""
-    return {"_grouped_mm": "experts"}.get(name, f"attention {args[-1]}" if name in PER_PAIR else "matmul")
+    if name in PER_PAIR:
+        return f"attention {args[-1]}"
+    return "experts" if name in GROUPED else "matmul"
 
 
 def flop_of(func, name: str, args, kwargs, out) -> float:
@@ -333,9 +342,10 @@ def flop_of(func, name: str, args, kwargs, out) -> float:
     if name in PER_PAIR:
         num_rows, _, heads, width = args[0].shape
         return PER_PAIR[name] * heads * width * num_rows
-    if name == "_grouped_mm":
+    if name in GROUPED:
         a, b = args[0], args[1]
         return 2 * a.shape[0] * a.shape[1] * b.shape[-1]
-    if func._overloadpacket in flop_registry:
-        return flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)  # addmm_ is an addmm
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=out)
     return 0

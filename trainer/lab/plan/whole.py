@@ -40,12 +40,14 @@ class Variant:
         return {"reshard_after_forward": self.reshard, "reduce_dtype": getattr(torch, self.reduce_dtype)}
 
     def degrees(self, m: ModelConfig) -> tuple[int, int, int]:
-        ep = 2 if self.has_ep and m.num_experts % 2 == 0 else 1
-        shard = EFSDP * ep
-        if self.cut_inside:
-            parts = divisors(math.gcd(m.dim, m.expert_dim))
-            shard = next(ep * n for n in parts if ep * n > m.num_experts)
-        return REPLICAS, shard, ep
+        """Of a small mesh on which it is so."""
+        eps = divisors(m.num_experts)[1:] if self.has_ep and m.num_experts > 1 else [1]
+        if not self.cut_inside:
+            return REPLICAS, EFSDP * eps[0], eps[0]
+        parts = divisors(math.gcd(m.dim, m.expert_dim))
+        replicas = [REPLICAS, m.num_experts]  # where no part is large enough
+        meshes = ((replicate, ep * n, ep) for replicate in replicas for ep in eps for n in parts)
+        return next(mesh for mesh in meshes if are_cut_inside(mesh, m.num_experts))
 
 
 @dataclass
@@ -127,21 +129,28 @@ class Traces:
         return self.wholes[variant]
 
     def add_up(self, variant: Variant) -> Whole:
-        m = self.config.model
-        base, num_global = self.small(variant), m.num_layers // m.global_every
+        m, base = self.config.model, self.small(variant)
+        num_global, num_moe = m.num_layers // m.global_every, m.num_layers - m.num_dense_layers
         terms = [(base, 1.0)]
 
-        def add(other: Trace, times: float) -> None:
-            terms.extend([(other, times), (base, -times)])
+        def add(other: Trace, times: float, *, over: Trace = base) -> None:
+            terms.extend([(other, times), (over, -times)])
 
         if m.num_dense_layers != 2:
             add(self.small(variant, dense=3), m.num_dense_layers - 2)
-        if num_moe := m.num_layers - m.num_dense_layers:
-            add(self.small(variant, moe=2), num_moe / 2)
-        if num_global:
-            add(self.small(variant, has_global=True), num_global)
-        timeline = self.small(variant, moe=2) if num_moe else base
+        # parts of a model that are not trained may be those of its local layers, or its experts
+        global_moe = num_global - m.num_dense_layers // m.global_every if self.config.train_only else 0
+        if num_global > global_moe:
+            add(self.small(variant, has_global=True), num_global - global_moe)
+        num_dense_terms, timeline = len(terms), base
+        if num_moe:
+            timeline = self.small(variant, moe=2)
+            add(timeline, num_moe / 2)
+        if global_moe:
+            add(self.small(variant, moe=2, has_global=True), global_moe, over=timeline)
+            timeline = self.small(variant, moe=2, has_global=True)
         scaled = [(on_mesh(trace, timeline.degrees), times) for trace, times in terms]
+        of_moe = scaled[num_dense_terms:]
         after = {key: sum(times * trace.after[key] for trace, times in scaled) for key in base.after}
         counts = {name: added(scaled, name) for name in COUNTED}
         back = timeline.moments["late backward"]
@@ -149,12 +158,15 @@ class Traces:
         late = running + after["forward"] - timeline.after["forward"]
         early = timeline.moments["early backward"] + after["backward"] - timeline.after["backward"]
         if num_moe:  # the first MoE layer, when those above it have gradients already
-            one = timeline.after["backward"] - on_mesh(base, timeline.degrees).after["backward"]
-            one = one - timeline.after["forward"] + on_mesh(base, timeline.degrees).after["forward"]
-            late = np.concatenate(
-                [late, back + after["forward"] - timeline.after["forward"] + (num_moe / 2 - 1) * one]
-            )
+            above = sum(times * grown(trace) for trace, times in of_moe)
+            above -= grown(timeline) - grown(on_mesh(base, timeline.degrees))
+            late = np.concatenate([late, back + after["forward"] - timeline.after["forward"] + above])
         return Whole(m, variant, self.tokens, timeline.degrees, after, late, early, **counts)
+
+
+def grown(trace: Trace) -> np.ndarray:
+    """What a backward pass leaves behind, less what it frees."""
+    return trace.after["backward"] - trace.after["forward"]
 
 
 def whole_of(config: Config, variant: Variant) -> Whole:
@@ -202,6 +214,13 @@ def group_of(axis: str, degrees: tuple[int, int, int]) -> tuple[int, int]:
         "efsdp": (shard // ep, ep),
         "ep": (ep, 1),
     }[axis]
+
+
+def are_cut_inside(degrees: tuple[int, int, int], num_experts: int) -> bool:
+    """Are experts cut inside their matrices? As torchtitan does where ranks are more than experts; without
+    expert parallelism it counts those of all replicas."""
+    replicate, shard, ep = degrees
+    return shard > ep and (shard if ep > 1 else replicate * shard) > num_experts
 
 
 def added(terms: list[tuple[Trace, float]], name: str) -> Counter:
