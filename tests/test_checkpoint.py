@@ -30,7 +30,10 @@ from trainer.checkpoint import (
     storage,
 )
 from trainer.checkpoint.__main__ import DAMAGED, OK, REFUSED, main
+from trainer.config import ConfigError, load
+from trainer.ranks import lock as lock_module
 from trainer.ranks.lock import InUseError, lock
+from trainer.run.directory import take
 
 QUICK = {"retries": 0, "retry_s": 0.0}
 
@@ -531,6 +534,43 @@ def test_list_and_verify(tmp_path, capsys):
     for wrong in (["list", str(tmp_path / "no")], ["verify", str(tmp_path), "11"], ["rewind", str(tmp_path)]):
         assert main(wrong) == REFUSED
     assert "step 11" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "nan", "1e9"])
+def test_a_wait_that_is_none_is_refused(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("TRIQUETRA_WAIT_S", text)
+    with pytest.raises(ConfigError, match=f"TRIQUETRA_WAIT_S={text}: must be seconds from 0 to 86,400"):
+        take(load(["experiment=demo", f"run_dir={tmp_path}"]))
+
+
+def test_a_run_waits_as_long_as_it_is_told_and_says_so(tmp_path, monkeypatch):
+    """The holder ends once it is said that somebody waits for it, so a shorter wait would be refused."""
+    config = load(["experiment=demo", f"run_dir={tmp_path}"])
+    code = (
+        "import sys; from pathlib import Path; from trainer.ranks.lock import lock; "
+        f"f = lock(Path({str(config.directory)!r})); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        said = []
+        tell = lambda *words: (said.append(words), holder.stdin.close())  # noqa: E731
+        monkeypatch.setattr(lock_module, "SHORT_S", 0.0)
+        monkeypatch.setattr(lock_module.log, "warning", tell)
+        monkeypatch.setenv("TRIQUETRA_WAIT_S", "3600")
+        take(config).close()
+        [(text, in_use, wait_s)] = said
+        assert text % (in_use, wait_s) == f"{in_use}; it may leave within 3600 s"
+        assert f"in use by process {holder.pid} on " in in_use
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def test_a_lock_is_held_as_long_as_its_process_lives(tmp_path):

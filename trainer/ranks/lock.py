@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+SHORT_S = 3.0  # for a process that is just ending
 log = logging.getLogger(__name__)
 
 
@@ -22,13 +23,13 @@ class InUseError(RuntimeError):
     """Another process writes here; the message says which one."""
 
 
-def lock(directory: Path, *, wait_s: float = 3.0) -> TextIO:
-    """Holds `directory`/lock until the returned file is closed. wait_s: for a process that is just ending.
-    Raises: InUseError.
+def lock(directory: Path, *, wait_s: float = SHORT_S) -> TextIO:
+    """Holds `directory`/lock until the returned file is closed. wait_s: for a process that is ending; who
+    waits for long says so. Raises: InUseError.
     """
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / "lock").open("a+")
-    deadline_s = time.monotonic() + wait_s
+    began_s, is_told = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,13 +42,17 @@ def lock(directory: Path, *, wait_s: float = 3.0) -> TextIO:
                 return file
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
-            if time.monotonic() < deadline_s:
-                time.sleep(0.1)
-                continue
             file.seek(0)
-            owner = file.read().strip()
-            file.close()
-            raise InUseError(f"{directory} is in use by {owner or 'another process'}") from None
+            in_use = f"{directory} is in use by {file.read().strip() or 'another process'}"
+            waited_s = time.monotonic() - began_s
+            if waited_s >= wait_s:
+                file.close()
+                raise InUseError(in_use) from None
+            if waited_s >= SHORT_S and not is_told:
+                log.warning("%s; it may leave within %g s", in_use, wait_s)
+                is_told = True
+            time.sleep(0.1)
+            continue
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()}, since "

@@ -14,6 +14,8 @@
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,9 +32,13 @@ from trainer.config import Config, ConfigError, atoms_of, read_plain, resolved_y
 from trainer.data import BadDocument
 from trainer.program import Program
 from trainer.ranks.agree import broadcast_object, refuse_disagreement, refusing_on_all
-from trainer.ranks.lock import InUseError, lock
+from trainer.ranks.lock import SHORT_S, InUseError, lock
 from trainer.records import append_line, write_text
 
+WAIT = (
+    "TRIQUETRA_WAIT_S"  # in the environment: for how long a run waits for another one to leave its directory
+)
+LONGEST_WAIT_S = 86_400
 # With another value of these it would be another run. All other settings may change when a run is continued.
 FIXED = (
     "model",
@@ -118,8 +124,16 @@ def open_directory(
 
 def take(config: Config) -> TextIO:
     """Raises: ConfigError, InUseError."""
+    text = os.environ.get(WAIT, f"{SHORT_S:g}")
+    try:
+        wait_s = float(text)
+    except ValueError:
+        wait_s = math.nan
+    if not 0 <= wait_s <= LONGEST_WAIT_S:
+        limit = f"must be seconds from 0 to {LONGEST_WAIT_S:,}"
+        raise ConfigError(f"{WAIT}={text}: {limit}; unset, a run waits for {SHORT_S:g}")
     with writing(run_dir=config.run_dir, name=config.name):
-        return lock(config.directory)
+        return lock(config.directory, wait_s=wait_s)
 
 
 @contextmanager
