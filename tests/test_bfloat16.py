@@ -88,7 +88,10 @@ def test_weights_stay_float32_and_are_cast_once_a_step():
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
-    [(2, ["parallel=fsdp", "micro_batch=2"]), (4, ["parallel=hsdp_ep", "micro_batch=2"])],
+    [
+        (2, ["parallel=fsdp", "micro_batch=2"]),
+        pytest.param(4, ["parallel=hsdp_ep", "micro_batch=2"], marks=pytest.mark.slow),
+    ],
     ids=["fsdp", "hsdp_ep"],
 )
 def test_ranks_equal_one_rank_within_bfloat16(num_ranks, layout):

@@ -475,6 +475,7 @@ def needles_found(overrides: list[str]) -> tuple[dict, list]:
     return run.evaluations.results[0], seen
 
 
+@pytest.mark.slow
 def test_needles_lie_in_cut_rows_of_any_length(tmp_path, real):
     """150 tokens are no multiple of 2 x 4: the rows get padding, and the sums stay."""
     sizes = "lengths: [150, 256], samples: 2, digits: 2, keys: 2"

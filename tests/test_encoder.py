@@ -120,7 +120,9 @@ print(json.dumps({"right": [results.get(timeout=250) == right for _ in range(2)]
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", ["tokenizers", *(pytest.param(name, marks=pytest.mark.slow) for name in FAST)]
+)
 def test_parent_and_forked_children_encode(plain: Tokenizer, backend: str) -> None:
     command = [sys.executable, "-c", FORK, backend]
     env = os.environ | ({"TOKENIZERS_PARALLELISM": "false"} if backend in FAST else {})

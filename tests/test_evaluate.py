@@ -248,8 +248,8 @@ def test_loss_hits_bits_per_byte_and_positions_are_those_of_documents_alone(corp
     [
         (1, ["micro_batch=4"]),
         (2, LAYOUTS[2]),
-        (4, LAYOUTS[4]),
-        (4, ["parallel=fsdp_ep"]),
+        pytest.param(4, LAYOUTS[4], marks=pytest.mark.slow),
+        pytest.param(4, ["parallel=fsdp_ep"], marks=pytest.mark.slow),
         (4, ["parallel.cp=2", "parallel.dp_shard=2", "parallel.ep=4"]),
     ],
 )

@@ -84,6 +84,7 @@ def test_a_rank_that_hangs_in_an_evaluation_is_ended_and_says_where(tmp_path):
     assert [line["step"] for line in results(tmp_path / "hangs")] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_drops_later_results_and_forgets_that_one_was_the_best(tmp_path):
     """Results are made up. The best one is of step 4, whose checkpoint is damaged; step 5 cannot be applied.
 

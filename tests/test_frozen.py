@@ -202,6 +202,7 @@ def runs(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_frozen_branch_changes_its_part_alone_and_resumes_bit_for_bit(runs: Path) -> None:
     base, frozen, again = tensors(runs / "base", 2), tensors(runs / "frozen", 5), tensors(runs / "parts", 5)
     assert metrics(runs / "parts") == metrics(runs / "frozen")

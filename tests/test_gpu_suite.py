@@ -121,6 +121,7 @@ def test_the_limits_of_all_stages_are_eight_minutes():
     assert sum(stage.limit_s for stage in ONE_GPU) <= 480
 
 
+@pytest.mark.slow
 def test_the_stages_are_collected():
     collect = [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-q"]
     listed = subprocess.run(collect, cwd=REPOSITORY, capture_output=True, text=True)

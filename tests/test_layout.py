@@ -53,7 +53,9 @@ def saved(directory: Path, parallel: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "hsdp", "hsdp_ep"])
+@pytest.mark.parametrize(
+    "parallel", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "hsdp")), "hsdp_ep"]
+)
 def test_a_rank_copies_what_it_writes_and_all_agree_without_asking(tmp_path, parallel: str) -> None:
     ranks = run_ranks(saved, 4, tmp_path, parallel)
     path = Path(ranks[0]["path"])

@@ -296,6 +296,7 @@ def train_worker(overrides: list[str], stop_at: int | None = None, old: bool = F
     return train.train(config)
 
 
+@pytest.mark.slow
 def test_a_branch_sets_a_bias_and_a_checkpoint_from_before_the_count_is_read(tmp_path):
     where, bias = (
         [f"run_dir={tmp_path}", "steps=6", "stage=constant"],

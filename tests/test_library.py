@@ -66,6 +66,7 @@ def test_the_loop_of_the_page_trains_as_the_trainer_does(tmp_path):
 NAMES = ("mine", "theirs")
 
 
+@pytest.mark.slow
 def test_the_loop_of_the_page_goes_on_where_it_stopped(tmp_path):
     """Stopped as by a signal after step 2; the two parts are the whole."""
 

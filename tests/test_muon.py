@@ -210,13 +210,14 @@ LAYOUTS = [
     (1, ["parallel=single", "dtype=bfloat16"]),  # a mesh of one rank
     (2, ["parallel=fsdp"]),
     (2, ["parallel=fsdp_ep"]),
-    (4, ["parallel=fsdp"]),
-    (4, ["parallel=hsdp", "parallel.dp_replicate=4"]),
+    pytest.param(4, ["parallel=fsdp"], marks=pytest.mark.slow),
+    pytest.param(4, ["parallel=hsdp", "parallel.dp_replicate=4"], marks=pytest.mark.slow),
     (4, ["parallel=hsdp_ep"]),
-    (4, ["parallel=fsdp_ep"]),  # efsdp 2 x ep 2
-    (4, ["parallel=fsdp", "model.num_experts=2"]),  # more shards than experts: cut inside their matrices
+    pytest.param(4, ["parallel=fsdp_ep"], marks=pytest.mark.slow),  # efsdp 2 x ep 2
+    # more shards than experts: cut inside their matrices
+    pytest.param(4, ["parallel=fsdp", "model.num_experts=2"], marks=pytest.mark.slow),
     # parts of 2, 2, 2, 0 experts; of 8, 8, 8, 6 and 3, 3, 3, 1 rows
-    (4, ["parallel=fsdp", "model.num_experts=6", *UNEVEN]),
+    pytest.param(4, ["parallel=fsdp", "model.num_experts=6", *UNEVEN], marks=pytest.mark.slow),
     pytest.param(4, ["parallel=hsdp_ep", "model.num_experts=6", *UNEVEN], marks=pytest.mark.slow),
 ]
 

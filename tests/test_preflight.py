@@ -257,6 +257,7 @@ def test_a_fit_job_is_fit_and_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_slow_host_the_wrong_clock_and_the_lock_that_does_not_hold_are_named(tmp_path):
     """Host n1 of three is made slow, late, and blind to locks."""
 

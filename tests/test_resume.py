@@ -99,7 +99,8 @@ def test_a_checkpoint_of_four_ranks_continues_on_one_and_on_two(tmp_path, optimi
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, ["checkpoint.background=false"]), (2, ["parallel=fsdp"])]
+    ("num_ranks", "layout"),
+    [(1, ["checkpoint.background=false"]), pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("stop_at", [None, 7])
 def test_a_run_whose_last_checkpoint_cannot_be_written_does_not_say_that_it_is_saved(
@@ -421,6 +422,7 @@ def test_biases_rest_where_the_program_says_so_and_move_as_fast_as_it_says(tmp_p
     torch.testing.assert_close(slow[0], 0.25 * after[0])  # the first step of either run routes alike
 
 
+@pytest.mark.slow
 def test_a_branch_anneals_from_a_checkpoint_of_another_run(tmp_path):
     """TrueBase -> Base: up to the branch point the run is the other one, from there on its own program's."""
     where = [f"run_dir={tmp_path}", "checkpoint={interval: 4, keep: 9}"]

@@ -447,7 +447,7 @@ def test_seeds_differ_and_can_be_repeated():
 
 
 @pytest.mark.usefixtures("collected")
-@pytest.mark.parametrize("level", [SMALL, TINY])
+@pytest.mark.parametrize("level", [SMALL, pytest.param(TINY, marks=pytest.mark.slow)])
 def test_workers_change_nothing(level):
     """Tiny: the parent's process group must be gone before a worker inherits it, or the worker hangs."""
     one, two = (simulated(*level, "seeds=2", f"workers={workers}") for workers in (1, 2))

@@ -95,6 +95,7 @@ def test_carried_documents_wait_for_their_source_and_none_is_lost(buffer: int) -
     assert places & set((tokens[30:] // 100).flatten().tolist())
 
 
+@pytest.mark.slow
 def test_a_drain_that_was_interrupted_goes_on() -> None:
     """Resumed after each step, before, in and after the drain, on other ranks; phases by number, as the
     program counts them.
@@ -417,7 +418,7 @@ def metrics(directory) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_ends_with_its_corpus_and_says_so(tmp_path, capfd, num_ranks: int) -> None:
     """40 documents of about 40 tokens make a dozen steps of 128 and more for what some streams pad, not
     100.

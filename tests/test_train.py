@@ -125,7 +125,7 @@ def test_a_model_without_experts_trains(tmp_path):
     [
         ("bfloat16", "null"),
         pytest.param("bfloat16", "float32", marks=pytest.mark.rare),
-        ("float32", "bfloat16"),
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_lower_precision_trains(tmp_path, dtype, expert_dtype):

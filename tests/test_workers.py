@@ -322,7 +322,7 @@ END
 """
 
 
-@pytest.mark.parametrize("slow_s", [0, 600])
+@pytest.mark.parametrize("slow_s", [0, pytest.param(600, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("end", ["pass", "1 / 0", "time.sleep(600)"])
 def test_no_worker_survives_its_parent(slow_s: float, end: str) -> None:
     """Ended at its end, by an error, and by SIGKILL; workers idle or in the middle of a document."""
