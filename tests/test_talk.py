@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -397,11 +398,14 @@ class Terminal:
         os.close(run_side)
         self.text = ""
 
-    def until(self, pattern: str) -> str:
-        """What is shown up to there, and nothing of it later."""
+    def until(self, pattern: str, *, or_s: float = 300, do: Callable[[], None] | None = None) -> str:
+        """What is shown up to there, and nothing of it later. do: whenever nothing was shown for `or_s`."""
         while not (match := re.search(pattern, self.text)):
-            assert select.select([self.side], [], [], 300)[0], self.text
-            self.text += os.read(self.side, 4096).decode(errors="replace")
+            if select.select([self.side], [], [], or_s)[0]:
+                self.text += os.read(self.side, 4096).decode(errors="replace")
+            else:
+                assert do is not None, self.text
+                do()
         shown, self.text = self.text[: match.end()], self.text[match.end() :]
         return shown
 
@@ -426,8 +430,10 @@ def test_in_a_terminal_an_interrupt_stops_the_answer_and_not_the_program(runs, c
     terminal.until("fox\r\n.{3}")  # it speaks
     terminal.interrupt()
     terminal.until("\r\n> ")
-    terminal.interrupt()  # and at the prompt it is told how to end
-    terminal.until(r"\(Ctrl-D or /exit ends\)\r\n> ")
+    # and at the prompt it is told how to end; input() sees a signal that comes just before it waits for
+    # a key only with the next key or signal
+    terminal.interrupt()
+    terminal.until(r"\(Ctrl-D or /exit ends\)\r\n> ", or_s=1, do=terminal.interrupt)
     terminal.type("/help\n")
     terminal.until("forget the conversation")
     terminal.until("> ")
