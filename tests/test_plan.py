@@ -125,6 +125,7 @@ def test_small_traces_add_up_to_the_whole_everywhere(policy, tmp_path):
     check_sums(in_a_process(compared, tmp_path, policy, LAYOUTS, []))
 
 
+@pytest.mark.slow
 def test_small_traces_add_up_where_parts_are_frozen(tmp_path):
     """Of global layers alone there are gradients: of attention and experts, but nothing of dense layers."""
     overrides = ["train_only=[global_layers]", "model.num_layers=5", "model.num_dense_layers=2"]

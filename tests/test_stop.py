@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import free_port, run_ranks
+from tests.waiting import until
 from trainer import train
 from trainer.config import ConfigError
 from trainer.ranks.agree import end_if_told
@@ -68,6 +69,12 @@ def test_a_launcher_that_has_started_no_rank_ends_at_once(number, code):
     assert told_at_torch("trainer.torchrun", (number,), "--no-such-option") == (code, "")
 
 
+def is_pending(pid: int, number: int) -> bool:
+    """Sent to the process, and not yet taken by one of its threads."""
+    lines = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["ShdPnd"], 16) >> (number - 1) & 1)
+
+
 def test_a_second_signal_ends_a_start_that_hangs_in_c_code(tmp_path):
     """The other rank never comes, so this one waits in torch's store; its main thread has no turn."""
     alone = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -91,6 +98,9 @@ with StopRequest():
     try:
         assert process.stdout.readline() == "joins\n"
         process.send_signal(signal.SIGTERM)
+        until(
+            lambda: not is_pending(process.pid, signal.SIGTERM)
+        )  # of two that wait, the lower number is first
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=250)[1]
     finally:

@@ -184,6 +184,7 @@ def test_a_signal_while_ranks_are_being_started_leaves_none_behind(tmp_path):
     assert finish(process)[1] == 75
 
 
+@pytest.mark.slow
 def test_ranks_that_had_to_be_killed_leave_the_last_checkpoint(tmp_path):
     process = start(tmp_path, "deaf", "wait", options=["--standalone", "--shutdown-timeout", "5"])
     errors, code = told_once_ready(process, signal.SIGTERM)

@@ -89,6 +89,7 @@ hangs_here() if rank == 1 else dist.all_reduce(torch.ones(1))
     assert "in hangs_here" in guilty and "all_reduce" not in guilty
 
 
+@pytest.mark.slow
 def test_progress_and_longer_limits_keep_it_alive(tmp_path):
     """Six times the limit with beats, four with one that may take longer, and the first limit before any:
     none is a hang.
@@ -120,11 +121,13 @@ def test_a_phase_of_its_own_limit_ends_at_it(tmp_path):
     assert code == HUNG and "no progress for 0." in errors and "step 3: data" in errors
 
 
+@pytest.mark.slow
 def test_before_the_first_beat_its_own_limit_counts(tmp_path):
     errors, code, _ = run(tmp_path, "hangs_here()")
     assert code == HUNG and "no progress for 5." in errors and "in start;" in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_was_merely_slow_lives(tmp_path):
     """It goes on once its stacks have been written, long before its end would come, and lives for longer
     than its limit and its grace.
@@ -146,6 +149,7 @@ time.sleep(5)
     assert "progress again after" in (tmp_path / "stacks.0.txt").read_text().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path):
     """6 s are four limits, and three times limit and grace. It runs for under 1.5 s."""
     code = (
