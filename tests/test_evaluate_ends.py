@@ -186,8 +186,9 @@ def by_hand(overrides: list[str]) -> float:
 
 def test_what_a_class_of_the_users_own_raises_is_one_line_on_all_ranks(tmp_path):
     own = f"evaluate.own={{_target_: {__name__}.Copying, fail: parts}}"
+    overrides = settings(tmp_path, "name=own", "parallel=fsdp", own)  # writes the corpus, once
     with pytest.raises(ConfigError, match=r"^evaluate\.own: no rows(\n|$)"):
-        run_ranks(lambda: train.start(load(settings(tmp_path, "name=own", "parallel=fsdp", own))), 2)
+        run_ranks(lambda: train.start(load(overrides)), 2)
 
 
 # -- which documents are held out, of sources of every kind --
