@@ -165,7 +165,7 @@ class Afmoe(Decoder):
             raise NotImplementedError("built by afmoe_config, not by torchtitan's trainer")
 
         def get_nparams_and_flops(self, model, seq_len):
-            raise NotImplementedError("see flops_per_token")
+            raise NotImplementedError("see trainer.size.flops_per_token")
 
     def forward(
         self,
