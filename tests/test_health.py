@@ -301,6 +301,7 @@ def test_a_spike_rolls_back_and_passes_over_the_data_since(tmp_path, num_ranks, 
     assert [line["loss"] for line in lines] == run_ranks(by_hand, num_ranks)[0]
 
 
+@pytest.mark.slow
 def test_all_data_is_passed_over_if_the_program_made_steps_longer_since(tmp_path):
     where = [
         f"run_dir={tmp_path}",

@@ -229,6 +229,7 @@ def test_a_source_that_only_reads_forward_draws_too() -> None:
 # -- what cannot be ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_corpus_without_a_document_that_could_be_drawn_is_refused() -> None:
     stream = make_stream(ListSource([[1, 2, 3]] * 5), length_bias={"source": NEVER_SHORT})
     with pytest.raises(

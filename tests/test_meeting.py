@@ -6,7 +6,7 @@ Origins of the expected values: what each rank was given to say; the process tab
 import io
 import os
 import signal
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -55,9 +55,11 @@ def _run(rank: int, worker, num_ranks: int, port: int, directory: Path) -> None:
 
 
 def thread_names() -> set[str]:
-    return {
-        Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")
-    }
+    names = set()
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            names.add(Path(f"/proc/self/task/{task}/comm").read_text().strip())
+    return names
 
 
 def test_nothing_that_a_fork_would_break_is_there_when_the_workers_are_forked(tmp_path):
@@ -73,6 +75,7 @@ def test_nothing_that_a_fork_would_break_is_there_when_the_workers_are_forked(tm
         return {"forks": forks, "during": during, "after": after, "joined": dist.is_initialized()}
 
     for rank in bare(seen_at_forks, 2, tmp_path):
+        assert isinstance(rank, dict), rank
         assert len(rank["forks"]) == rank["during"] == 2  # data.workers, and none after the build
         for has_cuda, has_group, threads in rank["forks"]:
             assert (has_cuda, has_group) == (False, False)

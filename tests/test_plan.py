@@ -289,6 +289,7 @@ def frozen_by_ranks(overrides):
     return sent, sum(kept)
 
 
+@pytest.mark.slow
 def test_two_ranks_reduce_and_keep_what_was_planned_of_frozen_parts(tmp_path):
     """By hand: of the one global layer, 8 routed experts and a shared one of 3 x 32 x 64, in float32. A rank
     keeps half of them as momentum."""
@@ -376,6 +377,7 @@ def rows_and_plans(overrides):
     ]
 
 
+@pytest.mark.slow
 def test_a_row_of_the_search_is_the_plan_of_its_layout(tmp_path):
     [best, worst] = in_a_process(rows_and_plans, tmp_path, ["optim=muon", *DENSE, "parallel.dp_shard=4"])
     assert best[0].layout.degrees != worst[0].layout.degrees
@@ -396,6 +398,7 @@ def dtype_traces(dtypes):
     return results
 
 
+@pytest.mark.slow
 def test_float32_doubles_the_bytes_and_is_no_tensor_core_s_work(tmp_path):
     """But gradients are reduced in float32 as ever, and counts of tokens are integers. Experts wait for the
     host: three products of a layer forward, six backward."""

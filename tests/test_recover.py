@@ -67,6 +67,7 @@ def test_a_second_roll_back_to_one_checkpoint_passes_over_the_data_of_the_first_
     assert [line["loss"] for line in metrics(tmp_path / "twice")] == expected
 
 
+@pytest.mark.slow
 def test_a_roll_back_outlives_a_kill_before_the_next_checkpoint(tmp_path):
     where = [f"run_dir={tmp_path}"]
     run_ranks(lambda: training([*where, "name=whole"], wrong=(5,)), 1)

@@ -127,6 +127,7 @@ def scores(run, written: list[list[int]]) -> list[tuple[float, float]]:
     return list(zip(sums.hits_G.tolist(), sums.targets_G.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_an_exact_match_is_what_greedy_decoding_writes(tmp_path):
     overrides = [*SMALL, "name=g", f"run_dir={tmp_path}"]
     [(written, of_one)] = run_ranks(greedy, 1, overrides)

@@ -198,6 +198,7 @@ def test_a_rank_that_fails_when_told_to_stop_is_a_failure(tmp_path):
     assert (errors, code) == (["rank 0 ended with exit code 1"], 1)
 
 
+@pytest.mark.slow
 def test_a_node_that_cannot_go_on_ends_the_other(tmp_path):
     """The second node's rank would run for 60 s, and restarts are left on both. Its code must not hide the
     cause: srun reports the highest, so it is 1."""

@@ -112,7 +112,7 @@ def forward_sources() -> dict[str, object]:
     return {**sources, "b": Counted([d for d in sources["b"].documents if d])}
 
 
-@pytest.mark.parametrize("sources", [ragged_sources, forward_sources])
+@pytest.mark.parametrize("sources", [ragged_sources, pytest.param(forward_sources, marks=pytest.mark.slow)])
 def test_batches_do_not_depend_on_ranks_and_workers_through_any_chain_of_resumes(sources) -> None:
     """Six phases of three steps, a resume every other step, on 1, 2, 4, 8 ranks with 0, 1, 2, 4 workers
     each.
