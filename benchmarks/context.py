@@ -209,13 +209,14 @@ def by_autograd(length: int, *, window: int | None) -> None:
     mask = (distance >= 0) & (distance < (window or length))
     q, k, v = (each.transpose(1, 2) for each in heads_of(length))
     parts = []
-    for start in range(0, length, QUERY_BLOCK):
-        keys = slice(max(0, start - window + 1) if window else 0, start + QUERY_BLOCK)
+    size = QUERY_BLOCK[torch.float32]
+    for start in range(0, length, size):
+        keys = slice(max(0, start - window + 1) if window else 0, start + size)
         part = F.scaled_dot_product_attention(
-            q[:, :, start : start + QUERY_BLOCK],
+            q[:, :, start : start + size],
             k[:, :, keys],
             v[:, :, keys],
-            attn_mask=mask[start : start + QUERY_BLOCK, keys],
+            attn_mask=mask[start : start + size, keys],
             enable_gqa=True,
         )
         parts.append(part.transpose(1, 2))

@@ -18,6 +18,7 @@ from trainer.model import attention, parallelize
 from trainer.model.afmoe import moe_layers
 from trainer.model.attention import MaskedSDPA
 from trainer.model.casts import cast_weights, num_casts
+from trainer.model.dispatch import BLOCK, LocalPaddedDispatcher
 from trainer.model.hardware import CPU_ROWS, dispatch_of
 from trainer.model.moe import _SwigluLoop
 from trainer.model.norm import RMSNorm
@@ -167,7 +168,8 @@ def masks_of(rows: int, length: int, window: int | None) -> attention.Blocks:
     causal = get_causal_mask_mod()
     mod = causal if window is None else and_masks(causal, get_sliding_window_mask_mod(window))
     whole = [range(length)]
-    return MaskedSDPA.mask(mod, rows, whole, whole, window=window, device=torch.device("cpu"))
+    attends = MaskedSDPA(MaskedSDPA.Config(dtype=BF16))
+    return attends.mask(mod, rows, whole, whole, window=window, device=torch.device("cpu"))
 
 
 def attended(inputs: list[Tensor], masks: attention.Blocks, grad: Tensor) -> list[Tensor]:
@@ -224,6 +226,42 @@ def test_experts_in_a_loop_are_those_of_float32():
     for got, exact in zip(*results, strict=True):
         assert got.dtype == BF16 and (got.float() - exact).norm() < 2 * EPS * exact.norm()
     assert all((grad[1] == 0).all() for grad in results[0][2:])
+
+
+def test_rows_of_one_rank_go_out_and_come_back_like_a_loop():
+    """The oracle is a loop over tokens in float64, through autograd; an expert multiplies by a number of its
+    own, and expert 3 has no rows. The rows of padding get a gradient of 0, so no expert learns from them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    T, K, E, D = 300, 3, 8, 16
+    x, grad = (torch.randn(T, D, generator=generator).bfloat16() for _ in range(2))
+    gates = torch.rand(T, K, generator=generator)
+    order_TE = torch.rand(T, E, generator=generator).index_fill_(1, torch.tensor([3]), -1).argsort(1)
+    ids, factors = order_TE[:, -K:], 2.0 ** torch.arange(E)
+    exact_x, exact_gates = (each.double().requires_grad_() for each in (x, gates))
+    expected = torch.stack(
+        [sum(exact_gates[t, k] * factors[ids[t, k]] * exact_x[t] for k in range(K)) for t in range(T)]
+    )
+    expected.backward(grad.double())
+
+    dispatcher = LocalPaddedDispatcher.Config(num_experts=E, top_k=K, multiple=32).build()
+    ours, our_gates = x.clone().requires_grad_(), gates.clone().requires_grad_()
+    sizes_E = torch.bincount(ids.flatten(), minlength=E)
+    rows_PD, padded_E, metadata = dispatcher.dispatch(ours, our_gates, ids, sizes_E)
+    assert len(rows_PD) > BLOCK and (padded_E % 32 == 0).all()
+    assert ((padded_E - sizes_E >= 0) & (padded_E - sizes_E < 32)).all() and padded_E[3] == 0
+    rows_PD.retain_grad()
+    factors_R = factors.repeat_interleave(padded_E)
+    factors_P = torch.cat([factors_R, torch.zeros(len(rows_PD) - len(factors_R))]).bfloat16()
+    out = dispatcher.combine(rows_PD * factors_P.unsqueeze(1), metadata, ours)
+    out.backward(grad)
+    starts_E, real = padded_E.cumsum(0) - padded_E, torch.zeros(len(rows_PD), dtype=torch.bool)
+    for start, size in zip(starts_E.tolist(), sizes_E.tolist(), strict=True):
+        real[start : start + size] = True
+    assert (rows_PD.grad[~real] == 0).all() and (rows_PD.grad[real] != 0).any(1).all()
+    for got, want in ((out, expected), (ours.grad, exact_x.grad)):
+        assert got.dtype == BF16 and (got.double() - want).norm() < EPS / 2 * want.norm()
+    assert torch.allclose(our_gates.grad, exact_gates.grad.float(), rtol=1e-5, atol=1e-5 * factors.max())
 
 
 def test_rows_of_an_expert_come_in_few_numbers():

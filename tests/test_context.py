@@ -27,7 +27,7 @@ from trainer.data import Batch
 from trainer.lab.plan.watch import OPERATORS, group_of
 from trainer.model import attention, compiled, context
 from trainer.model.afmoe import PADDING, afmoe_config, moe_layers
-from trainer.model.attention import QUERY_BLOCK, MaskedSDPA
+from trainer.model.attention import MaskedSDPA
 from trainer.model.context import Cut
 from trainer.weights.export import OK as EXPORTED
 from trainer.weights.export import main as export
@@ -300,14 +300,15 @@ def test_masks_of_blocks_give_the_bits_of_torchs_attention(most_kept, monkeypatc
     }
     for kind, mod in mods.items():
         row = [range(length)]
-        blocks = MaskedSDPA.mask(mod, 2, row, row, window=kind, device=torch.device("cpu"))
+        attends = MaskedSDPA(MaskedSDPA.Config())
+        blocks = attends.mask(mod, 2, row, row, window=kind, device=torch.device("cpu"))
         assert bool(blocks.kept) == bool(most_kept)
         ours, theirs = ([each.clone().requires_grad_() for each in (q, k, v)] for _ in range(2))
-        out = MaskedSDPA(MaskedSDPA.Config())(*ours, attention_masks=blocks, enable_gqa=True)
+        out = attends(*ours, attention_masks=blocks, enable_gqa=True)
         mask = create_mask(mod, 2, None, length, length, device="cpu")
         parts = []
-        for start in range(0, length, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, length)
+        for start in range(0, length, attends.query_block):
+            end = min(start + attends.query_block, length)
             keys = slice(max(0, start - window + 1) if kind else 0, end)
             heads = [each.transpose(1, 2) for each in theirs]
             part = F.scaled_dot_product_attention(

@@ -225,6 +225,7 @@ def afmoe_config(
     model: ModelConfig,
     *,
     flex: bool,
+    dtype: torch.dtype = torch.float32,
     clears_idle: bool = False,
     dispatch: Dispatch = ALL_TO_ALL,
     loss_weights: LossWeights = NO_LOSSES,
@@ -232,9 +233,11 @@ def afmoe_config(
 ) -> Afmoe.Config:
     """Translates our configuration to the tree of torchtitan modules.
 
-    flex: flex attention (GPU) or masked SDPA; clears_idle: of Experts; dispatch: how tokens reach experts.
+    flex: flex attention (GPU) or masked SDPA, in blocks for `dtype`; clears_idle: of Experts; dispatch: how
+    tokens reach experts.
     """
     m = model
+    attends = FlexAttention.Config if flex else partial(MaskedSDPA.Config, dtype=dtype)
     routed = partial(_routed, m, dispatch=dispatch, clears_idle=clears_idle)
     head = Head.Config(in_features=m.dim, out_features=m.vocab_size, z_loss_weight=z_loss_weight)
     return Afmoe.Config(
@@ -245,7 +248,8 @@ def afmoe_config(
         rope_theta=m.rope_theta,
         tok_embeddings=Embedding.Config(num_embeddings=m.vocab_size, embedding_dim=m.dim),
         layers=[
-            _block(m, i, flex=flex, routed=routed, loss_weights=loss_weights) for i in range(m.num_layers)
+            _block(m, i, attends=attends, routed=routed, loss_weights=loss_weights)
+            for i in range(m.num_layers)
         ],
         norm=_norm(m, m.dim),
         lm_head=head,
@@ -256,13 +260,13 @@ def _block(
     m: ModelConfig,
     layer: int,
     *,
-    flex: bool,
+    attends: Callable[[], Module.Config],
     routed: Callable[[], RoutedExperts.Config],
     loss_weights: LossWeights,
 ) -> Block.Config:
     is_dense = layer < m.num_dense_layers
     return Block.Config(
-        attention=_attention(m, layer, flex=flex),
+        attention=_attention(m, layer, attends()),
         feed_forward=_swiglu(m, m.ffn_dim) if is_dense else None,
         moe=None if is_dense else _moe(m, routed(), loss_weights),
         attention_norm=_norm(m, m.dim),
@@ -272,7 +276,7 @@ def _block(
     )
 
 
-def _attention(m: ModelConfig, layer: int, *, flex: bool) -> Attention.Config:
+def _attention(m: ModelConfig, layer: int, inner_attention: Module.Config) -> Attention.Config:
     is_local, heads = (layer + 1) % m.global_every != 0, m.num_heads * m.head_dim
     return Attention.Config(
         qkv_linear=QKVLinear.Config(
@@ -282,7 +286,7 @@ def _attention(m: ModelConfig, layer: int, *, flex: bool) -> Attention.Config:
         wo=_linear(heads, m.dim),
         q_norm=_norm(m, m.head_dim),
         k_norm=_norm(m, m.head_dim),
-        inner_attention=FlexAttention.Config() if flex else MaskedSDPA.Config(),
+        inner_attention=inner_attention,
         local=is_local,
         enable_gqa=m.num_heads > m.num_kv_heads,
     )

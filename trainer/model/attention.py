@@ -20,8 +20,9 @@ from trainer.model import compiled
 from trainer.model.context import Parts, count, places, visible
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-QUERY_BLOCK = 128  # queries that attend together in MaskedSDPA
-MOST_KEPT = 2**24  # [pairs of a query and a key], a byte each, of blocks that are kept for all layers
+# queries that attend together in MaskedSDPA: fewer leave out more keys, and are slower each in float32
+QUERY_BLOCK = {torch.float32: 128, torch.bfloat16: 64}
+MOST_KEPT = 2**24  # [pairs of a query and a key], four bytes each, of blocks that are kept for all layers
 MOST_SHARES = 2**24  # [pairs in each head], two bytes each, that one layer keeps for its backward pass
 MASK_BLOCK = 128  # tokens of a block mask's block, torch's default
 # behind scaled_dot_product_attention on a CPU: the output and the logsumexp; the gradients
@@ -44,7 +45,7 @@ class Block(NamedTuple):
 class Blocks:
     """A mask that is made block by block, where it is used: no mask of all pairs is in memory.
 
-    kept: of each block, which keys its queries see, where all of it is small; else none.
+    kept: the mask of each block, where all of them are small; else none.
     """
 
     mod: MaskMod
@@ -55,11 +56,11 @@ class Blocks:
 
     def mask(self, number: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, queries, keys) of a block: 0 where a query sees a key, -inf elsewhere."""
-        sees = self.sees_of(number)
-        return torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill_(~sees, -torch.inf)
+        return (self.kept[number] if self.kept else self.made(self.blocks[number])).to(dtype)
 
-    def sees_of(self, number: int) -> Tensor:
-        return self.kept[number] if self.kept else self.sees(self.blocks[number])
+    def made(self, block: Block) -> Tensor:
+        sees = self.sees(block)
+        return torch.zeros(sees.shape, device=self.device).masked_fill_(~sees, -torch.inf)
 
     def sees(self, block: Block) -> Tensor:
         rows, queries, keys = (
@@ -82,7 +83,7 @@ class Blocks:
         """All layers make the same masks: the same ones, made once."""
         if self.num_pairs > MOST_KEPT:
             return self
-        return replace(self, kept=tuple(self.sees(block).contiguous() for block in self.blocks))
+        return replace(self, kept=tuple(self.made(block) for block in self.blocks))
 
     @staticmethod
     def inputs(block: Block, q_BNLH: Tensor, k_BNLH: Tensor, v_BNLH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,19 +95,26 @@ class MaskedSDPA(Module):
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        pass
+        dtype: torch.dtype = torch.float32
 
     def __init__(self, config: Config):
         super().__init__()
+        self.query_block = QUERY_BLOCK[config.dtype]
 
-    @staticmethod
     def mask(
-        mod: MaskMod, num_rows: int, queries: Parts, keys: Parts, *, window: int | None, device: torch.device
+        self,
+        mod: MaskMod,
+        num_rows: int,
+        queries: Parts,
+        keys: Parts,
+        *,
+        window: int | None,
+        device: torch.device,
     ) -> Blocks:
         blocks = list[Block]()
         for piece in queries:
-            for start in range(piece.start, piece.stop, QUERY_BLOCK):
-                block = range(start, min(start + QUERY_BLOCK, piece.stop))
+            for start in range(piece.start, piece.stop, self.query_block):
+                block = range(start, min(start + self.query_block, piece.stop))
                 [seen] = visible([block], window)
                 [held], [wanted] = places([block], queries), places([seen], keys)
                 blocks.append(Block(held, wanted, block.start, seen.start))
@@ -209,10 +217,10 @@ def _shares(q_bqH: Tensor, k_bKH: Tensor, masks: Blocks, number: int) -> Tensor:
     """(b, q, K): how much a query attends to each key; the softmax is float32."""
     scores_bqK = q_bqH.new_empty(len(q_bqH), q_bqH.shape[1], k_bKH.shape[1])
     torch.baddbmm(scores_bqK, q_bqH, k_bKH.mT, beta=0, alpha=q_bqH.shape[-1] ** -0.5, out=scores_bqK)
-    scores_bqK, mask = scores_bqK.float(), masks.mask(number, torch.float32)
+    exact_bqK, mask = scores_bqK.float(), masks.mask(number, torch.float32)
     rows, _, queries, keys = mask.shape
-    scores_bqK.view(rows, -1, queries, q_bqH.shape[1] // queries, keys).add_(mask.unsqueeze(3))
-    return torch.softmax(scores_bqK, dim=-1).to(q_bqH.dtype)
+    exact_bqK.view(rows, -1, queries, q_bqH.shape[1] // queries, keys).add_(mask.unsqueeze(3))
+    return scores_bqK.copy_(torch.softmax(exact_bqK, dim=-1))
 
 
 def _folded(x_BLNH: Tensor, num_groups: int) -> Tensor:

@@ -1,14 +1,15 @@
 """How do tokens reach their experts and come back?
 
 torchtitan's all-to-all, with sums over a token's experts by gathering (deterministic, and no atomics) instead
-of scattering; with rows of each expert padded for a grouped GEMM that scales blocks of rows; or a library of
-its own for both directions.
+of scattering; with rows of each expert padded for a grouped GEMM that scales blocks of rows; the same on one
+rank's CPU, in fewer passes; or a library of its own for both directions.
 
 Letters: T tokens, D model dim, E experts, K per token, N = T K routed slots in token order, R routed slots
 that reach this rank's experts, sorted by expert, P of them with padding.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +26,24 @@ from torchtitan.models.common.token_dispatcher import (
 
 from trainer.model.compiled import compiled
 
+BLOCK = 512  # rows of two float32 tensors of 256 columns that 1 MiB holds
+
 
 class _Spread(torch.autograd.Function):
-    """x_TD -> its K copies, sorted by expert; backward sums the copies' gradients."""
+    """x_TD -> its K copies, sorted by expert: in row r that of token_N[r], so that place_TK are a token's
+    rows; backward sums their gradients.
+    """
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_N.view(len(x_TD), -1))
-        return x_TD.index_select(0, order_N // (len(inverse_N) // len(x_TD)))
+    def forward(ctx, x_TD: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, token_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND: Tensor):
-        (inverse_TK,) = ctx.saved_tensors
-        return gather_sum(grad_ND, inverse_TK), None, None
+        (place_TK,) = ctx.saved_tensors
+        return gather_sum(grad_ND, place_TK), None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -99,11 +104,13 @@ def gather_sum(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = No
     """out_T = sum over k of weights_Tk rows[index_Tk], in float32; without atomics, so the same bits every
     time.
     """
-    if rows_ND.device.type == "cpu":
-        return F.embedding_bag(index_TK, rows_ND.float(), mode="sum", per_sample_weights=weights_TK).to(
-            rows_ND.dtype
-        )
-    return gather_sum_in_order(rows_ND, index_TK, weights_TK)
+    if rows_ND.device.type != "cpu":
+        return gather_sum_in_order(rows_ND, index_TK, weights_TK)
+    if weights_TK is not None and weights_TK.dtype != rows_ND.dtype:  # it wants weights in the rows' dtype
+        high_TK = weights_TK.to(rows_ND.dtype)  # each is a sum of two, to 16 bits in bfloat16
+        weights_TK = torch.cat([high_TK, (weights_TK - high_TK).to(rows_ND.dtype)], dim=1)
+        index_TK = torch.cat([index_TK, index_TK], dim=1)
+    return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
 
 
 @compiled
@@ -138,7 +145,8 @@ class TokenDispatcher(AllToAllTokenDispatcher):
     ) -> tuple[Tensor, Tensor, Tensor]:
         order_N = torch.argsort(topk_expert_ids_TK.flatten(), stable=True)
         inverse_N = invert(order_N)
-        return _Spread.apply(x_TD, order_N, inverse_N), inverse_N, topk_scores_TK
+        rows_ND = _Spread.apply(x_TD, order_N // self.top_k, inverse_N.view_as(topk_scores_TK))
+        return rows_ND, inverse_N, topk_scores_TK
 
     def _permute(
         self, routed_input_RD: Tensor, num_global_tokens_per_local_expert_E: Tensor
@@ -199,6 +207,16 @@ class _Unpad(torch.autograd.Function):
         return grad_PD, None
 
 
+def padding(sizes_e: Tensor, num_rows: int, multiple: int) -> tuple[Tensor, Tensor, int]:
+    """Each expert's rows with padding, how far its own move for that of those before it, and how many rows
+    there are with the most padding there can be.
+    """
+    padded_e = (sizes_e + multiple - 1) // multiple * multiple
+    shift_e = (padded_e.cumsum(0) - padded_e) - (sizes_e.cumsum(0) - sizes_e)
+    most = num_rows + len(sizes_e) * (multiple - 1)
+    return padded_e, shift_e, -(-most // multiple) * multiple
+
+
 @dataclass(frozen=True, kw_only=True)
 class PaddedMetadata:
     inner: AllToAllDispatchMetadata | LocalDispatchMetadata
@@ -222,12 +240,9 @@ class PaddedTokenDispatcher(TokenDispatcher):
 
     def dispatch(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor, PaddedMetadata]:
         rows_RD, sizes_e, inner = super().dispatch(*args, **kwargs)
-        padded_e = (sizes_e + self.multiple - 1) // self.multiple * self.multiple
-        shift_e = (padded_e.cumsum(0) - padded_e) - (sizes_e.cumsum(0) - sizes_e)
+        padded_e, shift_e, num_places = padding(sizes_e, len(rows_RD), self.multiple)
         place_R = torch.arange(len(rows_RD), device=rows_RD.device)
         place_R = place_R + shift_e.repeat_interleave(sizes_e, output_size=len(rows_RD))
-        most = len(rows_RD) + len(sizes_e) * (self.multiple - 1)
-        num_places = -(-most // self.multiple) * self.multiple
         rows_PD = _Pad.apply(rows_RD, place_R, num_places)
         return rows_PD, padded_e, PaddedMetadata(inner=inner, place_R=place_R)
 
@@ -236,10 +251,70 @@ class PaddedTokenDispatcher(TokenDispatcher):
         return super().combine(rows_RD, metadata.inner, x_TD)
 
 
+class _PaddedSum(torch.autograd.Function):
+    """_WeightedSum for rows with padding. In their places scores are 0, and so is the gradient that an expert
+    gets there. Backward goes by blocks of rows, which a core's own cache holds in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, rows_PD: Tensor, scores_TK: Tensor, place_TK: Tensor, token_P: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_PD, scores_TK, place_TK, token_P)
+        return gather_sum(rows_PD, place_TK, scores_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD: Tensor):
+        rows_PD, scores_TK, place_TK, token_P = ctx.saved_tensors
+        grad_TD, grad_rows_PD, place_N = grad_TD.float(), torch.empty_like(rows_PD), place_TK.flatten()
+        scores_P = scores_TK.new_zeros(len(rows_PD)).scatter_(0, place_N, scores_TK.flatten())
+        grad_scores = []
+        blocks = (each.split(BLOCK) for each in (rows_PD, grad_rows_PD, scores_P.unsqueeze(1), token_P))
+        for rows_pD, grad_rows_pD, scores_p1, token_p in zip(*blocks, strict=True):
+            grad_pD = grad_TD.index_select(0, token_p)
+            grad_scores.append(rows_pD.float().mul_(grad_pD).sum(1))
+            grad_rows_pD.copy_(grad_pD.mul_(scores_p1))
+        return grad_rows_PD, torch.cat(grad_scores).index_select(0, place_N).view_as(scores_TK), None, None
+
+
+class LocalMetadata(NamedTuple):
+    scores_TK: Tensor
+    place_TK: Tensor  # of a token's copies among the rows with padding
+    token_P: Tensor
+
+
+class LocalPaddedDispatcher(LocalTokenDispatcher):
+    """What PaddedTokenDispatcher does where no token changes its rank, with one gather in each direction: the
+    rows of padding are copies of token 0.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(LocalTokenDispatcher.Config):
+        multiple: int
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.multiple = config.multiple
+
+    def dispatch(
+        self, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor, sizes_E: Tensor
+    ) -> tuple[Tensor, Tensor, LocalMetadata]:
+        ids_N = ids_TK.flatten()
+        padded_E, shift_E, num_places = padding(sizes_E, len(ids_N), self.multiple)
+        place_N = invert(torch.argsort(ids_N, stable=True)) + shift_E[ids_N]
+        token_N = torch.arange(len(ids_N), device=ids_N.device) // self.top_k
+        token_P = token_N.new_zeros(num_places).scatter_(0, place_N, token_N)
+        metadata = LocalMetadata(scores_TK, place_N.view_as(ids_TK), token_P)
+        return _Spread.apply(x_TD, token_P, metadata.place_TK), padded_E, metadata
+
+    def combine(self, routed_output_RD: Tensor, metadata: LocalMetadata, x_TD: Tensor) -> Tensor:
+        return _PaddedSum.apply(routed_output_RD, *metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """Which dispatcher the MoE layers have. name: all_to_all | deepep | hybridep; multiple: of each expert's
-    rows, 1: no padding; max_tokens: of a microbatch on one rank, which a library makes its buffer for.
+    """Which dispatcher the MoE layers have. name: all_to_all | deepep | hybridep | local; multiple: of each
+    expert's rows, 1: no padding; max_tokens: of a microbatch on one rank, which a library makes its buffer
+    for.
     """
 
     name: str = "all_to_all"
@@ -254,13 +329,20 @@ class Dispatch:
         if self.name == "hybridep":
             pad = self.multiple if self.multiple > 1 else None
             return HybridEPTokenDispatcher.Config(**shape, **library, pad_multiple=pad)
+        if self.name == "local":
+            return LocalPaddedDispatcher.Config(**shape, multiple=self.multiple)
         if self.multiple > 1:
             return PaddedTokenDispatcher.Config(**shape, multiple=self.multiple)
         return TokenDispatcher.Config(**shape)
 
 
 ALL_TO_ALL = Dispatch()
-OURS = (TokenDispatcher.Config, DeepEPTokenDispatcher.Config, HybridEPTokenDispatcher.Config)
+OURS = (
+    TokenDispatcher.Config,
+    LocalPaddedDispatcher.Config,
+    DeepEPTokenDispatcher.Config,
+    HybridEPTokenDispatcher.Config,
+)
 
 
 def refuse_other_dispatcher(config: LocalTokenDispatcher.Config) -> None:

@@ -102,6 +102,9 @@ def warn_of_dtype(config: Config, on: Hardware) -> None:
 
 def dispatch_of(config: Config, on: Hardware, *, max_tokens: int) -> Dispatch:
     """max_tokens: of a microbatch on one rank, in the whole run."""
-    dtype = config.model.expert_dtype or config.dtype
-    multiple = MXFP8_ROWS if dtype == MXFP8 else CPU_ROWS if (on.type, dtype) == ("cpu", "bfloat16") else 1
-    return Dispatch(name=config.parallel.dispatcher, multiple=multiple, max_tokens=max_tokens)
+    name, dtype = config.parallel.dispatcher, config.model.expert_dtype or config.dtype
+    is_padded_cpu = (on.type, dtype) == ("cpu", "bfloat16")
+    multiple = MXFP8_ROWS if dtype == MXFP8 else CPU_ROWS if is_padded_cpu else 1
+    if is_padded_cpu and config.parallel.ep == 1:
+        name = "local"
+    return Dispatch(name=name, multiple=multiple, max_tokens=max_tokens)

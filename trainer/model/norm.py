@@ -36,7 +36,9 @@ class _RMSNorm(torch.autograd.Function):
         norm_1 = torch.linalg.vector_norm(exact_D, dim=-1, keepdim=True)
         scale_1 = norm_1.square_().div_(x_D.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_D, weight_D, scale_1)
-        return (exact_D * scale_1).mul_(weight_D.float()).to(x_D.dtype)
+        is_copy = exact_D is not x_D  # free to be written to
+        out_D = exact_D.mul_(scale_1) if is_copy else exact_D * scale_1
+        return out_D.mul_(weight_D.float()).to(x_D.dtype)
 
     @staticmethod
     @once_differentiable

@@ -119,9 +119,11 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
     device.set_matmul_precision(dtypes=(config.dtype, config.model.expert_dtype))
     first = program.spans[0].now
     shapes = {(span.now.micro_batch, span.now.seq_len) for span in program.spans}
+    dtype = getattr(torch, config.dtype)
     shape = afmoe_config(
         config.model,
         flex=on.type == "cuda",
+        dtype=dtype,
         clears_idle=here.capability[0] == 10,
         dispatch=dispatch_of(config, here, max_tokens=max(rows * length for rows, length in shapes)),
         loss_weights=loss_weights(first),
@@ -130,7 +132,7 @@ def model_of(config: Config, program: Program, dims: ParallelDims, *, on: torch.
     model = build_parallel(
         shape,
         dims,
-        dtype=getattr(torch, config.dtype),
+        dtype=dtype,
         activation_checkpoint=config.activation_checkpoint,
         compile="inductor" if config.compile else None,
         num_shapes=len(shapes),
