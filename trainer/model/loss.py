@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # label of a token that predicts nothing: the last of a document, padding
 CHUNK_LOGITS = 2**22  # logits alive at a time on a CPU: 16 MiB in float32, which its caches hold
+ROWS = 64  # of logits that become gradients at a time there: in bfloat16, no more of them are in float32
 # On a GPU each chunk reads the head's weight twice, and reads and writes its whole float32 gradient: chunks
 # are of thousands of tokens. 1 GiB of float32, or 1,024 tokens if these are more; Large: 0.8 GiB.
 GPU_CHUNK_LOGITS, GPU_CHUNK_TOKENS = 2**28, 1024
@@ -49,29 +50,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x_TD.new_zeros((), dtype=torch.float32)
         grad_x_TD = torch.empty_like(x_TD if needs_grad else x_TD[:0])
         grad_weight_VD = torch.zeros_like(weight_VD if needs_grad else weight_VD[:0], dtype=torch.float32)
+        rows = ROWS if x_TD.device.type == "cpu" else chunk
         for start in range(0, len(x_TD), chunk):
             x_tD, labels_t = x_TD[start : start + chunk], labels_T[start : start + chunk]
-            logits_tV = (x_tD @ weight_VD.T).float()
+            logits_tV = x_tD @ weight_VD.T
             counts_t = labels_t != IGNORE
             target_t1 = labels_t.clamp_min(0).unsqueeze(1)
             is_hit_t = logits_tV.argmax(1) == labels_t if wants_hits else None
-            target_logit_t = logits_tV.gather(1, target_t1).squeeze(1)
-            max_t1 = logits_tV.amax(1, keepdim=True)
-            exp_tV = logits_tV.sub_(max_t1).exp_()
-            sum_t1 = exp_tV.sum(1, keepdim=True)
-            lse_t = (sum_t1.log() + max_t1).squeeze(1)
-            loss_t = (lse_t - target_logit_t) * counts_t
+            target_logit_t = logits_tV.gather(1, target_t1).squeeze(1).float()
+            blocks = (each.split(rows) for each in (logits_tV, target_t1, counts_t.unsqueeze(1)))
+            parts = [
+                become_gradients(*block, z_loss_weight, needs_grad=needs_grad)
+                for block in zip(*blocks, strict=True)
+            ]
+            loss_t = (torch.cat(parts).squeeze(1) - target_logit_t) * counts_t
             loss += loss_t.sum()
             if groups is not None:
                 values = [loss_t, counts_t.float()] + ([is_hit_t.float()] if wants_hits else [])
                 add_by_group(groups.sums_NG, groups.of_T[start : start + chunk], torch.stack(values).double())
             if not needs_grad:
                 continue
-            # of lse + z_loss_weight lse^2
-            d_lse_t1 = (counts_t * (1 + 2 * z_loss_weight * lse_t)).unsqueeze(1)
-            grad_tV = exp_tV.mul_(d_lse_t1 / sum_t1)  # the softmax is d lse / d logits
-            grad_tV.scatter_add_(1, target_t1, -counts_t.unsqueeze(1).float())
-            grad_tV = grad_tV.to(x_TD.dtype)
+            grad_tV = logits_tV  # what they have become
             torch.mm(grad_tV, weight_VD, out=grad_x_TD[start : start + chunk])
             if grad_weight_VD.dtype == grad_tV.dtype:
                 grad_weight_VD.addmm_(grad_tV.T, x_tD)
@@ -86,6 +85,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         grad_x_TD, grad_weight_VD = ctx.saved_tensors
         return grad_x_TD * grad_loss, grad_weight_VD * grad_loss, None, None, None
+
+
+def become_gradients(
+    logits_rV: Tensor, target_r1: Tensor, counts_r1: Tensor, z_loss_weight: float, *, needs_grad: bool
+) -> Tensor:
+    """The lse. In the place of logits, if needed, comes the gradient of lse + z_loss_weight lse^2 - target."""
+    exp_rV = logits_rV.float()
+    max_r1 = exp_rV.amax(1, keepdim=True)
+    sum_r1 = exp_rV.sub_(max_r1).exp_().sum(1, keepdim=True)
+    lse_r1 = sum_r1.log() + max_r1
+    if needs_grad:
+        d_lse_r1 = counts_r1 * (1 + 2 * z_loss_weight * lse_r1)
+        grad_rV = exp_rV.mul_(d_lse_r1 / sum_r1)  # the softmax is d lse / d logits
+        logits_rV.copy_(grad_rV.scatter_add_(1, target_r1, -counts_r1.float()))
+    return lse_r1
 
 
 def add_by_group(sums_NG: Tensor, group_t: Tensor, values_Nt: Tensor) -> None:
