@@ -90,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def become_gradients(
     logits_rV: Tensor, target_r1: Tensor, counts_r1: Tensor, z_loss_weight: float, *, needs_grad: bool
 ) -> Tensor:
-    """The lse. In the place of logits, if needed, comes the gradient of lse + z_loss_weight lse^2 - target."""
+    """The lse. Logits become, if needed, the gradient of lse + z_loss_weight lse^2 - target."""
     exp_rV = logits_rV.float()
     max_r1 = exp_rV.amax(1, keepdim=True)
     sum_r1 = exp_rV.sub_(max_r1).exp_().sum(1, keepdim=True)
