@@ -22,6 +22,7 @@ LAYERS = [
     "size",
     "terminal",
     "records",
+    "version",
     "history",
     "balance",
     "ranks.device",
@@ -186,7 +187,7 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         target = name.removeprefix("trainer.")
         own = [package for package in PACKAGES if within(module, package)]
         above = ONLY.get(own[0] if own else module, LAYERS[:layer])  # entry points: [:None], all
-        if target != "__version__" and not any(within(target, layer) for layer in above + own):
+        if not any(within(target, layer) for layer in above + own):
             found.append(f"trainer.{module} imports {name}, which is not above it")
     return found
 
@@ -271,7 +272,7 @@ def test_broken_rule_is_found(module: str, source: str) -> None:
         (
             "lab.ablate",
             "from trainer.train import build\n"
-            "from trainer import __version__\n"
+            "from trainer.version import __version__\n"
             "from trainer.lab import simulate",
         ),
         ("balance.rules", "from trainer.balance.stats import centered"),
