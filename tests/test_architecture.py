@@ -1,6 +1,7 @@
 """The map of /docs/design.md, enforced: who may import what, read from the source without running it."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +13,14 @@ MAX_LINES = 400
 # A module may import only from layers above its own.
 LAYERS = [
     "config",
+    "program",
+    "split",
+    "size",
     "ranks.lock",
     "ranks.stop",
     "ranks.launcher",
     "ranks.agree",
     "ranks.meeting",
-    "program",
-    "split",
-    "size",
     "terminal",
     "records",
     "version",
@@ -49,13 +50,13 @@ LAYERS = [
     "weights",
     "chat",
     "metrics",
-    "ranks.watchdog",
     "run.health",
     "run.garbage",
     "run.profile",
     "run.directory",
-    "run.state",
     "run.memory",
+    "ranks.watchdog",
+    "run.state",
     "run.build",
     "run.saving",
     "run.step",
@@ -190,6 +191,14 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         if not any(within(target, layer) for layer in above + own):
             found.append(f"trainer.{module} imports {name}, which is not above it")
     return found
+
+
+def test_the_map_has_the_order_of_the_layers() -> None:
+    """A row of the map is `package/` or `package/file.py`."""
+    text = (TRAINER.parent / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `([\w/.]+)` \|", text.partition("\n## The map")[2].partition("\n## ")[0], re.M)
+    names = [row.removesuffix("/").removesuffix(".py").replace("/", ".") for row in rows]
+    assert [name for name in names if name not in (*ENTRY_POINTS, "trainer", "__init__")] == LAYERS
 
 
 SOURCES = sorted(TRAINER.rglob("*.py"))
