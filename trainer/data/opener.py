@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainer.data.batches import Run, TokenBatch
 from trainer.data.intake import Intake, Ticket, Wanted
 from trainer.data.lengths import NOT_DRAWN
@@ -121,13 +123,13 @@ class Opener:
         needs_labels = self.intake.readers[source].needs_labels
         return batch, first, first + 1 if needs_labels else batch.usable_until(first, queue.tickets[0].stop)
 
-    def take_one(self, source: int) -> tuple[TokenBatch, int]:
-        """The document whose length `next_length` has told: its batch, and its place there. The one behind is
-        the next from now on.
+    def take_one(self, source: int) -> tuple[memoryview, np.ndarray | None]:
+        """The document whose length `next_length` has told: its ids and its mask. The one behind is the next
+        from now on.
         """
         batch, place = self.queue_S[source].front()
         self.advance(source, 1, batch.lengths[place])
-        return batch, place
+        return batch.tokens(place)
 
     def take(self, source: int, *, at_most: int, num_tokens: float = math.inf) -> Run:
         """The documents that are `ahead`, until there are so many of them or so many tokens."""
@@ -164,8 +166,7 @@ class Opener:
 
     def request(self, source: int, goal: int) -> None:
         """Requests documents of one source, so that its queue holds so many."""
-        goal_S = [0] * len(self.queue_S)
-        goal_S[source] = goal
-        wanted = self.shortfall(goal_S)
-        for tickets in self.intake.request(wanted):
-            self.append(source, tickets)
+        if self.queue_S[source].num_documents < goal:
+            wanted = self.shortfall([0] * source + [goal])
+            for tickets in self.intake.request(wanted):
+                self.append(source, tickets)

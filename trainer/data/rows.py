@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from trainer.data.batches import Run, TokenBatch
+from trainer.data.batches import Run
 
 IGNORED = -100  # the label that cross entropy leaves out
 PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
@@ -29,8 +29,8 @@ class Pieces:
     document, unless it is one of `cuts`.
     """
 
-    # contiguous, uint32, one after another the tokens of all pieces: an array may hold those of many
-    ids: list[np.ndarray] = field(default_factory=list)
+    # uint32, one after another the tokens of all pieces: an entry may hold those of many
+    ids: list[memoryview | np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # [tokens]
     sources: list[int] = field(default_factory=list)  # shorter than the others: all are of source 0
     # of pieces that are cut: where they end, and the token behind
@@ -40,18 +40,18 @@ class Pieces:
     blanks: list[tuple[int, int]] = field(default_factory=list)  # where padding starts and ends
     filled: int = 0  # [tokens]
 
-    def add(self, batch: TokenBatch, i: int, read: int, length: int) -> None:
-        """A piece of document i, of which so much was read before."""
-        start = batch.starts[i] + read
-        self.ids.append(batch.ids[start : start + length])
-        self.lengths.append(length)
-        if batch.masks and i in batch.masks:
-            self.masks.append((self.filled, batch.masks[i][read + 1 : read + length + 1]))
+    def add(self, ids: memoryview, mask: np.ndarray | None, *, room: int) -> int:
+        """A piece of a document of which this is left: to its end or that of the row. Returns its length."""
+        length = min(len(ids), room)
+        if mask is not None:
+            self.masks.append((self.filled, mask[1 : length + 1]))
         self.filled += length
-
-    def cut(self, batch: TokenBatch, i: int, read: int) -> None:
-        """The piece that was added last does not end with its document, of which so much was read."""
-        self.cuts.append((self.filled, int(batch.ids[batch.starts[i] + read])))
+        self.lengths.append(length)
+        if length < len(ids):
+            self.cuts.append((self.filled, ids[length]))
+            ids = ids[:length]
+        self.ids.append(ids)
+        return length
 
     def add_run(self, run: Run, *, end: int, seq_len: int) -> int:
         """Documents one after another, cut where a row ends, and at `end`. Returns how many tokens of the
@@ -74,7 +74,7 @@ class Pieces:
             cut = min(until, last)
             if here < cut and i < stop:
                 self.lengths.append(cut - here)
-                self.cuts.append((cut + offset, int(ids[cut])))
+                self.cuts.append((cut + offset, ids[cut]))
                 here = cut
             until += seq_len
         self.filled = last + offset
