@@ -43,6 +43,7 @@ from trainer.data import TokenStream, with_slots
 from trainer.data.batches import Run, TokenBatch
 from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.mixture import Credits
+from trainer.data.rows import Pieces
 from trainer.program import check_sources, program_of
 
 # ---- Corpora and the slow reference ----------------------------------------------------------------------
@@ -272,7 +273,7 @@ def test_slots_stay_in_the_order_of_age() -> None:
                 age = next(ages)
                 buffer.extend(Run(batch, 0, 1, range(age, age + 1)))
         slot, buffer.draws = buffer.look(6)
-        buffer.finish(slot)
+        buffer.read_on(slot, Pieces(), 1)
         found = [number for number in buffer.numbers if number != EMPTY]
         assert found == sorted(found) and buffer.num_open == len(found)
 

@@ -80,9 +80,10 @@ class DocumentBuffer:
         self.num_open = 1
 
     def hold_none(self) -> None:
-        """An empty slot in place of all."""
-        self.numbers, self.read, self.rest, self.ids = [EMPTY], [0], [0], [None]
-        self.masks, self.num_open = {}, 0
+        """An empty slot in place of all, where none is open."""
+        if self.numbers != [EMPTY]:
+            self.numbers, self.read, self.rest, self.ids = [EMPTY], [0], [0], [None]
+            self.masks, self.num_open = {}, 0
 
     # -- the next piece --
 
@@ -95,10 +96,12 @@ class DocumentBuffer:
         else:
             if 2 * self.num_open <= len(self.numbers):
                 self.close_up()
-            num_slots, is_open = len(self.numbers), 0
-            while not is_open:
-                slot = self.slots(draws, num_slots)[draws % BLOCK]
-                draws, is_open = draws + 1, self.rest[slot]
+            slots = self.slots(draws, len(self.rest))
+            while not self.rest[slot := slots[draws % BLOCK]]:
+                draws += 1
+                if draws % BLOCK == 0:
+                    slots = self.slots(draws, len(self.rest))
+            draws += 1
         if self.rest[slot] == UNKNOWN:
             self.fetch(slot)
         return slot, draws
@@ -115,18 +118,17 @@ class DocumentBuffer:
     def read_on(self, slot: int, pieces: Pieces, room: int) -> int:
         """One piece of the document in a slot, to its end or the row's (`room`). Returns its length."""
         number, ids = self.numbers[slot], self.ids[slot]
-        mask = self.masks.get(number)
+        mask = self.masks.pop(number, None)
         length = pieces.add(ids, mask, room=room)
         if length == self.rest[slot]:
-            self.finish(slot)
-            return length
-        self.ids[slot], self.read[slot], self.rest[slot] = (
-            ids[length:],
-            self.read[slot] + length,
-            self.rest[slot] - length,
-        )
-        if mask is not None:
-            self.masks[number] = mask[length:]
+            self.numbers[slot], self.rest[slot], self.ids[slot] = EMPTY, 0, None
+            self.num_open -= 1
+        else:
+            self.read[slot] += length
+            self.rest[slot] -= length
+            self.ids[slot] = ids[length:]
+            if mask is not None:
+                self.masks[number] = mask[length:]
         return length
 
     def read_drawn(self, pieces: Pieces, *, end: int, seq_len: int, at_least: int) -> None:
@@ -169,11 +171,6 @@ class DocumentBuffer:
         self.draws += i + 1 - first
         pieces.filled, self.num_open = pieces.filled + before - room, num_open
         return longer
-
-    def finish(self, slot: int) -> None:
-        self.masks.pop(self.numbers[slot], None)
-        self.numbers[slot], self.rest[slot], self.ids[slot] = EMPTY, 0, None
-        self.num_open -= 1
 
     def close_up(self) -> None:
         """Takes the empty slots out."""

@@ -28,6 +28,7 @@ class Queue:
         self.tickets, self.num_documents = deque[Ticket](), 0
         self.batch: TokenBatch | None = None  # of the first ticket, once it was looked at
         self.place = 0  # of the next document there
+        self.usable = 0  # up to here documents are usable, as far as is known
 
     def __len__(self) -> int:
         return self.num_documents
@@ -52,7 +53,7 @@ class Queue:
         self.place += num
         if self.place == self.tickets[0].stop:
             self.tickets.popleft()
-            self.batch = None
+            self.batch, self.place, self.usable = None, 0, 0
 
 
 @dataclass(kw_only=True)
@@ -80,7 +81,10 @@ class Opener:
 
         Raises: DataError where a whole epoch holds no usable document.
         """
-        reader, queue = self.intake.readers[source], self.queue_S[source]
+        queue = self.queue_S[source]
+        if queue.place < queue.usable:
+            return queue.batch.lengths[queue.place]
+        reader = self.intake.readers[source]
         while reader.repeat or not reader.is_over(self.next_S[source]):
             if not queue.tickets:
                 self.request(source, self.intake.to_request(source, 1))
@@ -88,6 +92,8 @@ class Opener:
             length = batch.lengths[i]
             if length and not (reader.needs_labels and self.lacks_label(batch, i)):
                 self.num_refused_S[source] = 0
+                if not reader.needs_labels:  # whether one has a label is told of one after another
+                    queue.usable = batch.usable_until(i, queue.tickets[0].stop)
                 return length
             document = batch[i]
             if document is None:
@@ -118,10 +124,7 @@ class Opener:
         to which in their batch.
         """
         queue = self.queue_S[source]
-        batch, first = queue.front()
-        # whether a document has a label, `next_length` tells of one after another
-        needs_labels = self.intake.readers[source].needs_labels
-        return batch, first, first + 1 if needs_labels else batch.usable_until(first, queue.tickets[0].stop)
+        return queue.batch, queue.place, max(queue.usable, queue.place + 1)
 
     def take_one(self, source: int) -> tuple[memoryview, np.ndarray | None]:
         """The document whose length `next_length` has told: its ids and its mask. The one behind is the next

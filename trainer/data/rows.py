@@ -42,15 +42,15 @@ class Pieces:
 
     def add(self, ids: memoryview, mask: np.ndarray | None, *, room: int) -> int:
         """A piece of a document of which this is left: to its end or that of the row. Returns its length."""
-        length = min(len(ids), room)
+        length = len(ids)
+        if length > room:
+            self.cuts.append((self.filled + room, ids[room]))
+            ids, length = ids[:room], room
         if mask is not None:
             self.masks.append((self.filled, mask[1 : length + 1]))
-        self.filled += length
-        self.lengths.append(length)
-        if length < len(ids):
-            self.cuts.append((self.filled, ids[length]))
-            ids = ids[:length]
         self.ids.append(ids)
+        self.lengths.append(length)
+        self.filled += length
         return length
 
     def add_run(self, run: Run, *, end: int, seq_len: int) -> int:

@@ -157,19 +157,19 @@ class VirtualStream:
 
     def read_due(self, pieces: Pieces, now: StreamSettings, end: int) -> None:
         """One piece after another, each of the source that is due, until one has no open document."""
-        weights_S, charge, room = now.weights_S, self.credits.charge, now.room(pieces.filled)
-        open_S = [s for s in now.wanted if self.buffer_S[s].num_open]
-        slot_S = {s: self.buffer_S[s].look(now.size_S[s]) for s in open_S}
-        rest_S = {s: self.buffer_S[s].rest[slot] for s, (slot, _) in slot_S.items()}
+        weights_S, size_S, buffer_S, repeats = now.weights_S, now.size_S, self.buffer_S, self.intake.repeats
+        charge, due, room = self.credits.charge, self.credits.due, now.room(pieces.filled)
+        slot_S = {s: buffer_S[s].look(size_S[s]) for s in now.wanted if buffer_S[s].num_open}
+        rest_S = {s: buffer_S[s].rest[slot] for s, (slot, _) in slot_S.items()}
         are_open = [weight if s in rest_S else 0.0 for s, weight in enumerate(weights_S)]
         self.credits.begin(are_open, next_length=lambda s: min(rest_S[s], room))
         while True:
-            source = self.credits.due(rest_S, weights_S, at_most=room)
-            buffer, size = self.buffer_S[source], now.size_S[source]
+            source = due(rest_S, weights_S, at_most=room)
+            buffer, size = buffer_S[source], size_S[source]
             slot, buffer.draws = slot_S[source]
             length = buffer.read_on(slot, pieces, room)
             pieces.sources.append(source)
-            charge(source, length, self.weights_left(weights_S))
+            charge(source, length, weights_S if repeats else self.weights_left(weights_S))
             room = room - length or now.seq_len
             if pieces.filled == end:
                 return
@@ -203,22 +203,22 @@ class VirtualStream:
         """As read_next: documents that end in the row, as long as those behind are known to be usable.
         Returns the source whose next document does not end in the row.
         """
-        weights_S, charge, due = now.weights_S, self.credits.charge, self.credits.due
+        weights_S, charge, charged_due = now.weights_S, self.credits.charge, self.credits.charged_due
         add, add_source, room = pieces.add, pieces.sources.append, now.room(pieces.filled)
         ahead_S = {s: self.opener.ahead(s) for s in length_S}
         place_S = {s: first for s, (_, first, _) in ahead_S.items()}
-        source = due(length_S, weights_S)
+        source = self.credits.due(length_S, weights_S)
         while source is not None and length_S[source] <= room:
-            length, place, (batch, _, stop) = length_S[source], place_S[source], ahead_S[source]
-            add(*batch.tokens(place), room=room)
+            place, (batch, _, stop) = place_S[source], ahead_S[source]
+            length = add(*batch.tokens(place), room=room)
             add_source(source)
-            charge(source, length, weights_S)
             room -= length
             place_S[source] = place = place + 1
             if room and place < stop:
                 length_S[source] = batch.lengths[place]
-                source = due(length_S, weights_S)
+                source = charged_due(source, length, length_S, weights_S)
             else:
+                charge(source, length, weights_S)
                 source = None
         for s, (batch, first, _) in ahead_S.items():
             if place_S[s] > first:
