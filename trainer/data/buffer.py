@@ -77,7 +77,7 @@ class DocumentBuffer:
         """One document, of which so much was read, in place of all slots."""
         self.numbers, self.read, self.rest, self.ids = [number], [read], [len(ids) - read], [ids[read:]]
         self.masks = {} if mask is None else {number: mask[read:]}
-        self.num_open = 1
+        self.num_open, self.slot, self.after = 1, 0, self.draws
 
     def hold_none(self) -> None:
         """An empty slot in place of all, where none is open."""
@@ -87,8 +87,10 @@ class DocumentBuffer:
 
     # -- the next piece --
 
-    def look(self, size: int) -> tuple[int, int]:
-        """The slot to read on from, and the count of draws after it was used."""
+    def look(self, size: int) -> int:
+        """What is left of the next document, the one to be read on: in `slot`, after which so many draws
+        (`after`) were used.
+        """
         draws, slot = self.draws, 0
         if not size:
             if self.numbers[0] == EMPTY:
@@ -102,9 +104,10 @@ class DocumentBuffer:
                 if draws % BLOCK == 0:
                     slots = self.slots(draws, len(self.rest))
             draws += 1
+        self.slot, self.after = slot, draws
         if self.rest[slot] == UNKNOWN:
             self.fetch(slot)
-        return slot, draws
+        return self.rest[slot]
 
     def fetch(self, slot: int) -> None:
         """After a resume."""
@@ -115,8 +118,9 @@ class DocumentBuffer:
         if mask is not None:
             self.masks[number] = mask[read:]
 
-    def read_on(self, slot: int, pieces: Pieces, room: int) -> int:
-        """One piece of the document in a slot, to its end or the row's (`room`). Returns its length."""
+    def read_on(self, pieces: Pieces, room: int) -> int:
+        """One piece of the next document, to its end or the row's (`room`). Returns its length."""
+        slot, self.draws = self.slot, self.after
         number, ids = self.numbers[slot], self.ids[slot]
         mask = self.masks.pop(number, None)
         length = pieces.add(ids, mask, room=room)
@@ -140,26 +144,24 @@ class DocumentBuffer:
                 self.close_up()
             # a document with a mask is never read in line
             room = 1 if self.masks else seq_len - pieces.filled % seq_len
-            longer = self.read_ended(pieces, room=room, at_least=at_least)
-            if longer is not None:
-                if self.rest[longer] == UNKNOWN:
-                    self.fetch(longer)
-                self.read_on(longer, pieces, seq_len - pieces.filled % seq_len)
+            self.read_ended(pieces, room=room, at_least=at_least)
+            if self.num_open > at_least:
+                self.look(at_least + 1)
+                self.read_on(pieces, seq_len - pieces.filled % seq_len)
 
-    def read_ended(self, pieces: Pieces, *, room: int, at_least: int) -> int | None:
-        """As read_drawn, the documents that end before the row does, most of them: with the draws of one
-        block, until slots must be closed up. Returns the slot of a longer one, drawn last.
+    def read_ended(self, pieces: Pieces, *, room: int, at_least: int) -> None:
+        """As read_drawn, the documents that end before the row does, most of them: with draws of one block,
+        until one is longer or slots must be closed up.
         """
         rest, ids, numbers = self.rest, self.ids, self.numbers
         add_ids, add_length, before = pieces.ids.append, pieces.lengths.append, room
         num_open, at_least = self.num_open, max(at_least, len(rest) // 2)  # then slots are closed up
-        slots, first, longer = self.slots(self.draws, len(rest)), self.draws % BLOCK, None
-        for i in range(first, BLOCK):
-            slot = slots[i]
+        draws, slots = self.draws, self.slots(self.draws, len(rest))
+        for slot in slots[draws % BLOCK : draws % BLOCK + len(rest)]:
             length = rest[slot]
             if length >= room:
-                longer = slot
                 break
+            draws += 1
             if length:  # no empty slot
                 add_ids(ids[slot])
                 add_length(length)
@@ -168,9 +170,8 @@ class DocumentBuffer:
                 num_open -= 1
                 if num_open == at_least:
                     break
-        self.draws += i + 1 - first
-        pieces.filled, self.num_open = pieces.filled + before - room, num_open
-        return longer
+        pieces.filled += before - room
+        self.draws, self.num_open = draws, num_open
 
     def close_up(self) -> None:
         """Takes the empty slots out."""

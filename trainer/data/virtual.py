@@ -110,7 +110,8 @@ class VirtualStream:
             at_least = 0 if drains else min(size, buffer.num_open - 1)
             buffer.read_drawn(pieces, end=end, seq_len=now.seq_len, at_least=at_least)
         else:
-            buffer.read_on(buffer.look(0)[0], pieces, now.room(pieces.filled))
+            buffer.look(0)
+            buffer.read_on(pieces, now.room(pieces.filled))
         return True
 
     def read_in_order(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
@@ -151,23 +152,21 @@ class VirtualStream:
     def read_piece(self, source: int, pieces: Pieces, now: StreamSettings) -> None:
         """Of a source that nothing is charged to."""
         buffer = self.buffer_S[source]
-        slot, buffer.draws = buffer.look(now.size_S[source])
-        buffer.read_on(slot, pieces, now.room(pieces.filled))
+        buffer.look(now.size_S[source])
+        buffer.read_on(pieces, now.room(pieces.filled))
         pieces.sources.append(source)
 
     def read_due(self, pieces: Pieces, now: StreamSettings, end: int) -> None:
         """One piece after another, each of the source that is due, until one has no open document."""
         weights_S, size_S, buffer_S, repeats = now.weights_S, now.size_S, self.buffer_S, self.intake.repeats
         charge, due, room = self.credits.charge, self.credits.due, now.room(pieces.filled)
-        slot_S = {s: buffer_S[s].look(size_S[s]) for s in now.wanted if buffer_S[s].num_open}
-        rest_S = {s: buffer_S[s].rest[slot] for s, (slot, _) in slot_S.items()}
+        rest_S = {s: buffer_S[s].look(size_S[s]) for s in now.wanted if buffer_S[s].num_open}
         are_open = [weight if s in rest_S else 0.0 for s, weight in enumerate(weights_S)]
         self.credits.begin(are_open, next_length=lambda s: min(rest_S[s], room))
         while True:
             source = due(rest_S, weights_S, at_most=room)
             buffer, size = buffer_S[source], size_S[source]
-            slot, buffer.draws = slot_S[source]
-            length = buffer.read_on(slot, pieces, room)
+            length = buffer.read_on(pieces, room)
             pieces.sources.append(source)
             charge(source, length, weights_S if repeats else self.weights_left(weights_S))
             room = room - length or now.seq_len
@@ -177,8 +176,7 @@ class VirtualStream:
                 self.refill(source, now)
             if not buffer.num_open:
                 return
-            slot, _ = slot_S[source] = buffer.look(size)
-            rest_S[source] = buffer.rest[slot]
+            rest_S[source] = buffer.look(size)
 
     def read_next(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
         """One document after another, each of the source that is due, where none is open. False: there is
@@ -235,7 +233,7 @@ class VirtualStream:
         self.totals["open"] += len(ids)
         buffer.hold(number, ids, mask, read=0)
         while buffer.num_open and pieces.filled < end:
-            length = buffer.read_on(0, pieces, now.room(pieces.filled))
+            length = buffer.read_on(pieces, now.room(pieces.filled))
             pieces.sources.append(source)
             self.credits.charge(source, length, self.weights_left(now.weights_S))
 
