@@ -136,8 +136,8 @@ def test_positions_count_from_the_start_of_each_piece(length: int, padding: int)
         pieces.filled += n
     pieces.pad(padding)
     num_tokens = 3 * length + padding
-    rows_NT = np.full((3, num_tokens), 7)  # what lay there before
-    assert write(pieces, rows_NT, document_mask=True, seq_len=num_tokens) == 0
+    planes, withheld = write(pieces, document_mask=True, seq_len=num_tokens)
     one, two = list(range(length)), list(range(2 * length))
     labels = [*one[1:], -100, *two[1:], -100, *[-100] * padding]
-    assert rows_NT.tolist() == [[*one, *two, *[0] * padding], labels, [*one, *two, *[-1] * padding]]
+    expected = [[*one, *two, *[0] * padding], labels, [*one, *two, *[-1] * padding]]
+    assert [plane_T.tolist() for plane_T in planes] == expected and withheld == 0

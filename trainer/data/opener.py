@@ -152,8 +152,8 @@ class Opener:
     def shortfall(self, goal_S: Sequence[int]) -> list[Wanted]:
         """What to request, so that the queue of each source holds so many documents."""
         wanted = list[Wanted]()
-        for source, goal in enumerate(goal_S):
-            num_requested = len(self.queue_S[source])
+        for source, (queue, goal) in enumerate(zip(self.queue_S, goal_S, strict=False)):
+            num_requested = queue.num_documents
             if num_requested < goal:
                 start = self.next_S[source] + num_requested * self.num_streams
                 stop = self.next_S[source] + goal * self.num_streams
