@@ -142,11 +142,10 @@ class DocumentBuffer:
         while self.num_open > at_least and pieces.filled < end:
             if 2 * self.num_open <= len(self.numbers):
                 self.close_up()
-            # a document with a mask is never read in line
-            room = 1 if self.masks else seq_len - pieces.filled % seq_len
-            self.read_ended(pieces, room=room, at_least=at_least)
+            if not self.masks:
+                self.read_ended(pieces, room=seq_len - pieces.filled % seq_len, at_least=at_least)
             if self.num_open > at_least:
-                self.look(at_least + 1)
+                self.look(1)  # it draws, whatever the size is
                 self.read_on(pieces, seq_len - pieces.filled % seq_len)
 
     def read_ended(self, pieces: Pieces, *, room: int, at_least: int) -> None:
