@@ -116,8 +116,9 @@ def test_rows_are_those_of_a_slow_loop(sources: list[ArraySource], buffers: tupl
         [batch] = stream.next_step(ROWS)
         assert isinstance(batch, SourcedBatch)
         assert np.array_equal(torch.stack(list(batch)).numpy(), expected)
-        draws_V = [slow.draws_S for slow in slow_V]
-        assert stream.state_dict()["draws_VS"].tolist() == draws_V
+        state, draws_V = stream.state_dict(), [slow.draws_S for slow in slow_V]
+        assert state["draws_VS"].tolist() == draws_V
+        assert not state["read_VC"][state["index_VC"] < 0].any()  # an empty slot says nothing of its past
         open_V = [
             (s, *slot) for slow in slow_V for s in range(len(names)) for slot in slow.slots_S[s] if slot
         ]
