@@ -1,6 +1,7 @@
 """The map of /docs/design.md, enforced: who may import what, read from the source without running it."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,16 +13,17 @@ MAX_LINES = 400
 # A module may import only from layers above its own.
 LAYERS = [
     "config",
+    "program",
+    "split",
+    "size",
     "ranks.lock",
     "ranks.stop",
     "ranks.launcher",
     "ranks.agree",
     "ranks.meeting",
-    "program",
-    "split",
-    "size",
     "terminal",
     "records",
+    "version",
     "history",
     "balance",
     "ranks.device",
@@ -48,13 +50,13 @@ LAYERS = [
     "weights",
     "chat",
     "metrics",
-    "ranks.watchdog",
     "run.health",
     "run.garbage",
     "run.profile",
     "run.directory",
-    "run.state",
     "run.memory",
+    "ranks.watchdog",
+    "run.state",
     "run.build",
     "run.saving",
     "run.step",
@@ -186,9 +188,17 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
         target = name.removeprefix("trainer.")
         own = [package for package in PACKAGES if within(module, package)]
         above = ONLY.get(own[0] if own else module, LAYERS[:layer])  # entry points: [:None], all
-        if target != "__version__" and not any(within(target, layer) for layer in above + own):
+        if not any(within(target, layer) for layer in above + own):
             found.append(f"trainer.{module} imports {name}, which is not above it")
     return found
+
+
+def test_the_map_has_the_order_of_the_layers() -> None:
+    """A row of the map is `package/` or `package/file.py`."""
+    text = (TRAINER.parent / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| `([\w/.]+)` \|", text.partition("\n## The map")[2].partition("\n## ")[0], re.M)
+    names = [row.removesuffix("/").removesuffix(".py").replace("/", ".") for row in rows]
+    assert [name for name in names if name not in (*ENTRY_POINTS, "trainer", "__init__")] == LAYERS
 
 
 SOURCES = sorted(TRAINER.rglob("*.py"))
@@ -271,7 +281,7 @@ def test_broken_rule_is_found(module: str, source: str) -> None:
         (
             "lab.ablate",
             "from trainer.train import build\n"
-            "from trainer import __version__\n"
+            "from trainer.version import __version__\n"
             "from trainer.lab import simulate",
         ),
         ("balance.rules", "from trainer.balance.stats import centered"),

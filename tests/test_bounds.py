@@ -35,7 +35,7 @@ from trainer.run import memory
 from trainer.run.build import loss_weights, sources_of
 from trainer.run.directory import take
 
-RUN = ["experiment=demo", "steps=1"]
+RUN = ["experiment=demo", "steps=1", "dtype=float32"]
 
 
 def numbers_of(schema: type, where: str = "") -> list[tuple[str, Number | None]]:

@@ -193,7 +193,7 @@ def stand_in(monkeypatch, scaled_mm) -> None:
 # -- what is not there ------------------------------------------------------------------------------------
 
 H200, B200 = Hardware("cuda", (9, 0), True), Hardware("cuda", (10, 0), True)
-RUN = ["experiment=demo", "model=debug"]
+RUN = ["experiment=demo", "model=debug", "dtype=float32"]
 BF16, EP2 = "dtype=bfloat16", "parallel.ep=2"
 MX, DEEP, HYBRID = "model.expert_dtype=mxfp8", "parallel.dispatcher=deepep", "parallel.dispatcher=hybridep"
 REFUSED = [

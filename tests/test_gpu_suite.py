@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention
 
+from tests.fake import in_a_process
 from tests.gpu import __main__ as command
 from tests.gpu import attention, one, report, stages
 from tests.gpu.bench import Bench
@@ -20,12 +21,25 @@ from tests.gpu.stages import HIDDEN, NO_GPU, ONE_GPU, REPOSITORY, Stage, run_sta
 CPU = torch.device("cpu")
 
 
-LONG = pytest.param(ONE_GPU[6], marks=pytest.mark.rare)  # the drills stop, kill and resume runs, too
+RUNS = ONE_GPU[6]
 
 
-@pytest.mark.parametrize("stage", [*ONE_GPU[:6], LONG, *ONE_GPU[7:]], ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", [*ONE_GPU[:6], *ONE_GPU[7:]], ids=lambda stage: stage.name)
 def test_every_stage_holds_on_a_cpu(stage, tmp_path):
-    result = one.run(import_module(f"tests.gpu.{stage.module}"), on=CPU, results=tmp_path)
+    holds(stage_on_a_cpu(stage.module, tmp_path))
+
+
+@pytest.mark.rare  # the drills stop, kill and resume runs, too
+def test_the_stage_of_runs_holds_on_a_cpu(tmp_path):
+    """In a process that has computed nothing, as it forks its runs."""
+    holds(in_a_process(stage_on_a_cpu, tmp_path, RUNS.module, tmp_path))
+
+
+def stage_on_a_cpu(module, results):
+    return one.run(import_module(f"tests.gpu.{module}"), on=CPU, results=results)
+
+
+def holds(result):
     assert report.troubles(result) == []
     assert result["figures"] and all(check["error"] is None for check in result["checks"])
 
@@ -61,14 +75,14 @@ def fails(bench, size):
     raise RuntimeError("CUDA error: an illegal memory access")
 
 
-def holds(bench, size):
+def passes(bench, size):
     bench.at_least("a ratio", 2.0, 1.0)
     bench.speed_at_most("a time", 2.0, 1.0, "s")
     bench.absent("a rival", "not installed")
 
 
 def test_a_check_that_fails_costs_the_others_nothing(tmp_path):
-    module, heard = SimpleNamespace(CHECKS=(misses, fails, holds), SIZES={"cpu": None}), []
+    module, heard = SimpleNamespace(CHECKS=(misses, fails, passes), SIZES={"cpu": None}), []
     result = one.run(
         module, on=CPU, results=tmp_path, report=lambda result: heard.append(len(result["checks"]))
     )

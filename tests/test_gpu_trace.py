@@ -7,7 +7,8 @@ from tests.fake import in_a_process
 
 
 @pytest.mark.parametrize(
-    "policy", [pytest.param(p, marks=[] if p == "selective" else [pytest.mark.rare]) for p in POLICIES]
+    "policy",
+    [pytest.param(p, marks=pytest.mark.slow if p == "selective" else pytest.mark.rare) for p in POLICIES],
 )
 def test_a_step_asks_for_no_more_than_the_page_says(policy, tmp_path):
     counts, most = in_a_process(counted, tmp_path, policy), bounds(PAGE.read_text())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.config import ModelConfig
 from trainer.model.afmoe import Afmoe, afmoe_config
-from trainer.model.init import BLOCK_ROWS, Progress, draw, initialize
+from trainer.model.init import BLOCK_ROWS, Progress, draw, draw_truncated, initialize
 from trainer.model.recompute import CHECKPOINTING
 
 SHAPE = ModelConfig(
@@ -71,6 +71,18 @@ def test_truncation_at_three_std():
     p = (inside - math.erf(2.5 / math.sqrt(2))) / inside
     assert 2.99 < z.abs().max() <= 3
     assert abs((z.abs() > 2.5).double().mean() - p) < 5 * math.sqrt(p * (1 - p) / z.numel())
+
+
+@pytest.mark.parametrize("shape", [(64, 300), (3, 7)])
+def test_a_value_is_the_first_of_its_draws_within_the_limit(shape: tuple[int, int]):
+    """By a loop over the elements, in tensors drawn one after another (trunc_normal_ of torch 2.13)."""
+    for seed in range(20):
+        got = draw_truncated(torch.empty(shape), 0.5, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        rounds = torch.stack([torch.empty(shape).normal_(0, 0.5, generator=generator) for _ in range(8)])
+        columns = rounds.reshape(8, -1).T.tolist()
+        expected = [next(value for value in column if abs(value) <= 1.5) for column in columns]
+        assert got.view(-1).tolist() == expected
 
 
 def test_norm_gains_and_biases():

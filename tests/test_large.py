@@ -1,11 +1,14 @@
-"""The full Trinity Large on a fake mesh of 2,048 ranks: every shard has the bytes that arithmetic says."""
+"""The full Trinity Large on a fake mesh of 2,048 ranks: every shard has the bytes that arithmetic says.
+Where are experts cut that HSDP has more ranks than?
+"""
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.ranks import free_port  # noqa: F401  # heavy imports before the fork
 from trainer.config import ParallelConfig, load
-from trainer.model.afmoe import afmoe_config
+from trainer.model.afmoe import afmoe_config, moe_layers
 from trainer.model.parallelize import build_parallel
 from trainer.optim import muon
 from trainer.ranks import device
@@ -86,3 +89,34 @@ def described(plan) -> dict:
         "owned": owned,
         "owned_by_replica": by_replica,
     }
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "shape"),
+    [
+        (4, [1, 64, 128]),
+        (6, [2, 64, 128]),  # 2, 2, 2 and none
+        (2, [2, 16, 128]),  # more shards than experts: a quarter of the rows of both
+    ],
+)
+def test_replicas_do_not_cut_experts(tmp_path, num_experts, shape):
+    """Of 64 x 128, without EP, on two replicas of four shards."""
+    torch.multiprocessing.start_processes(
+        build_replicas, args=(tmp_path, num_experts), nprocs=1, start_method="fork"
+    )
+    got = torch.load(tmp_path / "shape")
+    assert got["num_experts"] == num_experts
+    assert got["placements"] == "dp_replicate,fsdp"
+    assert list(got["shape"]) == shape
+
+
+def build_replicas(rank, directory, num_experts):
+    dist.init_process_group("fake", rank=0, world_size=8)
+    config = load(["experiment=demo", f"model.num_experts={num_experts}", "model.top_k=1"])
+    dims = device.build_mesh(ParallelConfig(dp_replicate=2, dp_shard=4), num_experts=num_experts)
+    model = build_parallel(afmoe_config(config.model, flex=False), dims, dtype=torch.float32)
+    [experts, *_] = [layer.routed_experts.inner_experts for layer in moe_layers(model)]
+    about = {"shape": local(experts.w1_EFD).shape, "num_experts": experts.num_experts}
+    torch.save(
+        about | {"placements": ",".join(experts.w1_EFD.device_mesh.mesh_dim_names)}, directory / "shape"
+    )

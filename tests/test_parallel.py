@@ -87,6 +87,8 @@ LAYOUTS = [
     rare(4, ["parallel=fsdp", "micro_batch=1", *MUON], False),
     # 4 ranks shard 2 local experts each of ep=... more shards than experts: cut inside the matrices
     slow(4, ["parallel=fsdp_ep", "model.num_experts=2", "model.top_k=1", "micro_batch=2"], False),
+    # 2 experts whole on 2 shards of 2 replicas
+    slow(4, ["parallel=hsdp", "model.num_experts=2", "model.top_k=1", "micro_batch=2", *MUON], False),
 ]
 
 

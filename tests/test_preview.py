@@ -355,3 +355,10 @@ def test_stretches_cover_the_program():
     assert [(s.first_step, s.num_steps) for s in found] == [(1, 20), (21, 140), (161, 40)]
     assert [s.end for s in found[:-1]] == [s.start for s in found[1:]]
     assert found[-1].end == 200 * 16 * 256
+
+
+@pytest.mark.slow
+def test_what_torch_says_of_the_planner_s_process_group_is_not_shown(tmp_path):
+    command = [sys.executable, "-m", "trainer.lab.preview", "experiment=demo", "model=debug", "device=h200"]
+    done = subprocess.run([*command, f"out={tmp_path}/p.html"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

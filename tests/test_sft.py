@@ -209,9 +209,8 @@ def their_model(weights: dict[str, torch.Tensor], shape: ModelConfig, path: Path
     return AfmoeForCausalLM.from_pretrained(path, experts_implementation="eager").train()
 
 
-@pytest.mark.parametrize(
-    "layout", [(1, []), pytest.param((4, ["parallel=hsdp_ep"]), marks=pytest.mark.slow)], ids=["1", "4"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(1, []), (4, ["parallel=hsdp_ep"])], ids=["1", "4"])
 def test_twenty_steps_are_those_of_transformers_and_adamw(tmp_path: Path, layout: tuple) -> None:
     """Losses to 1e-5, weights to 1e-4, on rows with masks, packed and padded. Without a balancing rule and
     router losses, which `transformers` does not have in training."""

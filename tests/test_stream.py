@@ -472,7 +472,9 @@ def test_another_mixture_holds_from_the_very_next_document_on() -> None:
     assert rest <= {int(token) for document in old for token in document}
 
 
-@pytest.mark.parametrize("lengths", [(100.0, 100.0), (10.0, 300.0), (300.0, 10.0)])
+@pytest.mark.parametrize(
+    "lengths", [(100.0, 100.0), pytest.param((10.0, 300.0), marks=pytest.mark.slow), (300.0, 10.0)]
+)
 def test_streams_do_not_take_turns_in_step(lengths: tuple[float, float]) -> None:
     """Over 1,000 streams, a source of weight 0.1 has a tenth of the tokens at any time from the start, not
     only in the end.

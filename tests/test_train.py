@@ -189,6 +189,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_torchrun_is_the_same_program(tmp_path):
     launch = [
         "-m",

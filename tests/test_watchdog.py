@@ -208,7 +208,9 @@ holds_the_lock()
     assert took_s > 2
 
 
-@pytest.mark.parametrize(("share", "at_least_s"), [(1.0, 1.0), (0.2, 5.0)])
+@pytest.mark.parametrize(
+    ("share", "at_least_s"), [(1.0, 1.0), pytest.param(0.2, 5.0, marks=pytest.mark.slow)]
+)
 def test_a_busy_machine_has_more_time(tmp_path, share, at_least_s):
     """A fifth of a core: limit and grace, 0.5 s each, take five times as long."""
     code = f"watchdog.core_share = lambda: {share}\ndog.heartbeat('step 1: data')\nhangs_here()"

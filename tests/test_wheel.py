@@ -77,7 +77,7 @@ def test_the_first_words_need_no_torch(unpacked, tmp_path):
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | site, capture_output=True, text=True)
-    version = (ROOT / "trainer" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+    version = (ROOT / "trainer" / "version.py").read_text().split('__version__ = "')[1].split('"')[0]
     assert done.stdout.splitlines()[-2:] == [f"triquetra {version}", "[]"], done.stderr
 
 

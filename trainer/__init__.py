@@ -8,6 +8,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trainer.version import __version__
+
 # Read by torch when it first asks a GPU for memory: with fixed segments, rows that differ from microbatch to
 # microbatch, as an expert's do, leave gaps that nothing fits into. Whoever has set it has their own reason.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from trainer.run.step import next_batches, train_step
     from trainer.train import conclude, due, start
 
-__version__ = "0.1.0"
 __all__ = [
     "BadDocument",
     "Config",

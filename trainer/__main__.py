@@ -26,9 +26,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from trainer import __version__
 from trainer.ranks.stop import StopRequest
 from trainer.terminal import outlive_terminal
+from trainer.version import __version__
 
 COMMANDS = {
     "train": "trainer.train",

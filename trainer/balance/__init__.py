@@ -1,8 +1,8 @@
 """Expert balancing: how routing counts move the routers' biases, and which losses push the routers
 themselves.
 
-stats (what is counted) -> rules (biases), losses (gradients) -> balancer (once per step). Imports nothing of
-ours.
+stats (what is counted) -> rules (biases), losses (gradients) -> balancer (once per step). Imports `records`
+only.
 """
 
 from trainer.balance.balancer import COLLAPSED_SHARE, Balancer, Experts, Verdict

@@ -96,7 +96,8 @@ class Routed(NamedTuple):
     total: Total
 
 
-# A further loss is a line here, and a field of the same name in RouterLossWeights (trainer/config/schema.py).
+# A further loss is a line here, and a field with its name, like entropy_loss_weight, in RouterLossWeights
+# (trainer/config/schema.py).
 LOSSES: dict[str, Callable[[Routed], Tensor]] = {
     "sequence": lambda r: sequence_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL, r.total),
     "switch": lambda r: switch_balance_loss(r.scores_BLE, r.ids_BLK, r.valid_BL, r.total),

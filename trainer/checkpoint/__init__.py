@@ -3,7 +3,7 @@
 from trainer.checkpoint.boxes import BoxReader, TensorSpec, read_header, write_file
 from trainer.checkpoint.checkpoints import Checkpoints, Found, SaveError
 from trainer.checkpoint.foreign import DamagedError, json_of, naturals, plain_name, read_json, reading
-from trainer.checkpoint.manifest import MANIFEST, code_version, manifest_hash, problems, read_manifest
+from trainer.checkpoint.manifest import MANIFEST, manifest_hash, problems, read_manifest
 from trainer.checkpoint.storage import (
     StoredTensor,
     TensorPiece,
@@ -24,7 +24,6 @@ __all__ = [
     "StoredTensor",
     "TensorPiece",
     "TensorSpec",
-    "code_version",
     "json_of",
     "load_into",
     "make_durable",

@@ -10,13 +10,12 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-import trainer
 from trainer.checkpoint.foreign import (
     DamagedError,
     check_yaml,
@@ -130,16 +129,6 @@ def _misread(directory: Path, names: Iterable[str], *, listed: Collection[str]) 
         except DamagedError as error:
             damaged[name] = str(error)
     return damaged
-
-
-@cache
-def code_version() -> str:
-    """Of this package: its version, and a hash of its source files."""
-    root = Path(trainer.__file__).parent
-    digest = xxhash.xxh3_64()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return f"{trainer.__version__}+{digest.hexdigest()[:8]}"
 
 
 def _text_of(content: Mapping[str, Any]) -> str:

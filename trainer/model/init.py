@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -115,10 +116,25 @@ def draw(
         low, high = max(first, start), min(first + rows, start + BLOCK_ROWS)
         digest = hashlib.blake2b(f"{key}/{block}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        full = nn.init.trunc_normal_(
-            torch.empty(BLOCK_ROWS, columns), std=std, a=-3 * std, b=3 * std, generator=generator
-        )
-        out[low - first : high - first] = full[low - start : high - start]
+        rows_here = out[low - first : high - first]
+        if high - low == BLOCK_ROWS:
+            draw_truncated(rows_here, std, generator)
+        else:  # a part of what other ranks draw, too
+            whole = draw_truncated(torch.empty(BLOCK_ROWS, columns), std, generator)
+            rows_here.copy_(whole[low - start : high - start])
 
     deque(over(fill, range(first // BLOCK_ROWS, -(-(first + rows) // BLOCK_ROWS))), maxlen=0)
+    return out
+
+
+def draw_truncated(out: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Normal values in place; those beyond 3 std are drawn again, in tensors of the same size. These are the
+    bits of nn.init.trunc_normal_ (torch 2.13), whose masks over whole tensors take as long as the draws.
+    """
+    flat, limit = out.view(-1).normal_(0, std, generator=generator), float(np.float32(3 * std))
+    far = np.flatnonzero((flat.abs() > limit).numpy())
+    while len(far):
+        values = torch.empty_like(flat).normal_(0, std, generator=generator).numpy()[far]
+        flat.numpy()[far] = values
+        far = far[np.abs(values) > limit]
     return out

@@ -1,5 +1,7 @@
 """How is the model spread over ranks? CP, EP -> compile, activation checkpointing -> FSDP, stated once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import spmd_types as spmd
@@ -70,19 +72,38 @@ def build_parallel(
         return model.train()  # nothing to cut: FSDP would only copy
     replicate = ["dp_replicate"] if dims.dp_replicate_enabled else []
     mesh = dims.get_mesh([*replicate, "fsdp"])
-    apply_fsdp_to_decoder(
-        model,
-        mesh,
-        param_dtype=dtype,
-        reduce_dtype=reduce_dtype,
-        pp_enabled=False,
-        reshard_after_forward_policy="default" if reshard_after_forward else "never",
-        ep_degree=dims.ep,
-        edp_mesh=dims.get_mesh([*replicate, "efsdp"]) if dims.ep_enabled else None,
-    )
+    with _replicas_not_counted(model, num_shards=mesh["fsdp"].size(), num_ranks=mesh.size()):
+        apply_fsdp_to_decoder(
+            model,
+            mesh,
+            param_dtype=dtype,
+            reduce_dtype=reduce_dtype,
+            pp_enabled=False,
+            reshard_after_forward_policy="default" if reshard_after_forward else "never",
+            ep_degree=dims.ep,
+            edp_mesh=dims.get_mesh([*replicate, "efsdp"]) if dims.ep_enabled else None,
+        )
     use_plain_sum(model)
     model.tok_embeddings.set_unshard_in_backward(False)  # its gradient needs the tokens alone
     return model.train()
+
+
+@contextmanager
+def _replicas_not_counted(model: Afmoe, *, num_shards: int, num_ranks: int) -> Iterator[None]:
+    """Without EP, torchtitan cuts inside an expert's matrices where the model has fewer experts than HSDP has
+    ranks. Its count includes the replicas, which cut nothing: each shard may well have whole experts, and
+    Muon wants them whole. So torchtitan reads a number of experts that is not below that of ranks.
+    """
+    experts = [layer.routed_experts.inner_experts for layer in moe_layers(model)]
+    true = [each.num_experts for each in experts]
+    for each in experts:
+        if num_shards <= each.num_experts:
+            each.num_experts = max(each.num_experts, num_ranks)
+    try:
+        yield
+    finally:
+        for each, num in zip(experts, true, strict=True):
+            each.num_experts = num
 
 
 def _compile(model: Afmoe, dims: ParallelDims, *, backend: str | None) -> None:

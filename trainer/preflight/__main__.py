@@ -1,9 +1,9 @@
 """Are hosts, devices, links and the file system fit for a run? Under a minute, before hours are spent.
 
     triquetra preflight experiment=demo                                          this machine
-    torchrun --nproc-per-node 8 -m trainer preflight experiment=trinity_mini     every GPU of it
+    torchrun --nproc-per-node 8 -m trainer preflight experiment=demo parallel=fsdp micro_batch=1   its 8 GPUs
     srun --nodes=16 --ntasks-per-node=8 triquetra preflight ...                  or PREFLIGHT=1 with launch/*
-    triquetra preflight --dry-run nodes=16 ranks_per_node=8 experiment=trinity_large slurm=true
+    triquetra preflight --dry-run nodes=256 ranks_per_node=8 experiment=trinity_large slurm=true
 
 All else is as for the run that is to follow: its layout, its directory and the size of its checkpoints count.
 

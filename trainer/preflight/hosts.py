@@ -7,10 +7,10 @@ from statistics import median
 
 import torch
 
-from trainer.checkpoint import code_version
 from trainer.preflight.finding import Finding, most_common
 from trainer.ranks.agree import MAX_CLOCK_S
 from trainer.ranks.meeting import Meeting
+from trainer.version import code_version
 
 ROUNDS = 3  # a rank of a busy host may wait for a core in one of them
 

@@ -14,7 +14,7 @@ from hydra.utils import get_method, instantiate
 from torch import nn
 
 from trainer.balance import Balancer, Guard, LossWeights
-from trainer.checkpoint import DamagedError, code_version
+from trainer.checkpoint import DamagedError
 from trainer.config import BalanceConfig, Config, ConfigError, DataConfig
 from trainer.data import (
     BadDocument,
@@ -43,6 +43,7 @@ from trainer.run.health import Health
 from trainer.run.memory import refuse_too_large, refuse_too_many_rows
 from trainer.run.state import Groups, Run
 from trainer.split import check_rows
+from trainer.version import code_version
 
 MOST_STEPS = 10**9  # the limit of `steps`
 

@@ -27,13 +27,14 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from trainer.balance import Verdict
-from trainer.checkpoint import Checkpoints, DamagedError, Found, code_version, read_manifest
+from trainer.checkpoint import Checkpoints, DamagedError, Found, read_manifest
 from trainer.config import Config, ConfigError, atoms_of, read_plain, resolved_yaml
 from trainer.data import BadDocument
 from trainer.program import Program
 from trainer.ranks.agree import broadcast_object, refuse_disagreement, refusing_on_all
 from trainer.ranks.lock import SHORT_S, InUseError, lock
 from trainer.records import append_line, write_text
+from trainer.version import code_version
 
 WAIT = (
     "TRIQUETRA_WAIT_S"  # in the environment: for how long a run waits for another one to leave its directory

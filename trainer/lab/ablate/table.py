@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from trainer import __version__
 from trainer.config import ConfigError, nearest
 from trainer.lab.ablate.programs import Program, measure
 from trainer.lab.ablate.study import Job, Study
 from trainer.lab.ablate.workers import FINISHED
 from trainer.lab.intervals import Estimate, estimate
+from trainer.version import __version__
 
 Results = dict[tuple[str, int], dict[str, Any]]  # (arm, seed) -> the record of the job, with its "values"
 

@@ -18,13 +18,9 @@ All else is as for trainer.train. docs/planning.md says what each number means.
 Exit codes: 0 done · 2 refused configuration.
 """
 
+import math
 import os
 import sys
-
-if "torch" not in sys.modules:  # what it says of a process group that carries nothing is no news
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

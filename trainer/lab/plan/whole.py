@@ -45,8 +45,7 @@ class Variant:
         if not self.cut_inside:
             return REPLICAS, EFSDP * eps[0], eps[0]
         parts = divisors(math.gcd(m.dim, m.expert_dim))
-        replicas = [REPLICAS, m.num_experts]  # where no part is large enough
-        meshes = ((replicate, ep * n, ep) for replicate in replicas for ep in eps for n in parts)
+        meshes = ((REPLICAS, ep * n, ep) for ep in eps for n in parts)
         return next(mesh for mesh in meshes if are_cut_inside(mesh, m.num_experts))
 
 
@@ -217,10 +216,9 @@ def group_of(axis: str, degrees: tuple[int, int, int]) -> tuple[int, int]:
 
 
 def are_cut_inside(degrees: tuple[int, int, int], num_experts: int) -> bool:
-    """Are experts cut inside their matrices? As torchtitan does where ranks are more than experts; without
-    expert parallelism it counts those of all replicas."""
-    replicate, shard, ep = degrees
-    return shard > ep and (shard if ep > 1 else replicate * shard) > num_experts
+    """Are experts cut inside their matrices? Where the ranks that share a replica are more than experts."""
+    _, shard, ep = degrees
+    return shard > ep and shard > num_experts
 
 
 def added(terms: list[tuple[Trace, float]], name: str) -> Counter:

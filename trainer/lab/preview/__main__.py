@@ -18,6 +18,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import trainer.lab.plan  # noqa: F401  # before torch, to which it says what is no news
 from trainer import terminal
 from trainer.config import Config, ConfigError, divisors, load, looked_up
 from trainer.lab.options import parted, refuse_misspelt, write_page_to
