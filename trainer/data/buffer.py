@@ -122,6 +122,7 @@ class DocumentBuffer:
         """One piece of the next document, to its end or the row's (`room`). Returns its length."""
         slot, self.draws = self.slot, self.after
         number, ids = self.numbers[slot], self.ids[slot]
+        assert ids is not None
         mask = self.masks.pop(number, None)
         length = pieces.add(ids, mask, room=room)
         if length == self.rest[slot]:

@@ -124,7 +124,8 @@ class Opener:
         to which in their batch.
         """
         queue = self.queue_S[source]
-        return queue.batch, queue.place, max(queue.usable, queue.place + 1)
+        batch, first = queue.front()
+        return batch, first, max(queue.usable, first + 1)
 
     def take_one(self, source: int) -> tuple[memoryview, np.ndarray | None]:
         """The document whose length `next_length` has told: its ids and its mask. The one behind is the next

@@ -232,7 +232,7 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
+        now, config, has_workers = self.now, self.config, bool(self.intake.workers.num)
         serving = [stream for stream in self.virtual if now.steps_until(stream.number) == 0]
         num_rows = len(serving) * now.rows_per_stream
         if num_rows % micro_batch:
@@ -241,18 +241,15 @@ class TokenStream:
         self.step_tokens, before = 0, self.totals["tokens"]
         if self.ahead_of is not now:
             # where nothing is read before it is wanted, the second step is for streams of short documents
-            self.read_ahead(prefetch if has_workers else 2)
-        pieces, pack = Pieces(), PACKINGS[self.config.packing]
+            self.read_ahead(config.prefetch if has_workers else 2)
+        pieces, pack = Pieces(), PACKINGS[config.packing]
         for stream in serving:
             pack(stream, pieces, now)
         planes, self.step_withheld = write(
-            pieces,
-            document_mask=self.config.document_mask,
-            seq_len=now.seq_len,
-            with_sources=self.config.with_sources,
+            pieces, document_mask=config.document_mask, seq_len=now.seq_len, with_sources=config.with_sources
         )
         if has_workers:
-            self.read_ahead(prefetch)
+            self.read_ahead(config.prefetch)
             self.ahead_of = now
         self.step_tokens = self.totals["tokens"] - before
         planes_BL = [plane_T.reshape(num_rows, now.seq_len) for plane_T in planes]
