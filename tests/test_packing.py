@@ -116,8 +116,9 @@ def test_rows_are_those_of_a_slow_loop(sources: list[ArraySource], buffers: tupl
         [batch] = stream.next_step(ROWS)
         assert isinstance(batch, SourcedBatch)
         assert np.array_equal(torch.stack(list(batch)).numpy(), expected)
-        draws_V = [slow.draws_S for slow in slow_V]
-        assert stream.state_dict()["draws_VS"].tolist() == draws_V
+        state, draws_V = stream.state_dict(), [slow.draws_S for slow in slow_V]
+        assert state["draws_VS"].tolist() == draws_V
+        assert not state["read_VC"][state["index_VC"] < 0].any()  # an empty slot says nothing of its past
         open_V = [
             (s, *slot) for slow in slow_V for s in range(len(names)) for slot in slow.slots_S[s] if slot
         ]
@@ -136,8 +137,8 @@ def test_positions_count_from_the_start_of_each_piece(length: int, padding: int)
         pieces.filled += n
     pieces.pad(padding)
     num_tokens = 3 * length + padding
-    rows_NT = np.full((3, num_tokens), 7)  # what lay there before
-    assert write(pieces, rows_NT, document_mask=True, seq_len=num_tokens) == 0
+    planes, withheld = write(pieces, document_mask=True, seq_len=num_tokens)
     one, two = list(range(length)), list(range(2 * length))
     labels = [*one[1:], -100, *two[1:], -100, *[-100] * padding]
-    assert rows_NT.tolist() == [[*one, *two, *[0] * padding], labels, [*one, *two, *[-1] * padding]]
+    expected = [[*one, *two, *[0] * padding], labels, [*one, *two, *[-1] * padding]]
+    assert [plane_T.tolist() for plane_T in planes] == expected and withheld == 0

@@ -43,6 +43,7 @@ from trainer.data import TokenStream, with_slots
 from trainer.data.batches import Run, TokenBatch
 from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.mixture import Credits
+from trainer.data.rows import Pieces
 from trainer.program import check_sources, program_of
 
 # ---- Corpora and the slow reference ----------------------------------------------------------------------
@@ -271,8 +272,8 @@ def test_slots_stay_in_the_order_of_age() -> None:
             for _ in range(room):
                 age = next(ages)
                 buffer.extend(Run(batch, 0, 1, range(age, age + 1)))
-        slot, buffer.draws = buffer.look(6)
-        buffer.finish(slot)
+        buffer.look(6)
+        buffer.read_on(Pieces(), 1)
         found = [number for number in buffer.numbers if number != EMPTY]
         assert found == sorted(found) and buffer.num_open == len(found)
 
@@ -588,9 +589,7 @@ def test_a_state_has_heads_and_no_tokens(num_ranks: int) -> None:
         assert len(open_documents(stream)) == 8192
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stream.state_dict().values())
         assert 9 * 8192 <= num_bytes < 80_000
-        assert all(
-            tokens.ids.dtype == np.uint32 for virtual in stream.virtual for *_, tokens in virtual.open()
-        )
+        assert all(ids.format == "I" for virtual in stream.virtual for *_, ids in virtual.open())
 
 
 def test_foreign_states_are_refused() -> None:

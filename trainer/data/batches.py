@@ -23,7 +23,8 @@ class TokenBatch:
     """D documents; of those without tokens, `others` says what stands in their place: None is behind the end
     of the source.
 
-    ids: uint32. lengths, starts: [tokens] of each document and before each; starts has one more: all tokens.
+    ids: uint32; slices of a memoryview cost less than those of an array. lengths, starts: [tokens] of each
+    document and before each; starts has one more: all tokens.
     masks: of the documents that have one.
     """
 
@@ -35,7 +36,7 @@ class TokenBatch:
     ) -> None:
         self.lengths = array("q", map(len, ids_D))  # a list's numbers would lie all over the memory
         self.starts = array("q", accumulate(self.lengths, initial=0))
-        self.ids = ids_D[0] if len(ids_D) == 1 else np.frombuffer(b"".join(ids_D), np.uint32)
+        self.ids = memoryview(ids_D[0]) if len(ids_D) == 1 else memoryview(b"".join(ids_D)).cast("I")
         self.masks, self.others = dict(masks or {}), dict(sorted((others or {}).items()))
 
     def __len__(self) -> int:
@@ -44,7 +45,12 @@ class TokenBatch:
     def __getitem__(self, i: int) -> Tokens | BadDocument | None:
         if not self.lengths[i]:
             return self.others[i]
-        return Tokens(self.ids[self.starts[i] : self.starts[i + 1]], self.masks.get(i))
+        ids, mask = self.tokens(i)
+        return Tokens(np.asarray(ids), mask)
+
+    def tokens(self, i: int) -> tuple[memoryview, np.ndarray | None]:
+        """A document's ids and its mask."""
+        return self.ids[self.starts[i] : self.starts[i + 1]], self.masks.get(i)
 
     def usable_until(self, first: int, stop: int, *, num_tokens: float = math.inf) -> int:
         """Where the documents from `first` on end that have so many tokens, or are all before `stop`, or
@@ -66,7 +72,7 @@ def unpickled(
     ids: bytes, lengths: array, masks: dict[int, bytes], others: dict[int, BadDocument | None]
 ) -> TokenBatch:
     batch = TokenBatch(())
-    batch.ids, batch.lengths = np.frombuffer(ids, np.uint32), lengths
+    batch.ids, batch.lengths = memoryview(ids).cast("I"), lengths
     batch.starts = array("q", accumulate(lengths, initial=0))
     batch.masks = {i: np.frombuffer(mask, bool) for i, mask in masks.items()}
     batch.others = others

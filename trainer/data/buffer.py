@@ -12,26 +12,29 @@ is consumed, so peeking at the next piece is free. `size` may change between any
 too full drains by itself.
 """
 
+import sys
 from collections.abc import Callable
-from itertools import compress
+from itertools import compress, pairwise
 
 import numpy as np
 
-from trainer.data.batches import Run, TokenBatch
+from trainer.data.batches import Run
 from trainer.data.rows import Pieces
+from trainer.data.sources import Tokens
 
 BLOCK = 1024  # draws made at once
 DRAWS = 1  # what random bits are for, see mixture.START
 EMPTY = -1  # in place of a number: a slot without a document
-UNKNOWN = -1  # in place of a rest: the document was not read since a resume
+UNKNOWN = sys.maxsize  # in place of a rest, longer than any row: the document was not read since a resume
 
 
 class DocumentBuffer:
     """Slots of open documents, oldest first, as columns of equal length: plain lists are quick to copy.
 
-    numbers: of the document in its source, or EMPTY. read [tokens]: how much of it was delivered. rest
-    [tokens]: what is still to be delivered; 0 in an empty slot. batches, places: where its tokens are; None
-    after a resume, until the document is read on.
+    numbers: of the document in its source, or EMPTY. read [tokens]: how much of it was delivered; of an empty
+    slot it says nothing. rest [tokens]: what is still to be delivered; 0 in an empty slot. ids: these tokens;
+    None after a resume, until the document is read on.
+    masks: what is left of them, by the numbers of the documents that have one.
 
     reread: fetches the tokens of a document that was open before a resume, by its number.
     """
@@ -42,15 +45,16 @@ class DocumentBuffer:
         seed: int,
         stream: int,
         source: int = 0,
-        reread: Callable[[int, int], TokenBatch] | None = None,
+        reread: Callable[[int, int], Tokens] | None = None,
     ) -> None:
-        self.key, self.source, self.block, self.reread = [seed, stream], source, -1, reread
+        self.key, self.source, self.reread = [seed, stream], source, reread
+        self.block, self.num_slots = -1, 0  # whose slots are at hand
         self.restore([], [], draws=0)
 
     def restore(self, numbers: list[int], read: list[int], *, draws: int) -> None:
         self.numbers, self.read, self.draws = numbers, read, draws
-        self.batches: list[TokenBatch | None] = [None] * len(numbers)
-        self.places = [0] * len(numbers)
+        self.ids: list[memoryview | None] = [None] * len(numbers)
+        self.masks: dict[int, np.ndarray] = {}
         self.rest = [0 if number == EMPTY else UNKNOWN for number in numbers]
         self.num_open = len(numbers) - numbers.count(EMPTY)
 
@@ -59,28 +63,34 @@ class DocumentBuffer:
         return max(1, 2 * size) - self.num_open if self.num_open <= size else 0
 
     def extend(self, run: Run) -> None:
-        num = run.stop - run.first
-        self.numbers += run.numbers
-        self.read += [0] * num
-        self.rest += run.batch.lengths[run.first : run.stop]
-        self.batches += [run.batch] * num
-        self.places += range(run.first, run.stop)
-        self.num_open += num
+        batch, first, stop, numbers = run
+        ids, starts = batch.ids, batch.starts[first : stop + 1]
+        self.numbers += numbers
+        self.read += [0] * len(numbers)
+        self.rest += batch.lengths[first:stop]
+        self.ids += [ids[start:end] for start, end in pairwise(starts)]
+        if batch.masks:
+            self.masks |= {n: batch.masks[i] for i, n in enumerate(numbers, first) if i in batch.masks}
+        self.num_open += len(numbers)
 
-    def hold(self, number: int, batch: TokenBatch, place: int, *, read: int, rest: int) -> None:
-        """One document in place of all slots; if nothing of it is left, an empty slot."""
-        self.num_open = 1 if rest else 0
-        if rest:
-            self.numbers, self.read, self.rest = [number], [read], [rest]
-            self.batches, self.places = [batch], [place]
-        elif self.numbers != [EMPTY]:
-            self.numbers, self.read, self.rest = [EMPTY], [0], [0]
-            self.batches, self.places = [None], [0]
+    def hold(self, number: int, ids: memoryview, mask: np.ndarray | None, *, read: int) -> None:
+        """One document, of which so much was read, in place of all slots."""
+        self.numbers, self.read, self.rest, self.ids = [number], [read], [len(ids) - read], [ids[read:]]
+        self.masks = {} if mask is None else {number: mask[read:]}
+        self.num_open, self.slot, self.after = 1, 0, self.draws
+
+    def hold_none(self) -> None:
+        """An empty slot in place of all, where none is open."""
+        if self.numbers != [EMPTY]:
+            self.numbers, self.read, self.rest, self.ids = [EMPTY], [0], [0], [None]
+            self.masks, self.num_open = {}, 0
 
     # -- the next piece --
 
-    def look(self, size: int) -> tuple[int, int]:
-        """The slot to read on from, and the count of draws after it was used."""
+    def look(self, size: int) -> int:
+        """What is left of the next document, the one to be read on: in `slot`, after which so many draws
+        (`after`) were used.
+        """
         draws, slot = self.draws, 0
         if not size:
             if self.numbers[0] == EMPTY:
@@ -88,93 +98,90 @@ class DocumentBuffer:
         else:
             if 2 * self.num_open <= len(self.numbers):
                 self.close_up()
-            num_slots, is_open = len(self.numbers), 0
-            while not is_open:
-                bits = self.bits[draws % BLOCK] if draws // BLOCK == self.block else self.bits_of(draws)
-                slot = bits * num_slots >> 32
-                draws, is_open = draws + 1, self.rest[slot]
+            slots = self.slots(draws, len(self.rest))
+            while not self.rest[slot := slots[draws % BLOCK]]:
+                draws += 1
+                if draws % BLOCK == 0:
+                    slots = self.slots(draws, len(self.rest))
+            draws += 1
+        self.slot, self.after = slot, draws
         if self.rest[slot] == UNKNOWN:
             self.fetch(slot)
-        return slot, draws
+        return self.rest[slot]
 
     def fetch(self, slot: int) -> None:
         """After a resume."""
         assert self.reread is not None
-        batch = self.reread(self.numbers[slot], self.read[slot])
-        self.batches[slot], self.places[slot] = batch, 0
-        self.rest[slot] = batch.lengths[0] - self.read[slot]
+        number, read = self.numbers[slot], self.read[slot]
+        ids, mask = self.reread(number, read)
+        self.ids[slot], self.rest[slot] = memoryview(ids)[read:], len(ids) - read
+        if mask is not None:
+            self.masks[number] = mask[read:]
 
-    def read_on(self, slot: int, pieces: Pieces, room: int) -> int:
-        """One piece of the document in a slot, to its end or the row's (`room`). Returns its length."""
-        batch, place, read, rest = self.batches[slot], self.places[slot], self.read[slot], self.rest[slot]
-        if rest <= room:
-            pieces.add(batch, place, read, rest)
-            self.finish(slot)
-            return rest
-        pieces.add(batch, place, read, room)
-        pieces.cut(batch, place, read + room)
-        self.read[slot], self.rest[slot] = read + room, rest - room
-        return room
+    def read_on(self, pieces: Pieces, room: int) -> int:
+        """One piece of the next document, to its end or the row's (`room`). Returns its length."""
+        slot, self.draws = self.slot, self.after
+        number, ids = self.numbers[slot], self.ids[slot]
+        assert ids is not None
+        mask = self.masks.pop(number, None)
+        length = pieces.add(ids, mask, room=room)
+        if length == self.rest[slot]:
+            self.numbers[slot], self.rest[slot], self.ids[slot] = EMPTY, 0, None
+            self.num_open -= 1
+        else:
+            self.read[slot] += length
+            self.rest[slot] -= length
+            self.ids[slot] = ids[length:]
+            if mask is not None:
+                self.masks[number] = mask[length:]
+        return length
 
     def read_drawn(self, pieces: Pieces, *, end: int, seq_len: int, at_least: int) -> None:
         """One piece after another, each of a document that is drawn, to the `end` of the step or while more
         than `at_least` are open.
         """
-        room = seq_len - pieces.filled % seq_len
         while self.num_open > at_least and pieces.filled < end:
             if 2 * self.num_open <= len(self.numbers):
                 self.close_up()
-            room = self.read_block(pieces, end=end, seq_len=seq_len, room=room, at_least=at_least)
+            if not self.masks:
+                self.read_ended(pieces, room=seq_len - pieces.filled % seq_len, at_least=at_least)
+            if self.num_open > at_least:
+                self.look(1)  # it draws, whatever the size is
+                self.read_on(pieces, seq_len - pieces.filled % seq_len)
 
-    def read_block(self, pieces: Pieces, *, end: int, seq_len: int, room: int, at_least: int) -> int:
-        """As read_drawn, with the draws of one block, until slots must be closed up. Documents that end in
-        their row, most of them, are read in line. Returns the room that is left in the row.
+    def read_ended(self, pieces: Pieces, *, room: int, at_least: int) -> None:
+        """As read_drawn, the documents that end before the row does, most of them: with draws of one block,
+        until one is longer or slots must be closed up.
         """
-        numbers, read, rest, batches, places = self.columns
-        add_ids, add_length, filled = pieces.ids.append, pieces.lengths.append, pieces.filled
-        num_slots, num_open = len(numbers), self.num_open
-        at_least = max(at_least, num_slots // 2)  # then slots are closed up
-        self.bits_of(self.draws)
-        bits, first = self.bits, self.draws % BLOCK
-        for i in range(first, BLOCK):
-            slot = bits[i] * num_slots >> 32
+        rest, ids, numbers = self.rest, self.ids, self.numbers
+        add_ids, add_length, before = pieces.ids.append, pieces.lengths.append, room
+        num_open, at_least = self.num_open, max(at_least, len(rest) // 2)  # then slots are closed up
+        draws, slots = self.draws, self.slots(self.draws, len(rest))
+        for slot in slots[draws % BLOCK : draws % BLOCK + len(rest)]:
             length = rest[slot]
-            if not length:  # an empty slot
-                continue
-            batch = batches[slot]
-            if 0 < length <= room and not batch.masks:
-                start = batch.starts[places[slot]] + read[slot]
-                add_ids(batch.ids[start : start + length])
-                add_length(length)
-                numbers[slot], read[slot], batches[slot], rest[slot] = EMPTY, 0, None, 0
-                filled += length
-                num_open -= 1
-            else:
-                if batch is None:
-                    self.fetch(slot)
-                pieces.filled, self.num_open = filled, num_open
-                length = self.read_on(slot, pieces, room)
-                filled, num_open = pieces.filled, self.num_open
-            room = room - length or seq_len
-            if num_open <= at_least or filled == end:
+            if length >= room:
                 break
-        self.draws += i + 1 - first
-        pieces.filled, self.num_open = filled, num_open
-        return room
-
-    def finish(self, slot: int) -> None:
-        self.numbers[slot], self.read[slot], self.batches[slot], self.rest[slot] = EMPTY, 0, None, 0
-        self.num_open -= 1
+            draws += 1
+            if length:  # no empty slot
+                add_ids(ids[slot])
+                add_length(length)
+                numbers[slot], rest[slot], ids[slot] = EMPTY, 0, None
+                room -= length
+                num_open -= 1
+                if num_open == at_least:
+                    break
+        pieces.filled += before - room
+        self.draws, self.num_open = draws, num_open
 
     def close_up(self) -> None:
         """Takes the empty slots out."""
         if self.num_open < len(self.numbers):
             kept = [list(compress(column, self.rest)) for column in self.columns]  # an empty slot has no rest
-            self.numbers, self.read, self.rest, self.batches, self.places = kept
+            self.numbers, self.read, self.rest, self.ids = kept
 
     @property
     def columns(self) -> tuple[list, ...]:
-        return self.numbers, self.read, self.rest, self.batches, self.places
+        return self.numbers, self.read, self.rest, self.ids
 
     def drop_front(self) -> None:
         """Takes the empty slots before the oldest open document out."""
@@ -182,17 +189,20 @@ class DocumentBuffer:
         for column in self.columns:
             del column[:num]
 
+    # -- draws --
+
     def draw(self, k: int, n: int) -> int:
         """Number k, uniform below n, from raw bits: numpy promises to keep those. (Off by n / 2 ** 32 at
         most.)
         """
-        return self.bits_of(k) * n >> 32
+        return self.slots(k, n)[k % BLOCK]
 
-    def bits_of(self, k: int) -> int:
-        """32 of draw k."""
+    def slots(self, k: int, n: int) -> list[int]:
+        """The draws of the block of draw k, each a slot below n."""
         if k // BLOCK != self.block:
-            self.block = k // BLOCK
+            self.block, self.num_slots = k // BLOCK, 0
             counter = [self.block * BLOCK // 4, self.source, 0, DRAWS]  # a count is 4 words
-            bits = np.random.Philox(key=self.key, counter=counter).random_raw(BLOCK)
-            self.bits = (bits >> np.uint64(32)).tolist()
-        return self.bits[k % BLOCK]
+            self.bits = np.random.Philox(key=self.key, counter=counter).random_raw(BLOCK) >> np.uint64(32)
+        if n != self.num_slots:
+            self.num_slots, self.slots_of_block = n, (self.bits * np.uint64(n) >> np.uint64(32)).tolist()
+        return self.slots_of_block

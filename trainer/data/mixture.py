@@ -54,6 +54,22 @@ class Credits:
                 first, first_due = s, due
         return first
 
+    def charged_due(
+        self, source: int, length: int, length_S: Mapping[int, int], weights_S: Sequence[float]
+    ) -> int:
+        """`charge`, then `due`, of all sources with weights in one pass."""
+        credit_S, first, first_due = self.credit_S, -1, math.inf
+        for s, next_length in length_S.items():
+            weight = weights_S[s]
+            credit = credit_S[s] + weight * length
+            if s == source:
+                credit -= length
+            credit_S[s] = credit
+            due = (next_length / 2 - credit) / weight
+            if due < first_due:
+                first, first_due = s, due
+        return first
+
     def charge(self, source: int, length: float, weights_S: Sequence[float]) -> None:
         credit_S = self.credit_S
         for s, weight in enumerate(weights_S):

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trainer.data.batches import Run, TokenBatch
 from trainer.data.intake import Intake, Ticket, Wanted
 from trainer.data.lengths import NOT_DRAWN
@@ -26,6 +28,7 @@ class Queue:
         self.tickets, self.num_documents = deque[Ticket](), 0
         self.batch: TokenBatch | None = None  # of the first ticket, once it was looked at
         self.place = 0  # of the next document there
+        self.usable = 0  # up to here documents are usable, as far as is known
 
     def __len__(self) -> int:
         return self.num_documents
@@ -50,7 +53,7 @@ class Queue:
         self.place += num
         if self.place == self.tickets[0].stop:
             self.tickets.popleft()
-            self.batch = None
+            self.batch, self.place, self.usable = None, 0, 0
 
 
 @dataclass(kw_only=True)
@@ -78,7 +81,10 @@ class Opener:
 
         Raises: DataError where a whole epoch holds no usable document.
         """
-        reader, queue = self.intake.readers[source], self.queue_S[source]
+        queue = self.queue_S[source]
+        if queue.place < queue.usable:
+            return queue.batch.lengths[queue.place]
+        reader = self.intake.readers[source]
         while reader.repeat or not reader.is_over(self.next_S[source]):
             if not queue.tickets:
                 self.request(source, self.intake.to_request(source, 1))
@@ -86,6 +92,8 @@ class Opener:
             length = batch.lengths[i]
             if length and not (reader.needs_labels and self.lacks_label(batch, i)):
                 self.num_refused_S[source] = 0
+                if not reader.needs_labels:  # whether one has a label is told of one after another
+                    queue.usable = batch.usable_until(i, queue.tickets[0].stop)
                 return length
             document = batch[i]
             if document is None:
@@ -117,17 +125,15 @@ class Opener:
         """
         queue = self.queue_S[source]
         batch, first = queue.front()
-        # whether a document has a label, `next_length` tells of one after another
-        needs_labels = self.intake.readers[source].needs_labels
-        return batch, first, first + 1 if needs_labels else batch.usable_until(first, queue.tickets[0].stop)
+        return batch, first, max(queue.usable, first + 1)
 
-    def take_one(self, source: int) -> tuple[TokenBatch, int]:
-        """The document whose length `next_length` has told: its batch, and its place there. The one behind is
-        the next from now on.
+    def take_one(self, source: int) -> tuple[memoryview, np.ndarray | None]:
+        """The document whose length `next_length` has told: its ids and its mask. The one behind is the next
+        from now on.
         """
         batch, place = self.queue_S[source].front()
         self.advance(source, 1, batch.lengths[place])
-        return batch, place
+        return batch.tokens(place)
 
     def take(self, source: int, *, at_most: int, num_tokens: float = math.inf) -> Run:
         """The documents that are `ahead`, until there are so many of them or so many tokens."""
@@ -147,8 +153,8 @@ class Opener:
     def shortfall(self, goal_S: Sequence[int]) -> list[Wanted]:
         """What to request, so that the queue of each source holds so many documents."""
         wanted = list[Wanted]()
-        for source, goal in enumerate(goal_S):
-            num_requested = len(self.queue_S[source])
+        for source, (queue, goal) in enumerate(zip(self.queue_S, goal_S, strict=False)):
+            num_requested = queue.num_documents
             if num_requested < goal:
                 start = self.next_S[source] + num_requested * self.num_streams
                 stop = self.next_S[source] + goal * self.num_streams
@@ -164,8 +170,7 @@ class Opener:
 
     def request(self, source: int, goal: int) -> None:
         """Requests documents of one source, so that its queue holds so many."""
-        goal_S = [0] * len(self.queue_S)
-        goal_S[source] = goal
-        wanted = self.shortfall(goal_S)
-        for tickets in self.intake.request(wanted):
-            self.append(source, tickets)
+        if self.queue_S[source].num_documents < goal:
+            wanted = self.shortfall([0] * source + [goal])
+            for tickets in self.intake.request(wanted):
+                self.append(source, tickets)

@@ -9,13 +9,17 @@ from functools import lru_cache
 
 import numpy as np
 
-from trainer.data.batches import Run, TokenBatch
+from trainer.data.batches import Run
 
 IGNORED = -100  # the label that cross entropy leaves out
 PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
-TOKENS, LABELS, POSITIONS, SOURCES = range(4)  # the N planes of rows
-BLANK_N1 = np.array([[0], [IGNORED], [PADDING], [0]])  # a token that is not there, in each plane
-LONG_PIECE = 700  # [tokens] from here on positions are copied faster than they are counted (measured)
+BLANK = (
+    0,
+    IGNORED,
+    PADDING,
+    0,
+)  # a token that is not there, in each plane: tokens, labels, positions, sources
+LONG_PIECE = 150  # [tokens] from here on positions are copied faster than they are counted (measured)
 
 
 @lru_cache(maxsize=8)
@@ -29,8 +33,8 @@ class Pieces:
     document, unless it is one of `cuts`.
     """
 
-    # contiguous, uint32, one after another the tokens of all pieces: an array may hold those of many
-    ids: list[np.ndarray] = field(default_factory=list)
+    # uint32, one after another the tokens of all pieces: an entry may hold those of many
+    ids: list[memoryview | np.ndarray] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # [tokens]
     sources: list[int] = field(default_factory=list)  # shorter than the others: all are of source 0
     # of pieces that are cut: where they end, and the token behind
@@ -40,18 +44,18 @@ class Pieces:
     blanks: list[tuple[int, int]] = field(default_factory=list)  # where padding starts and ends
     filled: int = 0  # [tokens]
 
-    def add(self, batch: TokenBatch, i: int, read: int, length: int) -> None:
-        """A piece of document i, of which so much was read before."""
-        start = batch.starts[i] + read
-        self.ids.append(batch.ids[start : start + length])
+    def add(self, ids: memoryview, mask: np.ndarray | None, *, room: int) -> int:
+        """A piece of a document of which this is left: to its end or that of the row. Returns its length."""
+        length = len(ids)
+        if length > room:
+            self.cuts.append((self.filled + room, ids[room]))
+            ids, length = ids[:room], room
+        if mask is not None:
+            self.masks.append((self.filled, mask[1 : length + 1]))
+        self.ids.append(ids)
         self.lengths.append(length)
-        if batch.masks and i in batch.masks:
-            self.masks.append((self.filled, batch.masks[i][read + 1 : read + length + 1]))
         self.filled += length
-
-    def cut(self, batch: TokenBatch, i: int, read: int) -> None:
-        """The piece that was added last does not end with its document, of which so much was read."""
-        self.cuts.append((self.filled, int(batch.ids[batch.starts[i] + read])))
+        return length
 
     def add_run(self, run: Run, *, end: int, seq_len: int) -> int:
         """Documents one after another, cut where a row ends, and at `end`. Returns how many tokens of the
@@ -74,7 +78,7 @@ class Pieces:
             cut = min(until, last)
             if here < cut and i < stop:
                 self.lengths.append(cut - here)
-                self.cuts.append((cut + offset, int(ids[cut])))
+                self.cuts.append((cut + offset, ids[cut]))
                 here = cut
             until += seq_len
         self.filled = last + offset
@@ -89,14 +93,14 @@ class Pieces:
             self.filled += length
 
 
-def write(pieces: Pieces, rows_NT: np.ndarray, *, document_mask: bool, seq_len: int) -> int:
-    """Fills the rows in place. Returns how many labels masks take away."""
-    num_planes = len(rows_NT)
-    tokens_T, labels_T, positions_T = rows_NT[: POSITIONS + 1]
+def write(
+    pieces: Pieces, *, document_mask: bool, seq_len: int, with_sources: bool = False
+) -> tuple[list[np.ndarray], int]:
+    """The planes of the rows, and how many labels masks take away."""
     ids_T = np.frombuffer(b"".join(pieces.ids), np.uint32)  # a third of the time of np.concatenate
-    lengths_P = np.array(pieces.lengths)
+    lengths_P = np.array(pieces.lengths, np.int64)
     ends_P = lengths_P.cumsum()
-    tokens_T[:] = ids_T
+    tokens_T, labels_T = ids_T.astype(np.int64), np.empty(len(ids_T), np.int64)
     labels_T[:-1] = ids_T[1:]
     labels_T[ends_P - 1] = IGNORED
     for end, token in pieces.cuts:
@@ -106,21 +110,24 @@ def write(pieces: Pieces, rows_NT: np.ndarray, *, document_mask: bool, seq_len: 
         labels = labels_T[start : start + len(is_target)]
         withheld += int(np.count_nonzero(labels[~is_target] != IGNORED))
         labels[~is_target] = IGNORED
-    if document_mask:
-        count(lengths_P, ends_P, positions_T, seq_len=seq_len)
-    else:
-        positions_T.reshape(-1, seq_len)[:] = up_to(seq_len)
-    if num_planes > SOURCES:
-        rows_NT[SOURCES] = np.repeat(pieces.sources, lengths_P) if any(pieces.sources) else 0
+    runs_P = lengths_P if document_mask else np.full(len(ids_T) // seq_len, seq_len)
+    planes = [tokens_T, labels_T, positions(runs_P)]
+    if with_sources:
+        planes.append(
+            np.repeat(pieces.sources, lengths_P) if any(pieces.sources) else np.zeros_like(labels_T)
+        )
     for start, end in pieces.blanks:
-        rows_NT[:, start:end] = BLANK_N1[:num_planes]
-    return withheld
+        for plane_T, blank in zip(planes, BLANK, strict=False):
+            plane_T[start:end] = blank
+    return planes, withheld
 
 
-def count(lengths_P: np.ndarray, ends_P: np.ndarray, positions_T: np.ndarray, *, seq_len: int) -> None:
+def positions(lengths_P: np.ndarray) -> np.ndarray:
     """0, 1, 2, ... in each piece."""
-    if len(positions_T) > LONG_PIECE * len(lengths_P):
-        index = up_to(max(seq_len, int(lengths_P.max())))
-        np.concatenate([index[:length] for length in lengths_P.tolist()], out=positions_T)
-    else:
-        np.subtract(up_to(len(positions_T)), np.repeat(ends_P - lengths_P, lengths_P), out=positions_T)
+    ends_P = lengths_P.cumsum()
+    index_T = up_to(int(ends_P[-1]))
+    if len(index_T) > LONG_PIECE * len(lengths_P):
+        index = memoryview(index_T)
+        return np.frombuffer(bytearray().join([index[:length] for length in lengths_P.tolist()]), np.int64)
+    starts_T = np.repeat(ends_P - lengths_P, lengths_P)
+    return np.subtract(index_T, starts_T, out=starts_T)

@@ -29,7 +29,7 @@ class Position(NamedTuple):
     draws_S: list[int]
     phase: int
     numbers_SC: list[list[int]]  # of open documents in their source, or EMPTY; oldest first
-    read_SC: list[list[int]]  # [tokens] delivered of them
+    read_SC: list[list[int]]  # [tokens] delivered of them; of an empty slot it says nothing
 
     @property
     def num_slots(self) -> int:
@@ -58,7 +58,7 @@ class Snapshot:
         for v, position in enumerate(positions_V):
             filled = slice(position.num_slots)
             index_VC[v, filled] = chained(position.numbers_SC) // self.num_streams  # EMPTY, -1, stays
-            read_VC[v, filled] = chained(position.read_SC)
+            read_VC[v, filled] = chained(position.read_SC) * (index_VC[v, filled] != EMPTY)
             source_VC[v, filled] = np.repeat(
                 np.arange(len(position.next_S)), list(map(len, position.numbers_SC))
             )

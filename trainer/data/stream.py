@@ -32,7 +32,6 @@ from functools import cache
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 
@@ -233,7 +232,7 @@ class TokenStream:
         """This rank's rows of the next optimizer step, in microbatches of `micro_batch` rows. Raises:
         BadDocument, DataError.
         """
-        now, has_workers, prefetch = self.now, bool(self.intake.workers.num), self.config.prefetch
+        now, config, has_workers = self.now, self.config, bool(self.intake.workers.num)
         serving = [stream for stream in self.virtual if now.steps_until(stream.number) == 0]
         num_rows = len(serving) * now.rows_per_stream
         if num_rows % micro_batch:
@@ -242,21 +241,20 @@ class TokenStream:
         self.step_tokens, before = 0, self.totals["tokens"]
         if self.ahead_of is not now:
             # where nothing is read before it is wanted, the second step is for streams of short documents
-            self.read_ahead(prefetch if has_workers else 2)
-        rows_NT = np.empty((len(self.batch._fields), num_rows * now.seq_len), np.int64)
-        pieces, pack = Pieces(), PACKINGS[self.config.packing]
+            self.read_ahead(config.prefetch if has_workers else 2)
+        pieces, pack = Pieces(), PACKINGS[config.packing]
         for stream in serving:
             pack(stream, pieces, now)
-        self.step_withheld = write(
-            pieces, rows_NT, document_mask=self.config.document_mask, seq_len=now.seq_len
+        planes, self.step_withheld = write(
+            pieces, document_mask=config.document_mask, seq_len=now.seq_len, with_sources=config.with_sources
         )
         if has_workers:
-            self.read_ahead(prefetch)
+            self.read_ahead(config.prefetch)
             self.ahead_of = now
         self.step_tokens = self.totals["tokens"] - before
-        rows_NBL = rows_NT.reshape(-1, num_rows, now.seq_len)
-        parts = [rows_NBL[:, start : start + micro_batch] for start in range(0, num_rows, micro_batch)]
-        return [self.batch(*map(torch.from_numpy, part_NBL)) for part_NBL in parts]
+        planes_BL = [plane_T.reshape(num_rows, now.seq_len) for plane_T in planes]
+        parts = [slice(start, start + micro_batch) for start in range(0, num_rows, micro_batch)]
+        return [self.batch(*(torch.from_numpy(plane_BL[part]) for plane_BL in planes_BL)) for part in parts]
 
     def blank_step(self, micro_batch: int) -> list[Batch | SourcedBatch]:
         """Rows of the same shape with nothing to learn, for a rank that has none while others have."""

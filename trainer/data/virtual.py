@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from trainer.data.batches import TokenBatch
+import numpy as np
+
 from trainer.data.buffer import EMPTY, DocumentBuffer
 from trainer.data.intake import Ticket
 from trainer.data.mixture import Credits
 from trainer.data.opener import Opener
 from trainer.data.rows import Pieces
+from trainer.data.sources import Tokens
 from trainer.data.state import Position
 
 
@@ -108,7 +110,8 @@ class VirtualStream:
             at_least = 0 if drains else min(size, buffer.num_open - 1)
             buffer.read_drawn(pieces, end=end, seq_len=now.seq_len, at_least=at_least)
         else:
-            buffer.read_on(buffer.look(0)[0], pieces, now.room(pieces.filled))
+            buffer.look(0)
+            buffer.read_on(pieces, now.room(pieces.filled))
         return True
 
     def read_in_order(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
@@ -118,9 +121,12 @@ class VirtualStream:
             return False
         run = self.opener.take(0, at_most=sys.maxsize, num_tokens=end - pieces.filled)
         self.totals["open"] += run.num_tokens
-        batch, _, stop, numbers = run
         rest = pieces.add_run(run, end=end, seq_len=now.seq_len)
-        self.buffer_S[0].hold(numbers[-1], batch, stop - 1, read=batch.lengths[stop - 1] - rest, rest=rest)
+        if rest:
+            ids, mask = run.batch.tokens(run.stop - 1)
+            self.buffer_S[0].hold(run.numbers[-1], ids, mask, read=len(ids) - rest)
+        else:
+            self.buffer_S[0].hold_none()
         return True
 
     def read_mixed(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
@@ -146,25 +152,23 @@ class VirtualStream:
     def read_piece(self, source: int, pieces: Pieces, now: StreamSettings) -> None:
         """Of a source that nothing is charged to."""
         buffer = self.buffer_S[source]
-        slot, buffer.draws = buffer.look(now.size_S[source])
-        buffer.read_on(slot, pieces, now.room(pieces.filled))
+        buffer.look(now.size_S[source])
+        buffer.read_on(pieces, now.room(pieces.filled))
         pieces.sources.append(source)
 
     def read_due(self, pieces: Pieces, now: StreamSettings, end: int) -> None:
         """One piece after another, each of the source that is due, until one has no open document."""
-        weights_S, charge, room = now.weights_S, self.credits.charge, now.room(pieces.filled)
-        open_S = [s for s in now.wanted if self.buffer_S[s].num_open]
-        slot_S = {s: self.buffer_S[s].look(now.size_S[s]) for s in open_S}
-        rest_S = {s: self.buffer_S[s].rest[slot] for s, (slot, _) in slot_S.items()}
+        weights_S, size_S, buffer_S, repeats = now.weights_S, now.size_S, self.buffer_S, self.intake.repeats
+        charge, due, room = self.credits.charge, self.credits.due, now.room(pieces.filled)
+        rest_S = {s: buffer_S[s].look(size_S[s]) for s in now.wanted if buffer_S[s].num_open}
         are_open = [weight if s in rest_S else 0.0 for s, weight in enumerate(weights_S)]
         self.credits.begin(are_open, next_length=lambda s: min(rest_S[s], room))
         while True:
-            source = self.credits.due(rest_S, weights_S, at_most=room)
-            buffer, size = self.buffer_S[source], now.size_S[source]
-            slot, buffer.draws = slot_S[source]
-            length = buffer.read_on(slot, pieces, room)
+            source = due(rest_S, weights_S, at_most=room)
+            buffer, size = buffer_S[source], size_S[source]
+            length = buffer.read_on(pieces, room)
             pieces.sources.append(source)
-            charge(source, length, self.weights_left(weights_S))
+            charge(source, length, weights_S if repeats else self.weights_left(weights_S))
             room = room - length or now.seq_len
             if pieces.filled == end:
                 return
@@ -172,8 +176,7 @@ class VirtualStream:
                 self.refill(source, now)
             if not buffer.num_open:
                 return
-            slot, _ = slot_S[source] = buffer.look(size)
-            rest_S[source] = buffer.rest[slot]
+            rest_S[source] = buffer.look(size)
 
     def read_next(self, pieces: Pieces, now: StreamSettings, end: int) -> bool:
         """One document after another, each of the source that is due, where none is open. False: there is
@@ -198,52 +201,47 @@ class VirtualStream:
         """As read_next: documents that end in the row, as long as those behind are known to be usable.
         Returns the source whose next document does not end in the row.
         """
-        weights_S, charge, due = now.weights_S, self.credits.charge, self.credits.due
+        weights_S, charge, charged_due = now.weights_S, self.credits.charge, self.credits.charged_due
         add, add_source, room = pieces.add, pieces.sources.append, now.room(pieces.filled)
         ahead_S = {s: self.opener.ahead(s) for s in length_S}
         place_S = {s: first for s, (_, first, _) in ahead_S.items()}
-        source = due(length_S, weights_S)
+        source = self.credits.due(length_S, weights_S)
         while source is not None and length_S[source] <= room:
-            length, place, (batch, _, stop) = length_S[source], place_S[source], ahead_S[source]
-            add(batch, place, 0, length)
+            place, (batch, _, stop) = place_S[source], ahead_S[source]
+            length = add(*batch.tokens(place), room=room)
             add_source(source)
-            charge(source, length, weights_S)
             room -= length
             place_S[source] = place = place + 1
             if room and place < stop:
                 length_S[source] = batch.lengths[place]
-                source = due(length_S, weights_S)
+                source = charged_due(source, length, length_S, weights_S)
             else:
+                charge(source, length, weights_S)
                 source = None
         for s, (batch, first, _) in ahead_S.items():
             if place_S[s] > first:
                 num_tokens = batch.starts[place_S[s]] - batch.starts[first]
                 self.opener.advance(s, place_S[s] - first, num_tokens)
                 self.totals["open"] += num_tokens
-                self.buffer_S[s].hold(EMPTY, batch, first, read=0, rest=0)
+                self.buffer_S[s].hold_none()
         return source
 
     def read_document(self, source: int, pieces: Pieces, now: StreamSettings, end: int) -> None:
         """The next of a source, to its end or that of the step."""
         number, buffer = self.opener.next_S[source], self.buffer_S[source]
-        batch, place = self.opener.take_one(source)
-        read, rest = 0, batch.lengths[place]
-        self.totals["open"] += rest
-        while rest and pieces.filled < end:
-            length = min(rest, now.room(pieces.filled))
-            pieces.add(batch, place, read, length)
+        ids, mask = self.opener.take_one(source)
+        self.totals["open"] += len(ids)
+        buffer.hold(number, ids, mask, read=0)
+        while buffer.num_open and pieces.filled < end:
+            length = buffer.read_on(pieces, now.room(pieces.filled))
             pieces.sources.append(source)
-            read, rest = read + length, rest - length
-            if rest:
-                pieces.cut(batch, place, read)
-            buffer.hold(number, batch, place, read=read, rest=rest)
             self.credits.charge(source, length, self.weights_left(now.weights_S))
 
     def best_fit(self, pieces: Pieces, now: StreamSettings) -> None:
         """The rows of one step: whole documents, cut at the length of a row, each in the fullest row that has
         room for it; the rest is padding. The step ends with the first document that finds no room.
         """
-        rows = [list[tuple[int, TokenBatch, int]]() for _ in range(now.rows_per_stream)]
+        rows = [list[tuple[int, memoryview, np.ndarray | None]]() for _ in range(now.rows_per_stream)]
         room_R = [now.seq_len] * now.rows_per_stream
         self.opener.cut = now.cut
         source = self.next_source(now.weights_S, at_most=now.seq_len)
@@ -259,13 +257,9 @@ class VirtualStream:
             room_R[fullest] -= length
             source = self.next_source(now.weights_S, at_most=now.seq_len)
         for row, room in zip(rows, room_R, strict=True):
-            for source, batch, place in row:
-                length = min(batch.lengths[place], now.seq_len)
-                pieces.add(batch, place, 0, length)
+            for source, ids, mask in row:
+                self.totals["truncated"] += len(ids) - pieces.add(ids, mask, room=now.seq_len)
                 pieces.sources.append(source)
-                if length < batch.lengths[place]:
-                    pieces.cut(batch, place, length)
-                self.totals["truncated"] += batch.lengths[place] - length
             pieces.pad(room)
         self.totals["documents"] += sum(map(len, rows))
         self.totals["tokens"] += now.num_tokens - sum(room_R)
@@ -326,21 +320,21 @@ class VirtualStream:
             room -= run.stop - run.first
             self.totals["open"] += run.num_tokens
 
-    def reread(self, source: int, n: int, read: int) -> TokenBatch:
+    def reread(self, source: int, n: int, read: int) -> Tokens:
         """A document that was open before a resume."""
         ticket = self.resumed.pop((source, n), None)
-        ids, mask = self.intake.reread(source, n, ticket=ticket)
-        if read >= len(ids):
+        document = self.intake.reread(source, n, ticket=ticket)
+        if read >= len(document.ids):
             reader = self.intake.readers[source]
-            raise reader.foreign(f"{reader.where(n)}: no token {read}, the document has {len(ids)}")
-        return TokenBatch([ids], {} if mask is None else {0: mask})
+            raise reader.foreign(f"{reader.where(n)}: no token {read}, the document has {len(document.ids)}")
+        return document
 
-    def open(self) -> Iterator[tuple[int, int, int, TokenBatch | None]]:
-        """source, number in the source, tokens read, and what holds its tokens."""
+    def open(self) -> Iterator[tuple[int, int, int, memoryview | None]]:
+        """source, number in the source, tokens read, and those that are left: None until they are reread."""
         for s, buffer in enumerate(self.buffer_S):
-            for n, read, batch in zip(buffer.numbers, buffer.read, buffer.batches, strict=True):
+            for n, read, ids in zip(buffer.numbers, buffer.read, buffer.ids, strict=True):
                 if n != EMPTY:
-                    yield s, n, read, batch
+                    yield s, n, read, ids
 
     def oldest(self, source: int) -> int:
         """The oldest document of `source` that is open, or the next one."""
