@@ -19,7 +19,7 @@ help:  ## this list
 
 setup: $(INSTALLED)  ## make .venv and install what constraints.txt pins; again only when the pins change
 
-demo: setup  ## train a small AFMoE on Python's standard library (about 4 minutes on 2 cores), export it, let it write
+demo: setup  ## train a small AFMoE on Python's standard library (3 to 4 minutes on 2 cores), export it, let it write
 	@$(VENV) -m trainer.train experiment=demo evaluate=unseen $(ARGS)
 	@$(if $(filter -h --help --cfg,$(ARGS)),,$(export_demo))
 
