@@ -13,12 +13,8 @@ from trainer.data.batches import Run
 
 IGNORED = -100  # the label that cross entropy leaves out
 PADDING = -1  # the position of a token that is not there: nothing attends to it, no expert gets it
-BLANK = (
-    0,
-    IGNORED,
-    PADDING,
-    0,
-)  # a token that is not there, in each plane: tokens, labels, positions, sources
+# a token that is not there, in each plane: tokens, labels, positions, sources
+BLANK = (0, IGNORED, PADDING, 0)
 LONG_PIECE = 150  # [tokens] from here on positions are copied faster than they are counted (measured)
 
 
